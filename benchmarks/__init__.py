@@ -1,0 +1,1 @@
+"""Microbenchmarks: every operator against what a user would pick instead, and against the machine's floor."""

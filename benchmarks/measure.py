@@ -1,0 +1,141 @@
+"""Interleaved timing. Ratios travel between machines and moments, absolute times do not."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+__all__ = [
+    "FULL",
+    "QUICK",
+    "Effort",
+    "Spread",
+    "floor_calls",
+    "floor_seconds",
+    "interleave",
+    "spread",
+    "synchronize",
+]
+
+MATMUL, COPY = "floor: matmul", "floor: copy"
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds go on until ``seconds`` have passed, within the two limits."""
+
+    min_rounds: int
+    max_rounds: int
+    seconds: float
+    batch_seconds: float
+    """Short calls are repeated until one measured time is at least this long."""
+    matmul_size: int
+    copy_bytes: int
+
+
+FULL = Effort(7, 31, seconds=5.0, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
+QUICK = Effort(3, 5, seconds=0.3, batch_seconds=0.002, matmul_size=512, copy_bytes=16 << 20)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: list[float]) -> Spread:
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return Spread(statistics.median(values), deciles[0], deciles[-1])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the work that was queued on ``device`` is done."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def _batch(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds per call."""
+    synchronize(device)
+    start = perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize(device)
+    return (perf_counter() - start) / repeats
+
+
+def _calibrate(call: Callable[[], Any], batch_seconds: float, device: torch.device) -> int:
+    _batch(call, 1, device)  # the first call loads code and fills allocators
+    repeats = 1
+    while (each := _batch(call, repeats, device)) * repeats < batch_seconds:
+        # A margin, because the clock changes between calibration and measurement.
+        repeats = max(repeats + 1, math.ceil(1.2 * batch_seconds / max(each, 1e-7)))
+    return repeats
+
+
+def interleave(
+    calls: dict[str, Callable[[], Any]], effort: Effort, device: torch.device
+) -> dict[str, list[float]]:
+    """Time all calls in turn, A B C, B A C ..., and return the seconds per call of each round.
+
+    Whatever disturbs the machine for longer than a round disturbs all calls alike, so that the ratios within
+    a round keep their meaning. Each round has its own order, so that nobody always follows the same one, and
+    short calls run once untimed, so that they do not pay for the caches that another left behind.
+    """
+    repeats = {name: _calibrate(call, effort.batch_seconds, device) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        start, rounds = perf_counter(), 0
+        while rounds < effort.min_rounds or (
+            rounds < effort.max_rounds and perf_counter() - start < effort.seconds
+        ):
+            shuffle(order)
+            for name in order:
+                if repeats[name] > 1:
+                    calls[name]()
+                times[name].append(_batch(calls[name], repeats[name], device))
+            rounds += 1
+    finally:
+        gc.enable()
+    return times
+
+
+def floor_calls(dtype: torch.dtype, effort: Effort, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """A square matmul and a copy beyond the caches: the rates that the floor is made of."""
+    # Some CPUs have no arithmetic in float16 or bfloat16 and are faster after a conversion to float32.
+    candidates = {torch.float32, dtype}
+    small = {d: torch.randn(256, 256, device=device).to(d) for d in candidates}
+    trial = {d: min(_batch(lambda m=small[d]: m @ m, 1, device) for _ in range(3)) for d in candidates}
+    best = min(trial, key=trial.__getitem__)
+    a, b = (torch.randn(effort.matmul_size, effort.matmul_size, device=device).to(best) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.zeros(effort.copy_bytes // 4, device=device)
+    target = torch.zeros_like(source)
+    return {MATMUL: lambda: torch.mm(a, b, out=product), COPY: lambda: target.copy_(source)}
+
+
+def floor_seconds(
+    times: dict[str, list[float]], effort: Effort, flops: float, num_bytes: float
+) -> list[float]:
+    """For each round, the time that nobody can beat at the rates measured in that round."""
+    matmul_flops = 2.0 * effort.matmul_size**3
+    return [
+        max(flops * matmul / matmul_flops, num_bytes * copy / (2.0 * effort.copy_bytes))
+        for matmul, copy in zip(times[MATMUL], times[COPY], strict=True)
+    ]

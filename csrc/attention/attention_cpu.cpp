@@ -1,0 +1,158 @@
+// The operators vitkernels::attention and vitkernels::attention_backward on the CPU.
+#include "attention/arguments.h"
+#include "attention/tiles_cpu.h"
+#include "cpu/isa.h"
+
+namespace vitkernels {
+namespace {
+
+using torch::stable::parallel_for;
+
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                                         OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                         OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
+  const AttentionArguments args(Checker("attention"), query, key, value, {scale, head_scale, bias, key_bias, multiplier},
+                                head_map, is_causal);
+  Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
+  Tensor lse = empty_as(query, args.lse_sizes(), statistics_type(args.dtype));
+  AttentionParams params;
+  args.fill(params);
+  params.out = token_tensor(out);
+  params.lse = lse.mutable_data_ptr();
+
+  const Kernels& kernels = vitkernels::kernels();
+  const int64_t blocks = (args.num_queries + forward_query_block(params) - 1) / forward_query_block(params);
+  const int64_t tasks = args.batch * args.heads * blocks;
+  if (tasks > 0) {
+    const ThreadScratch scratch(query, kernels.attention_scratch(params));
+    parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
+  }
+  return {out, lse};
+}
+
+// d(head_scale)[h] = scale * sum of q.dq over all batches and queries, in double and in order.
+Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
+  Tensor grad = empty_as(query_dot, {args.heads}, query_dot.scalar_type());
+  const auto sum = [&]<class T>(T) {
+    const T* dots = static_cast<const T*>(query_dot.const_data_ptr());  // [B, heads, Nq]
+    for (int64_t h = 0; h < args.heads; ++h) {
+      double total = 0;
+      for (int64_t b = 0; b < args.batch; ++b) {
+        const T* row = dots + (b * args.heads + h) * args.num_queries;
+        for (int64_t i = 0; i < args.num_queries; ++i) total += row[i];
+      }
+      static_cast<T*>(grad.mutable_data_ptr())[h] = T(args.score.scale * total);
+    }
+  };
+  if (args.dtype == DType::kFloat64) {
+    sum(double{});
+  } else {
+    sum(float{});
+  }
+  return grad;
+}
+
+struct WantedTerm {
+  ScoreTerm& term;
+  const OptionalTensor& tensor;
+  bool wanted;
+  int64_t rank;
+};
+
+// Gradients of the score terms, and what they mean for the order of the work.
+std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, const std::vector<WantedTerm>& terms,
+                                           const Tensor& none) {
+  std::vector<Tensor> grads;
+  params.splits = 0;
+  for (const WantedTerm& t : terms) {
+    if (!t.wanted || !t.tensor) {
+      grads.push_back(none);
+      continue;
+    }
+    grads.push_back(attach_gradient(t.term, *t.tensor, t.rank));
+    params.batch_is_shared |= t.term.grad_strides.batch == 0 && params.batch > 1;
+    params.heads_are_shared |= t.term.grad_strides.head == 0 && params.heads > 1;
+    // One value for all keys: the splits would write to the same place.
+    if (t.term.grad_strides.key == 0) params.splits = 1;
+  }
+  if (params.splits == 0) params.splits = backward_splits(params);
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, double scale, OptionalTensor head_scale, OptionalTensor bias,
+    OptionalTensor key_bias, OptionalTensor multiplier, OptionalTensor head_map, bool is_causal, bool need_head_scale,
+    bool need_bias, bool need_key_bias, bool need_multiplier) {
+  const Checker checker("attention_backward");
+  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
+                                is_causal);
+  const ScalarType statistics = statistics_type(args.dtype);
+  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
+    checker.strided_like(name, *t, query);
+    checker.dtype(name, *t, query.scalar_type());
+    checker.shape(name, *t, args.out_sizes());
+  }
+  checker.strided_like("lse", lse, query);
+  checker.dtype("lse", lse, statistics);
+  checker.shape("lse", lse, args.lse_sizes());
+  if (grad_lse) {
+    checker.strided_like("grad_lse", *grad_lse, query);
+    checker.dtype("grad_lse", *grad_lse, statistics);
+    checker.shape("grad_lse", *grad_lse, args.lse_sizes());
+  }
+
+  const Tensor grad_out_rows = with_unit_last_stride(grad_out), out_rows = with_unit_last_stride(out);
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
+  Tensor grad_query = empty_as(query, sizes_of(query), query.scalar_type());
+  Tensor grad_key = empty_as(key, sizes_of(key), key.scalar_type());
+  Tensor grad_value = empty_as(value, sizes_of(value), value.scalar_type());
+  const Tensor none = empty_as(lse, {0}, statistics);
+
+  AttentionBackwardParams params;
+  args.fill(params);
+  params.out = token_tensor(out_rows);
+  params.grad_out = token_tensor(grad_out_rows);
+  params.lse = const_cast<void*>(lse_rows.const_data_ptr());
+  params.grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr;
+  params.grad_query = token_tensor(grad_query);
+  params.grad_key = token_tensor(grad_key);
+  params.grad_value = token_tensor(grad_value);
+  const std::vector<Tensor> score_grads =
+      attach_score_gradients(params,
+                             {{params.score.bias, args.score.bias, need_bias, 4},
+                              {params.score.key_bias, args.score.key_bias, need_key_bias, 3},
+                              {params.score.multiplier, args.score.multiplier, need_multiplier, 4}},
+                             none);
+
+  const Kernels& kernels = vitkernels::kernels();
+  const bool want_head_scale = need_head_scale && args.score.head_scale;
+  const int64_t part_elements = kernels.attention_backward_parts(params) / int64_t(lse.element_size());
+  const Tensor parts = zeros_as(lse, {part_elements}, statistics);
+  const Tensor query_dot =
+      want_head_scale ? empty_as(lse, {args.batch, args.heads, args.num_queries}, statistics) : none;
+  params.grad_query_parts = parts.mutable_data_ptr();
+  params.query_dot = want_head_scale ? query_dot.mutable_data_ptr() : nullptr;
+
+  if (params.num_tasks() > 0) {
+    const ThreadScratch scratch(query, kernels.attention_backward_scratch(params));
+    parallel_for(0, params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+      kernels.attention_backward(params, begin, end, scratch.mine());
+    });
+  }
+  if (args.batch > 0) {
+    parallel_for(0, args.batch * args.heads, 1,
+                 [&](int64_t begin, int64_t end) { kernels.finish_query_gradient(params, begin, end); });
+  }
+  const Tensor grad_head_scale = want_head_scale ? sum_head_scale(args, query_dot) : none;
+  return {grad_query, grad_key, grad_value, grad_head_scale, score_grads[0], score_grads[1], score_grads[2]};
+}
+
+}  // namespace
+}  // namespace vitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  m.impl("attention", TORCH_BOX(&vitkernels::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward_cpu));
+}

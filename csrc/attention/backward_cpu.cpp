@@ -1,0 +1,251 @@
+// Backward of softmax attention on the CPU. Compiled once per instruction set.
+//
+// Five products per tile of keys and block of queries:
+//   S = Q K^T, dP = dO V^T, then with P = exp(S - lse) and dS = P * (dP - delta):
+//   dV += P^T dO, dK += dS^T Q, dQ += dS K.
+// A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
+// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order.
+
+#include <cmath>
+#include <limits>
+
+#include "attention/attention.h"
+#include "attention/softmax_cpu.h"
+#include "attention/tiles_cpu.h"
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/scratch.h"
+
+namespace vitkernels::VK_ISA {
+namespace {
+
+// The gradient of a score term along one row of the logits.
+template <class T>
+struct TermGradRow {
+  T* data;
+  int64_t stride;  // 0 or 1
+
+  TermGradRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key)
+      : data(term.grad ? static_cast<T*>(term.grad) + term.grad_strides.offset(batch, head, query, first_key) : nullptr),
+        stride(term.grad_strides.key) {}
+
+  VK_INLINE void add(Vec<T> grad, int64_t column, Range lanes) const {
+    if (!data) return;
+    if (stride == 0) {
+      *data += reduce_add<T>(keep(grad, lanes, T(0)));
+    } else if (lanes.end == kWidth<T>) {
+      store(data + column, load(data + column) + keep(grad, lanes, T(0)));
+    } else {
+      store_partial(data + column, load_partial(data + column, lanes.end) + keep(grad, lanes, T(0)), lanes.end);
+    }
+  }
+};
+
+template <class S>
+class Backward {
+  using T = Compute<S>;
+
+ public:
+  Backward(const AttentionBackwardParams& params, void* memory) : p(params), scratch(memory) {}
+
+  int64_t scratch_size() const { return scratch.size(); }
+
+  int64_t parts_size() const {
+    return p.splits * p.batch * p.heads * p.num_queries() * query_width * int64_t(sizeof(T));
+  }
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      split = task % p.splits;
+      const int64_t head_group = task / p.splits % p.head_groups();
+      const int64_t batch_group = task / p.splits / p.head_groups();
+      const Range batches = p.batch_is_shared ? Range{0, p.batch} : Range{batch_group, batch_group + 1};
+      const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
+      const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
+      for (batch = batches.begin; batch < batches.end; ++batch) {
+        for (kv_head = kv_heads.begin; kv_head < kv_heads.end; ++kv_head) {
+          for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            tile_of_keys({tile * keys.size, std::min((tile + 1) * keys.size, p.num_keys())});
+          }
+        }
+      }
+    }
+  }
+
+  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale.
+  void finish(int64_t begin, int64_t end) {
+    const int64_t part = p.batch * p.heads * p.num_queries() * query_width;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      batch = pair / p.heads, head = pair % p.heads;
+      for (int64_t query = 0; query < p.num_queries(); ++query) {
+        T* sum = query_gradient(0, query);
+        for (int64_t s = 1; s < p.splits; ++s) {
+          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
+            store(sum + c, load(sum + c) + load(sum + s * part + c));
+          }
+        }
+        if (p.query_dot) {
+          static_cast<T*>(p.query_dot)[pair * p.num_queries() + query] =
+              dot(p.query.at<const S>(batch, query, head), sum, p.head_dim);
+        }
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, p.score.scale_of<T>(head),
+                       p.grad_query.at<S>(batch, query, head), p.grad_query.token_stride);
+      }
+    }
+  }
+
+ private:
+  void tile_of_keys(Range tile) {
+    const int64_t count = tile.end - tile.begin;
+    const S* key_rows = p.key.at<const S>(batch, tile.begin, kv_head);
+    const S* value_rows = p.value.at<const S>(batch, tile.begin, kv_head);
+    pack_transposed<T>(key_rows, p.key.token_stride, count, p.head_dim, key_panels);
+    pack_transposed<T>(value_rows, p.value.token_stride, count, p.value_dim, value_panels);
+    pack_rows<T>(key_rows, p.key.token_stride, count, p.head_dim, T(1), key_copy, query_width);
+    std::fill_n(key_gradient, count * query_width, T(0));
+    std::fill_n(value_gradient, count * value_width, T(0));
+
+    const int64_t blocks = divide_up(p.num_queries(), kBackwardQueryBlock);
+    for (head = 0; head < p.heads; ++head) {
+      if (p.kv_head_of[head] != kv_head) continue;
+      for (int64_t block = 0; block < blocks; ++block) {
+        block_of_queries({p.num_queries() * block / blocks, p.num_queries() * (block + 1) / blocks}, tile);
+      }
+    }
+    unpack_rows<T>(key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, tile.begin, kv_head),
+                   p.grad_key.token_stride);
+    unpack_rows<T>(value_gradient, value_width, count, p.value_dim, T(1),
+                   p.grad_value.at<S>(batch, tile.begin, kv_head), p.grad_value.token_stride);
+  }
+
+  void block_of_queries(Range rows, Range tile) {
+    const Axis& axis = p.pattern.axis[0];
+    const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
+    if (seen.empty()) return;
+    const int64_t count = rows.end - rows.begin;
+    const int64_t width = round_up(seen.end, kWidth<T>);
+
+    pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
+                 p.score.scale_of<T>(head), queries, query_width);  // [count, d]
+    pack_rows<T>(p.grad_out.at<const S>(batch, rows.begin, head), p.grad_out.token_stride, count, p.value_dim, T(1),
+                 out_gradient, value_width);  // [count, dv]
+    matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
+                     p.head_dim, logits, logits_stride);  // [count, width]
+    matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count,
+                     width, p.value_dim, gradients, logits_stride);  // [count, width]
+
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t query = rows.begin + r;
+      const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
+      differentiate_row(query, visible, seen.end, tile.begin, out_gradient + r * value_width,
+                        logits + r * logits_stride, gradients + r * logits_stride);
+    }
+
+    // P^T and dS^T are read in place: a column stride of one.
+    matmul<T, true>({logits, 1, logits_stride}, {out_gradient, value_width, kPanel<T>}, seen.end, value_width, count,
+                    value_gradient, value_width);  // [keys, dv]
+    matmul<T, true>({gradients, 1, logits_stride}, {queries, query_width, kPanel<T>}, seen.end, query_width, count,
+                    key_gradient, query_width);  // [keys, d]
+    matmul<T, true>({gradients, logits_stride, 1}, {key_copy, query_width, kPanel<T>}, count, query_width, seen.end,
+                    query_gradient(split, rows.begin), query_width);  // [count, d]
+  }
+
+  // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
+  void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, const T* grad_out, T* logits_row,
+                         T* gradient_row) const {
+    const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
+    const T lse = static_cast<const T*>(p.lse)[row];
+    // delta = dO.O - dlse, so that dS = P * (dP - delta).
+    T delta = dot(p.out.at<const S>(batch, query, head), grad_out, p.value_dim);
+    if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
+    // An empty row (lse = -inf) has P = 0: exp2(-inf).
+    const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse * kLog2e<T>;
+
+    if (p.score.has_terms()) {
+      differentiate_terms(query, visible, first_key, offset, delta, logits_row, gradient_row);
+    } else {
+      for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
+        const Vec<T> prob = keep(exp2<T>(load(logits_row + c) * kLog2e<T> - offset), lanes, T(0));
+        store(logits_row + c, prob);
+        store(gradient_row + c, keep(prob * (load(gradient_row + c) - delta), lanes, T(0)));
+      });
+    }
+    const Range columns = visible.empty() ? Range{0, 0} : visible;
+    clear(logits_row, {0, columns.begin}), clear(logits_row, {columns.end, width});
+    clear(gradient_row, {0, columns.begin}), clear(gradient_row, {columns.end, width});
+  }
+
+  void differentiate_terms(int64_t query, Range visible, int64_t first_key, T offset, T delta, T* logits_row,
+                           T* gradient_row) const {
+    const ScoreRow<T> score(p.score, batch, head, query, first_key);
+    const TermGradRow<T> multiplier(p.score.multiplier, batch, head, query, first_key);
+    const TermGradRow<T> bias(p.score.bias, batch, head, query, first_key);
+    const TermGradRow<T> key_bias(p.score.key_bias, batch, head, query, first_key);
+    for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
+      const Vec<T> product = load(logits_row + c);
+      const Vec<T> x = score.apply(product, c, lanes);
+      const Vec<T> prob = keep(exp2<T>(x * kLog2e<T> - offset), lanes, T(0));
+      const Vec<T> grad = prob * (load(gradient_row + c) - delta);
+      multiplier.add(grad * product, c, lanes);
+      bias.add(grad, c, lanes);
+      key_bias.add(grad, c, lanes);
+      store(logits_row + c, prob);
+      store(gradient_row + c, keep(grad * score.multiplier.at(c, lanes), lanes, T(0)));
+    });
+  }
+
+  // The dot product of a tensor's row with a padded row of ours.
+  T dot(const S* a, const T* b, int64_t count) const {
+    Vec<T> sum{};
+    for_each_vector<T>({0, count}, [&](int64_t c, Range lanes) { sum += load_widened<T>(a + c, lanes.end) * load(b + c); });
+    return reduce_add<T>(sum);
+  }
+
+  T* query_gradient(int64_t of_split, int64_t query) const {
+    const int64_t row = ((of_split * p.batch + batch) * p.heads + head) * p.num_queries() + query;
+    return static_cast<T*>(p.grad_query_parts) + row * query_width;
+  }
+
+  const AttentionBackwardParams& p;
+  Scratch scratch;
+  const Tiling keys = backward_keys(p);
+  const int64_t query_width = round_up(p.head_dim, kWidth<T>);
+  const int64_t value_width = round_up(p.value_dim, kWidth<T>);
+  const int64_t logits_stride = (keys.size / kWidth<T> | 1) * kWidth<T>;
+
+  T* queries = scratch.take<T>(kBackwardQueryBlock * query_width);
+  T* out_gradient = scratch.take<T>(kBackwardQueryBlock * value_width);
+  T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
+  T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
+  T* key_panels = scratch.take<T>(keys.size * p.head_dim);
+  T* value_panels = scratch.take<T>(keys.size * p.value_dim);
+  T* key_copy = scratch.take<T>(keys.size * query_width);
+  T* key_gradient = scratch.take<T>(keys.size * query_width);
+  T* value_gradient = scratch.take<T>(keys.size * value_width);
+
+  int64_t batch = 0, head = 0, kv_head = 0, split = 0;
+};
+
+}  // namespace
+
+int64_t attention_backward_scratch(const AttentionBackwardParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Backward<S>(params, nullptr).scratch_size(); });
+  return size;
+}
+
+int64_t attention_backward_parts(const AttentionBackwardParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Backward<S>(params, nullptr).parts_size(); });
+  return size;
+}
+
+void attention_backward(const AttentionBackwardParams& params, int64_t begin, int64_t end, void* scratch) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { Backward<S>(params, scratch).run(begin, end); });
+}
+
+void finish_query_gradient(const AttentionBackwardParams& params, int64_t begin, int64_t end) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { Backward<S>(params, nullptr).finish(begin, end); });
+}
+
+}  // namespace vitkernels::VK_ISA

@@ -1,0 +1,145 @@
+// Forward of softmax attention on the CPU. Compiled once per instruction set.
+//
+// A task is a block of queries of one head. The keys come in tiles, packed once per head as long as the
+// task's thread stays with it; a row of up to kForwardKeyTile keys is one tile, and its softmax needs no rescaling.
+// Queries go through in groups of as many rows as the register tile has: their logits stay in the
+// first-level cache from the first product to the second.
+
+#include <cmath>
+#include <limits>
+
+#include "attention/attention.h"
+#include "attention/softmax_cpu.h"
+#include "attention/tiles_cpu.h"
+#include "cpu/kernels.h"
+#include "cpu/pack.h"
+#include "cpu/scratch.h"
+
+namespace vitkernels::VK_ISA {
+namespace {
+
+template <class S>
+class Forward {
+  using T = Compute<S>;
+
+ public:
+  Forward(const AttentionParams& params, void* memory) : p(params), scratch(memory) {}
+
+  int64_t scratch_size() const { return scratch.size(); }
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t blocks = divide_up(p.num_queries(), query_block);
+    for (int64_t task = begin; task < end; ++task) {
+      batch = task / blocks / p.heads;
+      head = task / blocks % p.heads;
+      const int64_t first = task % blocks * query_block;
+      block_of_queries({first, std::min(first + query_block, p.num_queries())});
+    }
+  }
+
+ private:
+  void block_of_queries(Range rows) {
+    std::fill_n(states, query_block, RowState<T>{});
+    std::fill_n(sums, query_block * value_width, T(0));
+    for (int64_t tile = 0; tile < keys.count; ++tile) {
+      const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, p.num_keys())};
+      if (intersect(p.pattern.axis[0].any_keys(rows), tile_keys).empty()) continue;
+      pack(tile, tile_keys);
+      const int64_t groups = divide_up(rows.end - rows.begin, kTileRows);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t count = rows.end - rows.begin;
+        group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
+                      tile_keys);
+      }
+    }
+    finish(rows);
+  }
+
+  void pack(int64_t tile, Range tile_keys) {
+    const int64_t kv_head = p.kv_head_of[head];
+    if (packed_batch == batch && packed_head == kv_head && packed_tile == tile) return;
+    packed_batch = batch, packed_head = kv_head, packed_tile = tile;
+    const int64_t count = tile_keys.end - tile_keys.begin;
+    pack_transposed<T>(p.key.at<const S>(batch, tile_keys.begin, kv_head), p.key.token_stride, count, p.head_dim,
+                       key_panels);
+    pack_rows<T>(p.value.at<const S>(batch, tile_keys.begin, kv_head), p.value.token_stride, count, p.value_dim, T(1),
+                 values, value_width);
+  }
+
+  // Adds what the queries `rows` see in one tile of keys to their sums; `block` holds the sums' rows.
+  void group_of_rows(Range block, Range rows, Range tile_keys) {
+    const Axis& axis = p.pattern.axis[0];
+    const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
+    if (seen.empty()) return;
+    const int64_t count = rows.end - rows.begin;
+    const int64_t width = round_up(seen.end, kWidth<T>);
+
+    pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
+                 p.score.scale_of<T>(head), queries, query_width);  // [count, d]
+    matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
+                     p.head_dim, logits, logits_stride);  // [count, width]
+
+    T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
+    for (int64_t r = 0; r < count; ++r) {
+      T* row = logits + r * logits_stride;
+      const int64_t query = rows.begin + r;
+      const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
+      const T largest =
+          p.score.has_terms()
+              ? apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
+              : row_max(row, visible);
+      const T factor = exponentiate(row, visible, seen.end, largest, states[query - block.begin]);
+      if (factor != T(1) && keys.count > 1) rescale(group_sums + r * value_width, factor);
+    }
+    matmul<T, true>({logits, logits_stride, 1}, {values, value_width, kPanel<T>}, count, value_width, seen.end,
+                    group_sums, value_width);  // [count, dv]
+  }
+
+  void rescale(T* row, T factor) const {
+    for (int64_t c = 0; c < value_width; c += kWidth<T>) store(row + c, load(row + c) * factor);
+  }
+
+  void finish(Range rows) {
+    T* lse = static_cast<T*>(p.lse);
+    for (int64_t query = rows.begin; query < rows.end; ++query) {
+      const RowState<T>& state = states[query - rows.begin];
+      const T factor = state.sum == T(0) ? T(0) : T(1) / state.sum;
+      unpack_rows<T>(sums + (query - rows.begin) * value_width, value_width, 1, p.value_dim, factor,
+                     p.out.at<S>(batch, query, head), p.out.token_stride);
+      lse[(batch * p.num_queries() + query) * p.heads + head] = state.lse();
+    }
+  }
+
+  const AttentionParams& p;
+  Scratch scratch;
+  const Tiling keys = forward_keys(p);
+  const int64_t query_block = forward_query_block(p);
+  const int64_t query_width = round_up(p.head_dim, kWidth<T>);
+  const int64_t value_width = round_up(p.value_dim, kWidth<T>);
+  // Rows an odd number of vectors apart do not compete for the same cache set.
+  const int64_t logits_stride = (keys.size / kWidth<T> | 1) * kWidth<T>;
+
+  T* queries = scratch.take<T>(kTileRows * query_width);
+  T* logits = scratch.take<T>(kTileRows * logits_stride);
+  T* key_panels = scratch.take<T>(keys.size * p.head_dim);
+  T* values = scratch.take<T>(keys.size * value_width);
+  T* sums = scratch.take<T>(query_block * value_width);
+  RowState<T>* states = scratch.take<RowState<T>>(query_block);
+
+  int64_t batch = 0, head = 0;
+  int64_t packed_batch = -1, packed_head = -1, packed_tile = -1;
+};
+
+}  // namespace
+
+int64_t attention_scratch(const AttentionParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Forward<S>(params, nullptr).scratch_size(); });
+  return size;
+}
+
+void attention(const AttentionParams& params, int64_t begin, int64_t end, void* scratch) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { Forward<S>(params, scratch).run(begin, end); });
+}
+
+}  // namespace vitkernels::VK_ISA

@@ -1,0 +1,137 @@
+// One row of logits on the CPU: score terms, running maximum, exponentials.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention/score.h"
+#include "cpu/math.h"
+#include "cpu/matmul.h"
+
+namespace vitkernels::VK_ISA {
+
+// Calls f(column, lanes) for each aligned vector that overlaps `range`; `lanes` is the part of it inside.
+template <class T, class Function>
+VK_INLINE void for_each_vector(Range range, Function&& f) {
+  constexpr int64_t kN = kWidth<T>;
+  int64_t column = range.begin / kN * kN;
+  if (column < range.begin && column < range.end) {
+    f(column, Range{range.begin - column, std::min(kN, range.end - column)});
+    column += kN;
+  }
+  for (; column + kN <= range.end; column += kN) f(column, Range{0, kN});
+  if (column < range.end) f(column, Range{0, range.end - column});
+}
+
+// Lanes inside `lanes` keep their value, the others become `other`.
+template <class T>
+VK_INLINE Vec<T> keep(Vec<T> v, Range lanes, T other) {
+  if (lanes.begin == 0 && lanes.end == kWidth<T>) return v;
+  using Int = typename VectorOf<T>::Int;
+  const Bits<T> lane = lane_index<T>();
+  const Bits<T> inside = (lane >= (Int(lanes.begin) - Bits<T>{})) & (lane < (Int(lanes.end) - Bits<T>{}));
+  return inside ? v : broadcast(other);
+}
+
+// A score term along one row of the logits, from some column on.
+template <class T>
+struct TermRow {
+  const T* data;
+  int64_t stride;  // 0 or 1
+
+  TermRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key, const T* absent)
+      : data(term.data ? static_cast<const T*>(term.data) + term.strides.offset(batch, head, query, first_key) : absent),
+        stride(term.data ? term.strides.key : 0) {}
+
+  VK_INLINE Vec<T> at(int64_t column, Range lanes) const {
+    if (stride == 0) return broadcast(*data);
+    return lanes.end == kWidth<T> ? load(data + column) : load_partial(data + column, lanes.end);
+  }
+};
+
+template <class T>
+inline constexpr T kZero = 0;
+template <class T>
+inline constexpr T kOne = 1;
+
+// All score terms along one row.
+template <class T>
+struct ScoreRow {
+  TermRow<T> multiplier, bias, key_bias;
+
+  ScoreRow(const Score& s, int64_t batch, int64_t head, int64_t query, int64_t first_key)
+      : multiplier(s.multiplier, batch, head, query, first_key, &kOne<T>),
+        bias(s.bias, batch, head, query, first_key, &kZero<T>),
+        key_bias(s.key_bias, batch, head, query, first_key, &kZero<T>) {}
+
+  VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
+    return logit(product, multiplier.at(column, lanes), bias.at(column, lanes), key_bias.at(column, lanes));
+  }
+};
+
+template <class T>
+inline constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
+
+// The softmax statistics of one row: exponentials are exp(logit - max), `sum` is their sum.
+template <class T>
+struct RowState {
+  T max = kMinusInfinity<T>, sum = 0;
+
+  // What exponents are taken relative to, in base 2. A row that saw nothing yet must not give inf - inf.
+  T offset() const { return max == kMinusInfinity<T> ? T(0) : max * kLog2e<T>; }
+  T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
+};
+
+// logits[visible] in place, with the terms applied; returns their maximum.
+template <class T>
+VK_INLINE T apply_score(T* logits, Range visible, const ScoreRow<T>& score) {
+  Vec<T> largest = broadcast(kMinusInfinity<T>);
+  for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
+    const Vec<T> x = score.apply(load(logits + column), column, lanes);
+    store(logits + column, x);
+    largest = max<T>(largest, keep(x, lanes, kMinusInfinity<T>));
+  });
+  return reduce_max<T>(largest);
+}
+
+template <class T>
+VK_INLINE T row_max(const T* logits, Range visible) {
+  Vec<T> largest = broadcast(kMinusInfinity<T>);
+  for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
+    largest = max<T>(largest, keep(load(logits + column), lanes, kMinusInfinity<T>));
+  });
+  return reduce_max<T>(largest);
+}
+
+template <class T>
+VK_INLINE void clear(T* row, Range columns) {
+  if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, T(0));
+}
+
+// logits[visible] become exponentials, the other columns below `width` zero. Returns the factor by which
+// what was accumulated before must be multiplied.
+template <class T>
+VK_INLINE T exponentiate(T* logits, Range visible, int64_t width, T largest, RowState<T>& state) {
+  const T before = state.offset(), was_max = state.max;
+  state.max = std::max(state.max, largest);
+  if (largest != largest) state.max = largest;
+  const T offset = state.offset();
+  Vec<T> sum{};
+  for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
+    const Vec<T> p = keep(exp2<T>(load(logits + column) * kLog2e<T> - offset), lanes, T(0));
+    store(logits + column, p);
+    sum += p;
+  });
+  if (visible.empty()) {
+    clear(logits, {0, width});
+  } else {
+    clear(logits, {0, visible.begin});
+    clear(logits, {visible.end, width});
+  }
+  const T factor = was_max == kMinusInfinity<T> ? T(0) : exp2<T>(broadcast(before - offset))[0];
+  state.sum = state.sum * factor + reduce_add<T>(sum);
+  return factor;
+}
+
+}  // namespace vitkernels::VK_ISA

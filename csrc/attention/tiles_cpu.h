@@ -1,0 +1,48 @@
+// Tile sizes of the CPU attention kernels, and what was tried. They depend on shapes alone: results are the
+// same for any number of threads.
+#pragma once
+
+#include "attention/attention.h"
+
+namespace vitkernels {
+
+inline constexpr int64_t kTileAlignment = 32;  // a multiple of every instruction set's panel
+
+struct Tiling {
+  int64_t count, size;  // the last tile may be shorter
+};
+
+inline Tiling tile_axis(int64_t length, int64_t largest) {
+  const int64_t count = length > largest ? (length + largest - 1) / largest : 1;
+  const int64_t size = ((length + count - 1) / count + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  return {size ? (length + size - 1) / size : 0, size};
+}
+
+// Forward. A row of logits that fits one tile needs no rescaling.
+inline constexpr int64_t kForwardKeyTile = 768;
+inline constexpr int64_t kForwardQueryBlock = 224;       // one tile: packing is shared by all blocks of a head
+inline constexpr int64_t kForwardQueryBlockLong = 504;   // several tiles: every block packs them again
+
+// Backward. Logits and their gradient, [query block, key tile] each, stay in the second-level cache.
+inline constexpr int64_t kBackwardKeyTile = 320;
+inline constexpr int64_t kBackwardQueryBlock = 84;
+
+inline Tiling forward_keys(const AttentionParams& p) { return tile_axis(p.num_keys(), kForwardKeyTile); }
+
+inline int64_t forward_query_block(const AttentionParams& p) {
+  const int64_t largest = forward_keys(p).count > 1 ? kForwardQueryBlockLong : kForwardQueryBlock;
+  const int64_t count = (p.num_queries() + largest - 1) / largest;
+  return count ? (p.num_queries() + count - 1) / count : 1;
+}
+
+inline Tiling backward_keys(const AttentionParams& p) { return tile_axis(p.num_keys(), kBackwardKeyTile); }
+
+// Ranges of keys that are worked on independently: enough tasks for a few threads where there are few heads,
+// but at most 4, for each costs a query gradient of its own.
+inline int64_t backward_splits(const AttentionBackwardParams& p) {
+  const int64_t wanted = 12 / (p.batch_groups() * p.head_groups() + 1);
+  const int64_t most = backward_keys(p).count < 4 ? backward_keys(p).count : 4;
+  return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
+}
+
+}  // namespace vitkernels

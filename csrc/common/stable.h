@@ -1,0 +1,71 @@
+// The one header that includes torch. Everything is the LibTorch stable ABI: a library built once runs with every
+// torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace vitkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return ScalarType::Double;
+    case DType::kFloat32: return ScalarType::Float;
+    case DType::kBFloat16: return ScalarType::BFloat16;
+    case DType::kFloat16: return ScalarType::Half;
+  }
+  return ScalarType::Undefined;
+}
+
+// The type of log-sum-exps, biases and scales that go with tensors of `dtype`.
+inline ScalarType statistics_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+inline Tensor zeros_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::new_zeros(like, sizes, type);
+}
+
+// Any strides are fine as long as the last one is 1; a tensor without that is copied.
+inline Tensor with_unit_last_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// Memory for one call of a kernel, `bytes` for each thread that parallel_for may use.
+class ThreadScratch {
+ public:
+  ThreadScratch(const Tensor& like, int64_t bytes)
+      : bytes_((bytes + 63) / 64 * 64),
+        memory_(empty_as(like, {bytes_ * torch::stable::get_num_threads() + 64}, ScalarType::Byte)) {}
+
+  void* mine() const {
+    uint32_t thread = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    const auto base = (reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64;
+    return reinterpret_cast<void*>(base + thread * bytes_);
+  }
+
+ private:
+  int64_t bytes_;
+  Tensor memory_;
+};
+
+}  // namespace vitkernels

@@ -1,0 +1,99 @@
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace vitkernels {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(VITKERNELS_HAS_AVX2)
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#if defined(VITKERNELS_HAS_AVX512)
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Best first. The compiler's check includes the operating system's part (saved registers).
+const Candidate* candidates(int* count) {
+  static const Candidate list[] = {
+#if defined(VITKERNELS_HAS_AVX512)
+      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("fma")},
+#endif
+#if defined(VITKERNELS_HAS_AVX2)
+      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&baseline::kernels, true},
+  };
+  *count = int(sizeof(list) / sizeof(list[0]));
+  return list;
+}
+
+std::string names(bool supported_only) {
+  int count;
+  const Candidate* list = candidates(&count);
+  std::string joined;
+  for (int i = count - 1; i >= 0; --i) {
+    if (supported_only && !list[i].supported) continue;
+    joined += (joined.empty() ? "" : " ") + std::string(list[i].kernels->isa);
+  }
+  return joined;
+}
+
+const Kernels& choose() {
+  int count;
+  const Candidate* list = candidates(&count);
+  const char* wanted = std::getenv("VITKERNELS_ISA");
+  for (int i = 0; i < count; ++i) {
+    const bool named = wanted && *wanted;
+    if (list[i].supported && (!named || std::strcmp(wanted, list[i].kernels->isa) == 0)) return *list[i].kernels;
+  }
+  throw std::runtime_error("vitkernels: VITKERNELS_ISA is '" + std::string(wanted) + "', this CPU takes " + names(true));
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace vitkernels
+
+// For the Python side, which has no binding but torch's operators.
+extern "C" {
+
+__attribute__((visibility("default"))) const char* vitkernels_isa() {
+  try {
+    return vitkernels::kernels().isa;
+  } catch (const std::exception&) {
+    return "none";
+  }
+}
+
+__attribute__((visibility("default"))) const char* vitkernels_isas_built() {
+  static const std::string joined = vitkernels::names(false);
+  return joined.c_str();
+}
+
+__attribute__((visibility("default"))) const char* vitkernels_isas_supported() {
+  static const std::string joined = vitkernels::names(true);
+  return joined.c_str();
+}
+}

@@ -1,0 +1,28 @@
+// One table of kernels per instruction set; the best one that the CPU supports is chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace vitkernels {
+
+struct AttentionParams;
+struct AttentionBackwardParams;
+struct MergeParams;
+
+// Kernels work through the tasks [begin, end) on one thread; `scratch` is theirs alone, 64-byte aligned.
+struct Kernels {
+  const char* isa;
+  int64_t (*attention_scratch)(const AttentionParams&);  // bytes per thread
+  void (*attention)(const AttentionParams&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*attention_backward_scratch)(const AttentionBackwardParams&);
+  int64_t (*attention_backward_parts)(const AttentionBackwardParams&);  // bytes of grad_query_parts
+  void (*attention_backward)(const AttentionBackwardParams&, int64_t begin, int64_t end, void* scratch);
+  void (*finish_query_gradient)(const AttentionBackwardParams&, int64_t begin, int64_t end);  // (batch, head) pairs
+  void (*merge_attentions)(const MergeParams&, int64_t begin, int64_t end);  // rows
+  void (*merge_attentions_backward)(const MergeParams&, int64_t begin, int64_t end);
+};
+
+// The table in use: the environment variable VITKERNELS_ISA names one, else the best that is supported.
+const Kernels& kernels();
+
+}  // namespace vitkernels

@@ -1,0 +1,24 @@
+// The table of one instruction set. Compiled once per instruction set.
+#include "cpu/kernels.h"
+
+#include "cpu/isa.h"
+
+#define VK_STRING_(x) #x
+#define VK_STRING(x) VK_STRING_(x)
+
+namespace vitkernels::VK_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    .isa = VK_STRING(VK_ISA),
+    .attention_scratch = attention_scratch,
+    .attention = attention,
+    .attention_backward_scratch = attention_backward_scratch,
+    .attention_backward_parts = attention_backward_parts,
+    .attention_backward = attention_backward,
+    .finish_query_gradient = finish_query_gradient,
+    .merge_attentions = merge_attentions,
+    .merge_attentions_backward = merge_attentions_backward,
+};
+
+}  // namespace vitkernels::VK_ISA

@@ -1,0 +1,19 @@
+// The kernels of one instruction set; each table (isa.h) is filled from these.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/attention.h"
+
+namespace vitkernels::VK_ISA {
+
+int64_t attention_scratch(const AttentionParams&);
+void attention(const AttentionParams&, int64_t begin, int64_t end, void* scratch);
+int64_t attention_backward_scratch(const AttentionBackwardParams&);
+int64_t attention_backward_parts(const AttentionBackwardParams&);
+void attention_backward(const AttentionBackwardParams&, int64_t begin, int64_t end, void* scratch);
+void finish_query_gradient(const AttentionBackwardParams&, int64_t begin, int64_t end);
+void merge_attentions(const MergeParams&, int64_t begin, int64_t end);
+void merge_attentions_backward(const MergeParams&, int64_t begin, int64_t end);
+
+}  // namespace vitkernels::VK_ISA

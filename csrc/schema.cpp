@@ -1,0 +1,21 @@
+// Every operator's signature: the page to read first.
+//
+// Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads).
+// A backward operator returns an empty tensor for each gradient that was not asked for.
+#include "common/stable.h"
+
+STABLE_TORCH_LIBRARY(vitkernels, m) {
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, float scale, Tensor? head_scale, Tensor? bias, "
+      "Tensor? key_bias, Tensor? multiplier, Tensor? head_map, bool is_causal) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "Tensor lse, float scale, Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, "
+      "Tensor? head_map, bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias, "
+      "bool need_multiplier) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_head_scale, "
+      "Tensor grad_bias, Tensor grad_key_bias, Tensor grad_multiplier)");
+  m.def("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
+  m.def(
+      "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
+      "Tensor lse) -> Tensor[]");
+}

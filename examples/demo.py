@@ -1,0 +1,167 @@
+"""A trained DINOv2 ViT-S/14, stock and accelerated: agreement, time, memory and a picture.
+
+    python examples/demo.py [--image PATH ...] [--out DIR] [--sizes 224 518] [--repeats N] [--threads N]
+
+Writes ``dinov2.png`` and ``dinov2.json``; the exit status is 1 if the accelerated model is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import sys
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import vitkernels as vk
+from dinov2 import ONNX_SIZE, PATCH, load_model, model_path, onnx_outputs
+from figure import Row, draw
+from measure import Agreement, Timing, agreement, peak_memory, time_pairs
+from photos import open_photo, sample_photos
+from tqdm import tqdm
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--image", type=Path, action="append", help="a photo of yours; repeat for more")
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 518], help="pixels a side")
+    parser.add_argument("--repeats", type=int, default=24, help="timed pairs of forward passes at each size")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    given = parser.parse_args()
+    for size in given.sizes:
+        if size < PATCH or size % PATCH:
+            parser.error(f"--sizes {size}: takes multiples of {PATCH}")
+    for name in ("repeats", "threads"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} {getattr(given, name)}: takes 1 or more")
+    for path in given.image or ():
+        if not path.is_file():
+            parser.error(f"--image {path}: no such file")
+    given.sizes = sorted(set(given.sizes))
+    return given
+
+
+def machine(threads: int) -> str:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
+    return f"{cpu}, {threads} threads, vitkernels {vk.__version__}, {packages}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
+
+
+def mebibytes(value: int | None) -> str:
+    return "?" if value is None else f"{value / 2**20:.1f}"
+
+
+def timing_table(timings: list[Timing], memory: dict[int, tuple[int | None, ...]]) -> str:
+    rows: list[list[str]] = []
+    for t in timings:
+        stock, ours = t.stock_backbone + t.stock_decoder, t.ours_backbone + t.ours_decoder
+        stages = [
+            (
+                "backbone",
+                t.stock_backbone,
+                t.ours_backbone,
+                t.backbone_speedup,
+                map(mebibytes, memory[t.size]),
+            ),
+            ("with decoder", stock, ours, t.whole_speedup, ("", "")),
+        ]
+        for stage, stock, ours, (low, middle, high), peaks in stages:
+            times = (f"{stock * 1e3:.1f}", f"{ours * 1e3:.1f}", f"{middle:.2f}x", f"{low:.2f} to {high:.2f}")
+            rows.append([str(t.size), str((t.size // PATCH) ** 2 + 1), stage, *times, *peaks])
+    times = ["stock ms", "vitkernels ms", "speed-up", "quartiles"]
+    return table(["pixels", "tokens", "", *times, "stock MiB", "vitkernels MiB"], rows)
+
+
+def agreement_table(checks: list[Agreement]) -> str:
+    rows = [
+        [str(c.size), c.output, c.reference]
+        + [f"{value:.1e}" for value in (c.stock_error, c.ours_error, c.limit, 1 - c.ours_cosine)]
+        + ["ok" if c.ok else "TOO FAR"]
+        for c in checks
+    ]
+    errors = ["stock error", "vitkernels error", "limit", "1 - cosine"]
+    return table(["pixels", "output", "against", *errors, ""], rows)
+
+
+@torch.inference_mode()
+def main() -> int:
+    given = arguments()
+    torch.set_num_threads(given.threads)
+    given.out.mkdir(parents=True, exist_ok=True)
+    photos = [open_photo(path) for path in given.image] if given.image else sample_photos()
+    check_sizes = sorted({ONNX_SIZE, *given.sizes})
+    hardware = machine(given.threads)
+    print(hardware)
+
+    path = model_path()
+    stock = load_model(path)
+    ours = copy.deepcopy(stock)
+    print(vk.accelerate(ours))
+    exact = copy.deepcopy(stock).double()
+
+    checks: list[Agreement] = []
+    timings: list[Timing] = []
+    memory: dict[int, tuple[int | None, ...]] = {}
+    steps = len(check_sizes) * len(photos) + len(given.sizes) * (given.repeats + 2)
+    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
+        for size in check_sizes:
+            bar.set_description(f"checking at {size} pixels")
+            pixels = [photo.pixels(size) for photo in photos]
+            outputs = []
+            for one in pixels:
+                outputs.append((stock(one), ours(one), exact(one.double())))
+                bar.update()
+            by_stock, by_ours, by_exact = map(list, zip(*outputs, strict=True))
+            if size == ONNX_SIZE:
+                by_onnx = onnx_outputs(path, pixels, given.threads)
+                checks += agreement(size, "onnxruntime", by_onnx, by_stock, by_ours)
+            checks += agreement(size, "float64", by_exact, by_stock, by_ours)
+            checks += agreement(size, "stock", by_stock, by_stock, by_ours)
+        for size in given.sizes:
+            bar.set_description(f"timing at {size} pixels")
+            pixels = [photo.pixels(size) for photo in photos]
+            timings.append(time_pairs(stock, ours, pixels, given.repeats, bar.update))
+            memory[size] = tuple(peak_memory(partial(model.backbone, pixels[0])) for model in (stock, ours))
+            bar.update()
+
+    print("\nTime for one photo, and resident memory that the backbone's forward adds")
+    print(timing_table(timings, memory))
+    print(f"\nLargest error over {len(photos)} photos")
+    print(agreement_table(checks))
+
+    images = [photo.square(check_sizes[-1]) for photo in photos]
+    rows = [Row(*row) for row in zip(images, by_stock, by_ours, strict=True)]
+    draw(given.out / "dinov2.png", rows, timings, hardware)
+    results = {
+        "machine": hardware,
+        "photos": [photo.name for photo in photos],
+        "repeats": given.repeats,
+        "timings": [t._asdict() | {"peak_memory": memory[t.size]} for t in timings],
+        "agreement": [c._asdict() | {"ok": c.ok} for c in checks],
+    }
+    (given.out / "dinov2.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nWritten: {given.out / 'dinov2.png'} and dinov2.json")
+
+    failures = [f"{c.output} at {c.size} pixels against {c.reference}" for c in checks if not c.ok]
+    if failures:
+        print(f"The accelerated model does not agree: {'; '.join(failures)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Dense softmax attention."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from vitkernels.ops import attention as _ops
+
+__all__ = ["attention", "merge_attentions"]
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    multiplier: Tensor | None = ...,
+    head_map: Tensor | None = ...,
+    additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
+    is_causal: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    multiplier: Tensor | None = ...,
+    head_map: Tensor | None = ...,
+    additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
+    is_causal: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    qk_norm: Literal["l2"] | None = None,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    head_map: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention of every query over every key, without an N x N matrix in memory.
+
+    .. math::
+        \ell_{ij} = s_h \, (q_i \cdot k_j) \, m_{ij} + b_{ij} + c_j, \qquad
+        o_i = \sum_j \operatorname{softmax}_j(\ell_{ij}) \, v_j
+
+    Args:
+        query: ``(B, Nq, heads, d)``, or batch size 1 to share one query among all batches of ``key``.
+        key: ``(B, Nk, kv_heads, d)``; ``heads`` must be a multiple of ``kv_heads`` (or see ``head_map``).
+        value: ``(B, Nk, kv_heads, dv)``; ``dv`` may differ from ``d``.
+        scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
+        qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
+        bias: added to the logits, broadcastable to ``(B, heads, Nq, Nk)``. Its gradient is reduced, in a fixed
+            order, straight into its own shape. ``-inf`` removes a key.
+        key_bias: added to the logits of one key for all queries, broadcastable to ``(B, heads, Nk)``.
+        multiplier: multiplied to the scaled logits before the bias, broadcastable to ``(B, heads, Nq, Nk)``.
+        head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
+            that nobody reads, are fine.
+        additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides ``key``; they get neither
+            bias nor multiplier.
+        additional_values: ``(B, Na, kv_heads, dv)``, their values.
+        is_causal: query ``i`` sees the keys ``j <= i`` (aligned at the top left, as SDPA).
+        return_lse: also return the natural log of each row's sum of exponentials.
+
+    All of ``query``, ``key`` and ``value`` may have any strides as long as the last one is 1: a packed
+    ``(B, N, 3, heads, d)`` projection is three views, no copy.
+
+    Dtypes on the CPU: float64, float32, bfloat16, float16; the accumulation and the statistics are float32
+    (float64 for float64). ``bias``, ``key_bias``, ``multiplier`` and a tensor ``scale`` are float32 (float64 for
+    float64); other floating dtypes are converted.
+
+    Returns:
+        ``out (B, Nq, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also
+        ``lse (B, Nq, heads)`` in float32 (float64 for float64), differentiable. A query that sees no key gets
+        ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
+
+    Source: Vaswani et al., "Attention Is All You Need", eq. 1; computed with the online softmax of Milakov and
+    Gimelshein (2018) and the recomputing backward of Dao et al., "FlashAttention" (2022), algorithm 4.
+    """
+    op = "vitkernels::attention"
+    if qk_norm not in (None, "l2"):
+        raise RuntimeError(f"{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
+    if (additional_keys is None) != (additional_values is None):
+        raise RuntimeError(f"{op}: additional_keys and additional_values must be given together")
+    if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
+        query = query.expand(key.size(0), -1, -1, -1)
+    if qk_norm == "l2":
+        query = torch.nn.functional.normalize(query, dim=-1)
+        key = torch.nn.functional.normalize(key, dim=-1)
+        if additional_keys is not None:
+            additional_keys = torch.nn.functional.normalize(additional_keys, dim=-1)
+    scores = _ops.score_arguments(query, scale, bias, key_bias, multiplier)
+    out, lse = _ops.attention(query, key, value, *scores, head_map, is_causal)
+    if additional_keys is not None and additional_values is not None:
+        number, head_scale = scores[0], scores[1]
+        extra = _ops.attention(
+            query, additional_keys, additional_values, number, head_scale, None, None, None, head_map, False
+        )
+        out, lse = merge_attentions([out, extra[0]], [lse, extra[1]])
+    return (out, lse) if return_lse else out
+
+
+def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Join attention results over disjoint sets of keys, as if computed over their union.
+
+    .. math::
+        \mathrm{lse} = \log \sum_p e^{\mathrm{lse}_p}, \qquad o = \sum_p e^{\mathrm{lse}_p - \mathrm{lse}} \, o_p
+
+    Args:
+        outs: partial outputs, each ``(B, *spatial, heads, dv)``, all of one dtype.
+        lses: their log-sum-exps ``(B, *spatial, heads)``, float32 (float64 for float64), natural log.
+
+    Returns:
+        ``out`` and ``lse`` with the shapes and dtypes of the parts. Differentiable in all arguments. Where every
+        part is empty (``-inf``), ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        RuntimeError: if the lists are empty, differ in length, or their members differ in shape or dtype.
+
+    Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), section 3.
+    """
+    return _ops.merge_attentions(list(outs), list(lses))

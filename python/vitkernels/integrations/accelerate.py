@@ -1,0 +1,91 @@
+"""``vk.accelerate`` and ``vk.restore``: every library's integration over one model."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import import_module
+from types import ModuleType
+
+from torch import nn
+
+from vitkernels._library import backends
+from vitkernels.integrations.report import Entry, Report, kind_of
+
+__all__ = ["accelerate", "register_transformers", "restore"]
+
+# A model of a library has imported these modules of it. Importing them for the user would cost seconds.
+_INTEGRATIONS = {
+    "timm.layers.attention": "vitkernels.integrations.timm",
+    "transformers.modeling_utils": "vitkernels.integrations.transformers",
+}
+_ATTENTION_NAME = re.compile(r"Attention|Attn")
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Let the attention modules of ``model`` compute with the kernels, in place.
+
+    Parameters, buffers, hooks, ``state_dict`` keys and the classes that ``isinstance`` sees stay; copies,
+    pickles and compiled versions of the model stay accelerated. ``torch.fx`` traces the stock path, and
+    ``torch.jit.script`` needs :func:`restore` first. A second call changes nothing.
+
+    - timm: modules that are exactly ``timm.layers.attention.Attention``.
+    - transformers: every attention module that goes through ``ALL_ATTENTION_FUNCTIONS`` and is set to
+      ``"sdpa"``. The setting lives in the model's config, so a model that shares the config object follows.
+
+    Args:
+        model: any module, an attention module itself included.
+
+    Returns:
+        Every attention module found, and why those that were left alone were.
+
+    Raises:
+        TypeError: if ``model`` is not a ``torch.nn.Module``.
+    """
+    _check(model, "accelerate")
+    entries = {entry.name: entry for library in _loaded() for entry in library.replace(model)}
+    for name, module in model.named_modules():
+        if name not in entries and _looks_like_attention(module):
+            entries[name] = Entry(name, kind_of(module), "stock", "no fused replacement")
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    return Report(sorted(entries.values(), key=lambda entry: order[entry.name]), backends())
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`accelerate`, exactly.
+
+    Args:
+        model: a module, accelerated or not.
+
+    Raises:
+        TypeError: if ``model`` is not a ``torch.nn.Module``.
+    """
+    _check(model, "restore")
+    for library in _loaded():
+        library.restore(model)
+
+
+def register_transformers() -> None:
+    """Make ``"vitkernels"`` an attention implementation of transformers, importing transformers.
+
+    Afterwards ``attn_implementation="vitkernels"`` and ``model.set_attn_implementation("vitkernels")`` work.
+    """
+    import_module("vitkernels.integrations.transformers")
+
+
+def _check(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"vitkernels.{function}: model is a {type(model).__name__}, takes a torch.nn.Module")
+
+
+def _loaded() -> list[ModuleType]:
+    return [import_module(ours) for theirs, ours in _INTEGRATIONS.items() if theirs in sys.modules]
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    """Named as attention, with parameters, and not merely a wrapper of a module that is."""
+
+    def named(m: nn.Module) -> bool:
+        return _ATTENTION_NAME.search(type(m).__name__) is not None and any(True for _ in m.parameters())
+
+    return named(module) and not any(named(m) for m in module.modules() if m is not module)

@@ -1,0 +1,5 @@
+"""What PyTorch must know of every operator besides its kernel: fake, autograd and autocast."""
+
+from vitkernels.ops import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,62 @@
+"""The parts of a registration that all operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("vitkernels", "IMPL")
+
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def register_autocast(op: str, num_cast: int) -> None:
+    """Under autocast, cast the first ``num_cast`` arguments of ``op`` to the autocast dtype, and nothing else.
+
+    ``torch.library.register_autocast`` casts every floating tensor: lse, biases and scales would lose bits.
+    """
+    overload = getattr(torch.ops.vitkernels, op).default
+    for device, key in _AUTOCAST_KEYS.items():
+
+        def cast(*args: Any, device: str = device, key: str = key) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            mine = [a.to(dtype) if _castable(a) else a for a in args[:num_cast]]
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return overload(*mine, *args[num_cast:])
+
+        _library.impl(op, cast, key)
+
+
+def _castable(argument: object) -> bool:
+    # As torch's own autocast does: float64 stays as it is.
+    return isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
+
+
+def register_no_double_backward(op: str) -> None:
+    """Make the gradient of the backward operator ``op`` an error instead of a silent zero."""
+
+    def raise_on_double_backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"vitkernels::{op}: second derivatives are not implemented")
+
+    torch.library.register_autograd(f"vitkernels::{op}", raise_on_double_backward)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-sum-exps, biases and scales that go with tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def register(
+    op: str,
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Register the fake implementation of ``op`` and, where it has one, its gradient."""
+    torch.library.register_fake(f"vitkernels::{op}", fake)
+    if backward is not None:
+        torch.library.register_autograd(f"vitkernels::{op}", backward, setup_context=setup_context)

@@ -1,0 +1,75 @@
+"""The definition of dense attention, in plain PyTorch. Every dtype, any device, O(N^2) memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "merge_attentions"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    qk_norm: str | None = None,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    head_map: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Same arguments, shapes and results as :func:`vitkernels.attention`."""
+    heads = query.size(2)
+    if head_map is None:
+        head_map = torch.arange(heads, device=query.device) // max(heads // max(key.size(2), 1), 1)
+    num_own, num_extra = key.size(1), 0
+    if additional_keys is not None and additional_values is not None:
+        num_extra = additional_keys.size(1)
+        key, value = torch.cat([key, additional_keys], 1), torch.cat([value, additional_values], 1)
+    if qk_norm == "l2":
+        query = torch.nn.functional.normalize(query, dim=-1)
+        key = torch.nn.functional.normalize(key, dim=-1)
+    if scale is None:
+        scale = query.size(-1) ** -0.5
+    if isinstance(scale, Tensor):
+        scale = scale.to(query.dtype)[:, None, None]
+
+    q = query.transpose(1, 2)  # [B, H, Nq, D]
+    k = key[:, :, head_map].transpose(1, 2)  # [B, H, Nk, D]
+    v = value[:, :, head_map].transpose(1, 2)  # [B, H, Nk, Dv]
+    logits = q @ k.transpose(-1, -2) * scale  # [B, H, Nq, Nk]
+    own = logits[..., :num_own]
+    if multiplier is not None:
+        own = own * multiplier.to(q.dtype)
+    if bias is not None:
+        own = own + bias.to(q.dtype)
+    if key_bias is not None:
+        own = own + key_bias.to(q.dtype).unsqueeze(-2)
+    if is_causal:
+        visible = torch.ones(own.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        own = own.masked_fill(~visible, -torch.inf)
+    logits = torch.cat([own, logits[..., num_own:]], -1) if num_extra else own
+
+    # The statistics have the kernels' precision. An empty row has lse = -inf, and P = 0 instead of NaN.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    lse = torch.logsumexp(logits, -1)  # [B, H, Nq]
+    empty = lse == -torch.inf
+    p = torch.exp(logits - lse.masked_fill(empty, 0.0).unsqueeze(-1))  # [B, H, Nq, Nk]
+    out = (p.to(v.dtype) @ v).transpose(1, 2)  # [B, Nq, H, Dv]
+    return (out, lse.transpose(1, 2)) if return_lse else out
+
+
+def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Same arguments, shapes and results as :func:`vitkernels.merge_attentions`."""
+    stacked = torch.stack(list(lses))  # [P, B, *, H]
+    lse = torch.logsumexp(stacked, 0)  # [B, *, H]
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    weight = torch.exp(stacked - finite).unsqueeze(-1)  # [P, B, *, H, 1]
+    out = (weight * torch.stack(list(outs))).sum(0)  # [B, *, H, Dv]
+    return out.to(outs[0].dtype), lse
