@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks import floor
 from benchmarks.compare import TOLERANCE, relative_error, upcast
-from benchmarks.measure import Effort, Spread, floor_calls, floor_seconds, interleave, spread
+from benchmarks.measure import Effort, Spread, interleave, spread
 from benchmarks.memory import fresh_call
 from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Unavailable
 
@@ -143,18 +144,19 @@ def run(
     try:
         inputs = entry.inputs(torch_dtype, device)
     except Unavailable as reason:
-        row.ours.note = f"cannot run: {reason}"
+        for result in row.peers:
+            result.note = f"cannot run: {reason}"
         return row
     calls = _prepare(row, entry, peers, inputs)
     if check_only or OURS not in calls:
         return row
 
-    times = interleave({**calls, **floor_calls(torch_dtype, effort, device)}, effort, device)
+    times = interleave({**calls, **floor.calls(torch_dtype, effort, device)}, effort, device)
     ours = times[OURS]
     row.rounds = len(ours)
-    floor = floor_seconds(times, effort, row.flops, row.bytes)
-    row.floor_seconds = spread(floor).median
-    row.of_floor = spread([f / o for f, o in zip(floor, ours, strict=True)])
+    bound = floor.seconds(times, effort, row.flops, row.bytes)
+    row.floor_seconds = spread(bound).median
+    row.of_floor = spread([f / o for f, o in zip(bound, ours, strict=True)])
     for peer, result in zip(peers, row.peers, strict=True):
         if peer.name not in calls:
             continue

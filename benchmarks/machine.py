@@ -13,7 +13,10 @@ import torch
 import vitkernels
 from vitkernels import _library
 
-__all__ = ["describe", "line"]
+from benchmarks.compare import TOLERANCE
+from benchmarks.floor import matmul_rates
+
+__all__ = ["describe", "line", "warnings"]
 
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 
@@ -36,6 +39,14 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.strip()
 
 
+def _matmul_gflops(device: torch.device) -> dict[str, float]:
+    return {
+        name: round(rate, 1)
+        for dtype in TOLERANCE
+        for name, rate in matmul_rates(getattr(torch, dtype), device).items()
+    }
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Everything that a reader needs to judge the figures; goes into the JSON file."""
     flags = set(_cpuinfo("flags").split())
@@ -54,6 +65,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "vitkernels": vitkernels.__version__,
         "isa": _library.isa(),
+        "matmul_gflops": _matmul_gflops(device),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -69,3 +81,26 @@ def line(machine: dict[str, Any]) -> str:
         f"{machine['threads']} threads{place}; torch {machine['torch']}, vitkernels {machine['vitkernels']} "
         f"[{machine['isa']}], {commit}, {machine['date']}"
     )
+
+
+def warnings(machine: dict[str, Any]) -> list[str]:
+    """What makes the figures of this machine mislead."""
+    found = []
+    if machine["device"] == "cpu" and not machine["affinity"]:
+        found.append("GOMP_CPU_AFFINITY is not set: threads may share a core, and times may jump.")
+    slow = [f"{share:.0%} ({dtype})" for dtype, share in _torch_mm_shares(machine).items() if share < 0.8]
+    if slow:
+        found.append(
+            f"torch.mm reaches {', '.join(slow)} of the best matmul rate measured here. Peers built on it "
+            "(SDPA, eager) suffer, and the speed-ups over them are larger than on other CPUs."
+        )
+    return found
+
+
+def _torch_mm_shares(machine: dict[str, Any]) -> dict[str, float]:
+    """For each dtype, the rate of ``torch.mm`` relative to the best way to multiply such values."""
+    shares = {}
+    for dtype in TOLERANCE:
+        rates = {n: r for n, r in machine["matmul_gflops"].items() if n.endswith((f" {dtype}", " float32"))}
+        shares[dtype] = rates[f"torch.mm {dtype}"] / max(rates.values())
+    return shares

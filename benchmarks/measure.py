@@ -13,19 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "FULL",
-    "QUICK",
-    "Effort",
-    "Spread",
-    "floor_calls",
-    "floor_seconds",
-    "interleave",
-    "spread",
-    "synchronize",
-]
-
-MATMUL, COPY = "floor: matmul", "floor: copy"
+__all__ = ["FULL", "QUICK", "Effort", "Spread", "batch", "interleave", "spread", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +55,8 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def _batch(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Seconds per call."""
+def batch(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds per call, of ``repeats`` calls."""
     synchronize(device)
     start = perf_counter()
     for _ in range(repeats):
@@ -78,9 +66,9 @@ def _batch(call: Callable[[], Any], repeats: int, device: torch.device) -> float
 
 
 def _calibrate(call: Callable[[], Any], batch_seconds: float, device: torch.device) -> int:
-    _batch(call, 1, device)  # the first call loads code and fills allocators
+    batch(call, 1, device)  # the first call loads code and fills allocators
     repeats = 1
-    while (each := _batch(call, repeats, device)) * repeats < batch_seconds:
+    while (each := batch(call, repeats, device)) * repeats < batch_seconds:
         # A margin, because the clock changes between calibration and measurement.
         repeats = max(repeats + 1, math.ceil(1.2 * batch_seconds / max(each, 1e-7)))
     return repeats
@@ -109,33 +97,8 @@ def interleave(
             for name in order:
                 if repeats[name] > 1:
                     calls[name]()
-                times[name].append(_batch(calls[name], repeats[name], device))
+                times[name].append(batch(calls[name], repeats[name], device))
             rounds += 1
     finally:
         gc.enable()
     return times
-
-
-def floor_calls(dtype: torch.dtype, effort: Effort, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """A square matmul and a copy beyond the caches: the rates that the floor is made of."""
-    # Some CPUs have no arithmetic in float16 or bfloat16 and are faster after a conversion to float32.
-    candidates = {torch.float32, dtype}
-    small = {d: torch.randn(256, 256, device=device).to(d) for d in candidates}
-    trial = {d: min(_batch(lambda m=small[d]: m @ m, 1, device) for _ in range(3)) for d in candidates}
-    best = min(trial, key=trial.__getitem__)
-    a, b = (torch.randn(effort.matmul_size, effort.matmul_size, device=device).to(best) for _ in range(2))
-    product = torch.empty_like(a)
-    source = torch.zeros(effort.copy_bytes // 4, device=device)
-    target = torch.zeros_like(source)
-    return {MATMUL: lambda: torch.mm(a, b, out=product), COPY: lambda: target.copy_(source)}
-
-
-def floor_seconds(
-    times: dict[str, list[float]], effort: Effort, flops: float, num_bytes: float
-) -> list[float]:
-    """For each round, the time that nobody can beat at the rates measured in that round."""
-    matmul_flops = 2.0 * effort.matmul_size**3
-    return [
-        max(flops * matmul / matmul_flops, num_bytes * copy / (2.0 * effort.copy_bytes))
-        for matmul, copy in zip(times[MATMUL], times[COPY], strict=True)
-    ]

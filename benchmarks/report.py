@@ -40,6 +40,8 @@ def _rate(row: Row) -> str:
 
 
 def _peer_text(result: PeerResult) -> str:
+    if result.seconds is None:
+        return f"    {result.name:<11} {result.note or f'error {result.error:.1e}'}"
     figures = f"{_time(result.seconds):>9}  {_ratio(result.speedup):<18} {_memory(result.peak_mb):>10}"
     return f"    {result.name:<11} {figures}  {result.note or ''}".rstrip()
 
@@ -83,7 +85,7 @@ def _group_rows(rows: list[Row]) -> list[list[str]]:
 def write_markdown(path: Path, machine: dict[str, Any], rows: list[Row], verdicts: list[Verdict]) -> None:
     """One table per group and one of the targets, to be included in a page."""
     lines = [
-        f"Measured on {machines.line(machine)}.",
+        " ".join([f"Measured on {machines.line(machine)}.", *machine["warnings"]]),
         "",
         "Speed-up: the peer's time divided by ours, median of the rounds [10th, 90th percentile]. Floor: our "
         "speed relative to the machine's matmul or copy rate, measured in the same loop. Memory: peak above "

@@ -18,7 +18,7 @@ from benchmarks.experiment import Row, run
 from benchmarks.measure import FULL, QUICK
 from benchmarks.registry import Entry
 
-_QUICK_FLOPS = 12e9
+_QUICK_FLOPS = 15e9
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -82,9 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     machine = machines.describe(arguments.device)
-    print(machines.line(machine))
-    if not machine["affinity"]:
-        print("GOMP_CPU_AFFINITY is not set: threads may share a core, and times may jump.")
+    machine["warnings"] = machines.warnings(machine)
+    print("\n".join([machines.line(machine), *machine["warnings"]]))
 
     rows, crashed = _measure(arguments, selected)
     wrong = [f"{row.entry} {row.dtype}: {', '.join(row.wrong)}" for row in rows if row.wrong]
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join([f"\n{title}:", *names]))
     if not arguments.check:
         verdicts = targets.judge(rows)
-        print("\nTargets:\n" + report.targets_text(verdicts))
+        print("\n".join(["\nTargets:", report.targets_text(verdicts), *machine["warnings"]]))
         arguments.out.mkdir(parents=True, exist_ok=True)
         report.write_json(arguments.out / "results.json", machine, rows, verdicts)
         plots.draw(rows, arguments.out)

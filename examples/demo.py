@@ -2,7 +2,8 @@
 
     python examples/demo.py [--image PATH ...] [--out DIR] [--sizes 224 518] [--repeats N] [--threads N]
 
-Writes ``dinov2.png`` and ``dinov2.json``; the exit status is 1 if the accelerated model is off.
+Writes ``dinov2.json`` and ``dinov2.png``. If the accelerated model does not agree, the exit status is 1 and
+there is no picture.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def arguments() -> argparse.Namespace:
     for name in ("repeats", "threads"):
         if getattr(given, name) < 1:
             parser.error(f"--{name} {getattr(given, name)}: takes 1 or more")
-    for path in given.image or ():
-        if not path.is_file():
-            parser.error(f"--image {path}: no such file")
+    try:
+        given.photos = [open_photo(path) for path in given.image or ()] or sample_photos()
+    except OSError as error:  # no such file, or none that Pillow reads
+        parser.error(f"--image: {error}")
     given.sizes = sorted(set(given.sizes))
     return given
 
@@ -53,7 +55,7 @@ def machine(threads: int) -> str:
         lines = info.read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    return f"{cpu}, {threads} threads, vitkernels {vk.__version__}, {packages}"
+    return f"{cpu}, {threads} thread{'s' * (threads > 1)}, vitkernels {vk.__version__}, {packages}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -69,18 +71,11 @@ def mebibytes(value: int | None) -> str:
 def timing_table(timings: list[Timing], memory: dict[int, tuple[int | None, ...]]) -> str:
     rows: list[list[str]] = []
     for t in timings:
-        stock, ours = t.stock_backbone + t.stock_decoder, t.ours_backbone + t.ours_decoder
-        stages = [
-            (
-                "backbone",
-                t.stock_backbone,
-                t.ours_backbone,
-                t.backbone_speedup,
-                map(mebibytes, memory[t.size]),
-            ),
-            ("with decoder", stock, ours, t.whole_speedup, ("", "")),
-        ]
-        for stage, stock, ours, (low, middle, high), peaks in stages:
+        stages = [("backbone", t.stock_backbone, t.ours_backbone, t.backbone_speedup)]
+        whole = (t.stock_backbone + t.stock_decoder, t.ours_backbone + t.ours_decoder)
+        stages.append(("with decoder", *whole, t.whole_speedup))
+        for stage, stock, ours, (low, middle, high) in stages:
+            peaks = map(mebibytes, memory[t.size]) if stage == "backbone" else ("", "")
             times = (f"{stock * 1e3:.1f}", f"{ours * 1e3:.1f}", f"{middle:.2f}x", f"{low:.2f} to {high:.2f}")
             rows.append([str(t.size), str((t.size // PATCH) ** 2 + 1), stage, *times, *peaks])
     times = ["stock ms", "vitkernels ms", "speed-up", "quartiles"]
@@ -103,7 +98,7 @@ def main() -> int:
     given = arguments()
     torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
-    photos = [open_photo(path) for path in given.image] if given.image else sample_photos()
+    photos = given.photos
     check_sizes = sorted({ONNX_SIZE, *given.sizes})
     hardware = machine(given.threads)
     print(hardware)
@@ -111,7 +106,10 @@ def main() -> int:
     path = model_path()
     stock = load_model(path)
     ours = copy.deepcopy(stock)
-    print(vk.accelerate(ours))
+    report = vk.accelerate(ours)
+    print(report)
+    if not report.replaced:
+        sys.exit("Nothing was accelerated, so there is nothing to compare.")
     exact = copy.deepcopy(stock).double()
 
     checks: list[Agreement] = []
@@ -141,12 +139,9 @@ def main() -> int:
 
     print("\nTime for one photo, and resident memory that the backbone's forward adds")
     print(timing_table(timings, memory))
-    print(f"\nLargest error over {len(photos)} photos")
+    print("\nLargest error over all photos")
     print(agreement_table(checks))
 
-    images = [photo.square(check_sizes[-1]) for photo in photos]
-    rows = [Row(*row) for row in zip(images, by_stock, by_ours, strict=True)]
-    draw(given.out / "dinov2.png", rows, timings, hardware)
     results = {
         "machine": hardware,
         "photos": [photo.name for photo in photos],
@@ -155,12 +150,15 @@ def main() -> int:
         "agreement": [c._asdict() | {"ok": c.ok} for c in checks],
     }
     (given.out / "dinov2.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nWritten: {given.out / 'dinov2.png'} and dinov2.json")
-
     failures = [f"{c.output} at {c.size} pixels against {c.reference}" for c in checks if not c.ok]
     if failures:
         print(f"The accelerated model does not agree: {'; '.join(failures)}", file=sys.stderr)
-    return 1 if failures else 0
+        return 1
+    images = [photo.square(check_sizes[-1]) for photo in photos]
+    rows = [Row(*row) for row in zip(images, by_stock, by_ours, strict=True)]
+    draw(given.out / "dinov2.png", rows, timings, hardware)
+    print(f"\nWritten: {given.out / 'dinov2.png'} and dinov2.json")
+    return 0
 
 
 if __name__ == "__main__":

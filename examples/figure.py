@@ -22,9 +22,9 @@ from torch import Tensor
 
 __all__ = ["Row", "draw", "patch_colours"]
 
-# Lengths in inches: a picture, what lies between two, the border, a line of titles, the notes at the foot, the
-# names beside the bars, the bars with their title.
-TILE, GAP, MARGIN, HEAD, NOTES, LABELS, BARS = 1.75, 0.05, 0.1, 0.3, 0.5, 0.8, 1.2
+# Inches: a picture, the gap to the next, the border, a line of titles, the notes at the foot, the names
+# beside the bars, the bars with their title.
+TILE, GAP, MARGIN, HEAD, NOTES, LABELS, BARS = 1.75, 0.05, 0.1, 0.3, 0.5, 0.8, 1.25
 STOCK, OURS, DECODER, INK, NOTE = "#9aa5b1", "#0f8b8d", "#e3e7eb", "#1f2933", "#616e7c"
 CENTRE = {"ha": "center", "va": "center"}
 TITLES = ("photo", "saliency, stock", "saliency, vitkernels", "patch features (PCA)")
@@ -75,7 +75,7 @@ def draw(path: Path, rows: list[Row], timings: list[Timing], caption: str) -> No
             cell.set_title(title, fontsize=9.5, color=INK, pad=5)
     for i, timing in enumerate(timings):
         left, bottom = MARGIN + i % across * block + LABELS, NOTES + (lines - 1 - i // across) * BARS
-        draw_bars(place(left, bottom, block - LABELS - MARGIN, BARS - HEAD), timing)
+        draw_bars(place(left, bottom, block - LABELS - MARGIN, BARS - HEAD - MARGIN), timing)
     key = "Median time for one photo: backbone, then decoder (light). Speed-up of the backbone, quartiles."
     where = (MARGIN / width, MARGIN / height)
     figure.text(*where, f"{key}\n{caption}", fontsize=7.5, color=NOTE, linespacing=1.5)

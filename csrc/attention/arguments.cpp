@@ -5,6 +5,8 @@
 namespace vitkernels {
 namespace {
 
+constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
+
 // Strides of a tensor broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
 ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   int64_t strides[4] = {};
@@ -88,7 +90,7 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
   checker.size("value", value, 1, num_keys, "key's number of tokens");
   checker.size("value", value, 2, kv_heads, "key's number of heads");
   checker.size("key", key, 3, head_dim, "query's head dimension");
-  checker.check(heads > 0, "query has 0 heads, takes at least 1");
+  checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
   checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
   checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
   kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads);

@@ -158,14 +158,14 @@ class Backward {
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
     T delta = dot(p.out.at<const S>(batch, query, head), grad_out, p.value_dim);
     if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
-    // An empty row (lse = -inf) has P = 0: exp2(-inf).
-    const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse * kLog2e<T>;
+    // An empty row (lse = -inf) has P = 0: exp(-inf).
+    const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
 
     if (p.score.has_terms()) {
       differentiate_terms(query, visible, first_key, offset, delta, logits_row, gradient_row);
     } else {
       for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
-        const Vec<T> prob = keep(exp2<T>(load(logits_row + c) * kLog2e<T> - offset), lanes, T(0));
+        const Vec<T> prob = keep(exp<T>(load(logits_row + c) - offset), lanes, T(0));
         store(logits_row + c, prob);
         store(gradient_row + c, keep(prob * (load(gradient_row + c) - delta), lanes, T(0)));
       });
@@ -184,7 +184,7 @@ class Backward {
     for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
       const Vec<T> product = load(logits_row + c);
       const Vec<T> x = score.apply(product, c, lanes);
-      const Vec<T> prob = keep(exp2<T>(x * kLog2e<T> - offset), lanes, T(0));
+      const Vec<T> prob = keep(exp<T>(x - offset), lanes, T(0));
       const Vec<T> grad = prob * (load(gradient_row + c) - delta);
       multiplier.add(grad * product, c, lanes);
       bias.add(grad, c, lanes);

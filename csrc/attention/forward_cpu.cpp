@@ -40,7 +40,7 @@ class Forward {
  private:
   void block_of_queries(Range rows) {
     std::fill_n(states, query_block, RowState<T>{});
-    std::fill_n(sums, query_block * value_width, T(0));
+    if (keys.count != 1) std::fill_n(sums, query_block * value_width, T(0));
     for (int64_t tile = 0; tile < keys.count; ++tile) {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, p.num_keys())};
       if (intersect(p.pattern.axis[0].any_keys(rows), tile_keys).empty()) continue;
@@ -79,20 +79,31 @@ class Forward {
     matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
                      p.head_dim, logits, logits_stride);  // [count, width]
 
-    T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
+    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
+    T largest[kTileRows];
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      const T largest =
-          p.score.has_terms()
-              ? apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
-              : row_max(row, visible);
-      const T factor = exponentiate(row, visible, seen.end, largest, states[query - block.begin]);
-      if (factor != T(1) && keys.count > 1) rescale(group_sums + r * value_width, factor);
+      largest[r] = p.score.has_terms()
+                       ? apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
+                       : row_max(row, visible);
     }
-    matmul<T, true>({logits, logits_stride, 1}, {values, value_width, kPanel<T>}, count, value_width, seen.end,
-                    group_sums, value_width);  // [count, dv]
+    T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t query = rows.begin + r;
+      const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
+      const T factor = exponentiate(logits + r * logits_stride, visible, seen.end, largest[r],
+                                    states[query - block.begin]);
+      if (keys.count > 1 && factor != T(1)) rescale(group_sums + r * value_width, factor);
+    }
+    const MatmulA<T> probabilities{logits, logits_stride, 1};
+    const MatmulB<T> value_rows{values, value_width, kPanel<T>};
+    if (keys.count > 1) {
+      matmul<T, true>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);  // [count, dv]
+    } else {
+      matmul<T, false>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);
+    }
   }
 
   void rescale(T* row, T factor) const {
@@ -103,8 +114,10 @@ class Forward {
     T* lse = static_cast<T*>(p.lse);
     for (int64_t query = rows.begin; query < rows.end; ++query) {
       const RowState<T>& state = states[query - rows.begin];
+      T* row = sums + (query - rows.begin) * value_width;
+      if (state.sum == T(0)) clear(row, {0, value_width});  // saw no key: zero, whatever the row holds
       const T factor = state.sum == T(0) ? T(0) : T(1) / state.sum;
-      unpack_rows<T>(sums + (query - rows.begin) * value_width, value_width, 1, p.value_dim, factor,
+      unpack_rows<T>(row, value_width, 1, p.value_dim, factor,
                      p.out.at<S>(batch, query, head), p.out.token_stride);
       lse[(batch * p.num_queries() + query) * p.heads + head] = state.lse();
     }

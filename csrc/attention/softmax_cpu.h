@@ -78,8 +78,8 @@ template <class T>
 struct RowState {
   T max = kMinusInfinity<T>, sum = 0;
 
-  // What exponents are taken relative to, in base 2. A row that saw nothing yet must not give inf - inf.
-  T offset() const { return max == kMinusInfinity<T> ? T(0) : max * kLog2e<T>; }
+  // What exponents are taken relative to. A row that saw nothing yet must not give inf - inf.
+  T offset() const { return max == kMinusInfinity<T> ? T(0) : max; }
   T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
 
@@ -119,7 +119,7 @@ VK_INLINE T exponentiate(T* logits, Range visible, int64_t width, T largest, Row
   const T offset = state.offset();
   Vec<T> sum{};
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
-    const Vec<T> p = keep(exp2<T>(load(logits + column) * kLog2e<T> - offset), lanes, T(0));
+    const Vec<T> p = keep(exp<T>(load(logits + column) - offset), lanes, T(0));
     store(logits + column, p);
     sum += p;
   });
@@ -129,7 +129,7 @@ VK_INLINE T exponentiate(T* logits, Range visible, int64_t width, T largest, Row
     clear(logits, {0, visible.begin});
     clear(logits, {visible.end, width});
   }
-  const T factor = was_max == kMinusInfinity<T> ? T(0) : exp2<T>(broadcast(before - offset))[0];
+  const T factor = was_max == kMinusInfinity<T> ? T(0) : exp<T>(broadcast(before - offset))[0];
   state.sum = state.sum * factor + reduce_add<T>(sum);
   return factor;
 }

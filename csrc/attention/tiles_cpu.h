@@ -37,10 +37,10 @@ inline int64_t forward_query_block(const AttentionParams& p) {
 
 inline Tiling backward_keys(const AttentionParams& p) { return tile_axis(p.num_keys(), kBackwardKeyTile); }
 
-// Ranges of keys that are worked on independently: enough tasks for a few threads where there are few heads,
+// Ranges of keys that are worked on independently: enough tasks for many threads where there are few heads,
 // but at most 4, for each costs a query gradient of its own.
 inline int64_t backward_splits(const AttentionBackwardParams& p) {
-  const int64_t wanted = 12 / (p.batch_groups() * p.head_groups() + 1);
+  const int64_t wanted = 32 / (p.batch_groups() * p.head_groups() + 1);
   const int64_t most = backward_keys(p).count < 4 ? backward_keys(p).count : 4;
   return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
 }

@@ -29,8 +29,6 @@ struct Exp2Constants<double> {
 
 template <class T>
 inline constexpr T kLog2e = T(std::numbers::log2e_v<double>);
-template <class T>
-inline constexpr T kLn2 = T(std::numbers::ln2_v<double>);
 
 // 2^x for x < 128 (float) or 1024 (double). Results below the smallest normal number are zero: denormals
 // would slow every following matmul down, and -inf needs no case of its own.
@@ -57,6 +55,13 @@ VK_INLINE Vec<T> exp2(Vec<T> x) {
   // The integer part stands in the low bits of `shifted`: move it to the exponent and add.
   const Bits<T> scaled = (Bits<T>)p + ((Bits<T>)shifted << C::kMantissa);
   return x < broadcast<T>(C::kSmallest) ? Vec<T>{} : (Vec<T>)scaled;
+}
+
+// e^x. Callers subtract the maximum first, in x itself: the difference of two large logits is exact, the difference
+// of their multiples by log2(e) is not, and overflows near the largest number.
+template <class T>
+VK_INLINE Vec<T> exp(Vec<T> x) {
+  return exp2<T>(x * kLog2e<T>);
 }
 
 }  // namespace vitkernels::VK_ISA

@@ -30,25 +30,37 @@ void unpack_rows(const T* source, int64_t source_stride, int64_t rows, int64_t c
   }
 }
 
-// target = source^T in panels of kPanel source rows: [rows / kPanel, columns, kPanel]. Padding rows become zero.
-// A panel takes columns * kPanel elements.
+// One square of pack_transposed. The full square has no conditions: it is nearly all of the work.
+template <bool kFull, class T, class S>
+VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* panel) {
+  constexpr int kN = kWidth<T>;
+  Vec<T> square[kN];
+#pragma GCC unroll 16
+  for (int i = 0; i < kN; ++i) {
+    const bool valid = kFull || i < rows;
+    square[i] = valid ? load_widened<T>(source + i * source_stride, kFull ? kN : columns) : Vec<T>{};
+  }
+  transpose<T>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < kN; ++i) {
+    if (kFull || i < columns) store(panel + i * kPanel<T>, square[i]);
+  }
+}
+
+// target = source^T in panels of kPanel source rows: [rows / kPanel, columns, kPanel]. A panel takes
+// columns * kPanel elements; the padding up to the next full vector of rows becomes zero.
 template <class T, class S>
 void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* target) {
-  constexpr int kN = kWidth<T>;
+  constexpr int64_t kN = kWidth<T>;
   for (int64_t r = 0; r < rows; r += kN) {
     T* panel = target + r / kPanel<T> * columns * kPanel<T> + r % kPanel<T>;
-    const int64_t valid_rows = std::min<int64_t>(rows - r, kN);
     for (int64_t c = 0; c < columns; c += kN) {
-      const int64_t valid_columns = std::min<int64_t>(columns - c, kN);
-      Vec<T> square[kN];
-#pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) {
-        square[i] = i < valid_rows ? load_widened<T>(source + (r + i) * source_stride + c, valid_columns) : Vec<T>{};
-      }
-      transpose<T>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kN; ++i) {
-        if (i < valid_columns) store(panel + (c + i) * kPanel<T>, square[i]);
+      const S* corner = source + r * source_stride + c;
+      const int64_t valid_rows = std::min(rows - r, kN), valid_columns = std::min(columns - c, kN);
+      if (valid_rows == kN && valid_columns == kN) {
+        pack_transposed_square<true>(corner, source_stride, kN, kN, panel + c * kPanel<T>);
+      } else {
+        pack_transposed_square<false>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<T>);
       }
     }
   }

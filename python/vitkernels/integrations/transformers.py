@@ -28,7 +28,7 @@ IMPLEMENTATION = "vitkernels"
 _RECORD = "_vitkernels_stock"
 # What SDPA's function of transformers acts on, besides the arguments of `attention_forward`.
 _SDPA_ARGUMENTS = ("softcap", "position_bias", "cache")
-_CONDITION = "stock path with output_attentions, softcap, position_bias or a paged cache"
+_CONDITION = "stock path with output_attentions, softcap or position_bias"
 
 
 @dataclass(frozen=True)

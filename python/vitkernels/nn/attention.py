@@ -128,8 +128,8 @@ class Attention(nn.Module):
         out = self.norm(out.reshape(B, N, self.attn_dim))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        out = self.proj_drop(self.proj(out))
-        return out
+        output: Tensor = self.proj_drop(self.proj(out))
+        return output
 
     def _dropout_attention(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool

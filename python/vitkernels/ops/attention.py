@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.ops.registration import (
+    check_same_device,
     register,
     register_autocast,
     register_no_double_backward,
@@ -47,8 +48,13 @@ def score_arguments(
 
 
 def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *score_and_keys: Any
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, head_scale: Tensor | None, bias: Tensor | None,
+    key_bias: Tensor | None, multiplier: Tensor | None, head_map: Tensor | None, is_causal: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_same_device(
+        "attention", query=query, key=key, value=value, scale=head_scale, bias=bias, key_bias=key_bias,
+        multiplier=multiplier, head_map=head_map,
+    )  # fmt: skip
     shape = (*query.shape[:-1], value.shape[-1])
     return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
 
@@ -83,6 +89,8 @@ def _attention_backward_fake(
     key_bias: Tensor | None, multiplier: Tensor | None, head_map: Tensor | None, is_causal: bool,
     *needed: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    check_same_device("attention_backward", query=query, key=key, value=value, grad_out=grad_out, out=out, lse=lse)
+
     def like(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
 
@@ -103,6 +111,8 @@ register_autocast("attention", num_cast=3)
 
 
 def _merge_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    parts = {f"outs[{i}]": t for i, t in enumerate(outs)} | {f"lses[{i}]": t for i, t in enumerate(lses)}
+    check_same_device("merge_attentions", **parts)
     return outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
 
 

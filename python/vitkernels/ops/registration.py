@@ -49,6 +49,20 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on the first one's device: a fake implementation sees a mix before a kernel does."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = name, tensor.device
+        elif tensor.device != first[1]:
+            raise RuntimeError(
+                f"vitkernels::{op}: {name} is on {tensor.device}, takes {first[0]}'s device ({first[1]})"
+            )
+
+
 def register(
     op: str,
     *,

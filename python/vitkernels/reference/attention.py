@@ -56,11 +56,11 @@ def attention(
         own = own.masked_fill(~visible, -torch.inf)
     logits = torch.cat([own, logits[..., num_own:]], -1) if num_extra else own
 
-    # The statistics have the kernels' precision. An empty row has lse = -inf, and P = 0 instead of NaN.
+    # The statistics have the kernels' precision. A row without a key has lse = -inf, and P = 0 instead of NaN.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = torch.logsumexp(logits, -1)  # [B, H, Nq]
-    empty = lse == -torch.inf
-    p = torch.exp(logits - lse.masked_fill(empty, 0.0).unsqueeze(-1))  # [B, H, Nq, Nk]
+    empty = (lse == -torch.inf).unsqueeze(-1)  # [B, H, Nq, 1]
+    p = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)  # [B, H, Nq, Nk]
     out = (p.to(v.dtype) @ v).transpose(1, 2)  # [B, Nq, H, Dv]
     return (out, lse.transpose(1, 2)) if return_lse else out
 
