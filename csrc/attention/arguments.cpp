@@ -43,7 +43,10 @@ OptionalTensor with_kernel_strides(const OptionalTensor& term) {
 
 ScoreTerm score_term(const OptionalTensor& term, int64_t rank) {
   if (!term) return {};
-  return {.data = term->const_data_ptr(), .strides = score_strides(*term, rank, false)};
+  ScoreTerm result;
+  result.data = term->const_data_ptr();
+  result.strides = score_strides(*term, rank, false);
+  return result;
 }
 
 std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor& head_map, const Tensor& query,

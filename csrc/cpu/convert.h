@@ -6,15 +6,42 @@
 
 namespace vitkernels::VK_ISA {
 
-VK_INLINE float widen(BFloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
-VK_INLINE float widen(Float16 x) { return float(__builtin_bit_cast(_Float16, x.bits)); }
+VK_INLINE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+VK_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+
+VK_INLINE float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+
+// float16 by hand: not every compiler has the type in C++. Exponents are rebiased from 15 to 127.
+VK_INLINE float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = x.bits >> 10 & 0x1f, fraction = x.bits & 0x3ff;
+  if (exponent == 0) {
+    const float value = float(fraction) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  const uint32_t rebiased = exponent == 0x1f ? 0xff : exponent + 112;
+  return float_of(sign | rebiased << 23 | fraction << 13);
+}
 
 VK_INLINE void narrow(float x, BFloat16* p) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t to_nearest_even = 0x7fff + ((bits >> 16) & 1);
-  p->bits = x != x ? 0x7fc0 : uint16_t((bits + to_nearest_even) >> 16);
+  const uint32_t to_nearest_even = 0x7fff + ((bits_of(x) >> 16) & 1);
+  p->bits = x != x ? 0x7fc0 : uint16_t((bits_of(x) + to_nearest_even) >> 16);
 }
-VK_INLINE void narrow(float x, Float16* p) { p->bits = __builtin_bit_cast(uint16_t, _Float16(x)); }
+
+VK_INLINE void narrow(float x, Float16* p) {
+  const uint16_t sign = uint16_t(bits_of(x) >> 16 & 0x8000);
+  const uint32_t magnitude = bits_of(x) & 0x7fffffff;
+  uint32_t half;
+  if (x != x) {
+    half = 0x7e00;
+  } else if (magnitude >= bits_of(65536.0f)) {
+    half = 0x7c00;
+  } else if (magnitude < bits_of(0x1p-14f)) {
+    half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);  // numbers near 0.5 are 2^-24 apart, as float16's denormals
+  } else {
+    half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  }
+  p->bits = uint16_t(sign | half);
+}
 
 // `count` is at most kWidth<T>; lanes behind it become zero.
 template <class T, class S>

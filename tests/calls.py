@@ -1,0 +1,55 @@
+"""Calls as data: the keyword arguments of a function, of which some are tensors or lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Call = dict[str, Any]
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors(call: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(call) if isinstance(t, Tensor)]
+
+
+def learning(call: Any) -> list[Tensor]:
+    return [t for t in tensors(call) if t.requires_grad]
+
+
+def replace(call: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The call with each tensor changed; what was differentiable is again, as a new leaf."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: change(t.detach()).detach().requires_grad_(t.requires_grad), call
+    )
+
+
+def in_float64(call: Any) -> Any:
+    return replace(call, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def cotangent(output: Tensor) -> Tensor:
+    """Numbers that are exact in every dtype."""
+    generator = torch.Generator().manual_seed(output.numel())
+    return torch.randint(-128, 129, output.shape, generator=generator).to(output.dtype) / 64
+
+
+def differentiate(
+    function: Callable[..., Any], call: Call, change: Callable[[Tensor], Tensor] = lambda t: t
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and the gradient of every differentiable tensor; ``change`` is applied to the incoming gradients."""
+    outputs = outputs_of(function(**call))
+    incoming = [change(cotangent(o)) for o in outputs]
+    grads = torch.autograd.grad(outputs, learning(call), incoming)
+    return [o.detach() for o in outputs], list(grads)

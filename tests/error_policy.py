@@ -1,0 +1,46 @@
+"""How far a result may be from the truth, the reference in float64.
+
+An error counts as its largest entry. It may be twice that of plain PyTorch, the reference in the call's own
+dtype, for a gradient three times, plus a floor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from calls import differentiate, in_float64
+from samples import Sample
+from torch import Tensor
+
+OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+# In units of the tensor's largest entry (at least 1): plain PyTorch can be exact by luck. Some roundings each.
+FLOOR = {torch.float64: 2e-15, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def largest_error(found: Tensor, truth: Tensor) -> float:
+    """NaN if an entry is NaN or an infinity is elsewhere than in the truth."""
+    found, error = found.double(), (found.double() - truth).abs()
+    error = error.masked_fill((found == truth) & truth.isinf(), 0.0)
+    return error.max().item() if error.numel() else 0.0
+
+
+def check_error(name: str, ours: Tensor, plain: Tensor, truth: Tensor, factor: float) -> None:
+    assert ours.shape == truth.shape and ours.dtype == plain.dtype, f"{name}: {ours.shape} {ours.dtype}"
+    finite = truth[truth.isfinite()]
+    floor = FLOOR[ours.dtype] * max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
+    error, plain_error = largest_error(ours, truth), largest_error(plain, truth)
+    # Where plain PyTorch overflows, it sets no standard: the dtype's resolution does.
+    bound = factor * (plain_error if math.isfinite(plain_error) else 0.0) + floor
+    assert error <= bound, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}, floor {floor:.3g}"
+
+
+def check_sample(sample: Sample, dtype: torch.dtype) -> None:
+    call = sample.call(dtype)
+    ours, grads = differentiate(sample.function, call)
+    plain, plain_grads = differentiate(sample.reference, call)
+    truth, true_grads = differentiate(sample.reference, in_float64(call))
+    for i, tensors in enumerate(zip(ours, plain, truth, strict=True)):
+        check_error(f"output {i}", *tensors, OUTPUT_FACTOR)
+    for i, tensors in enumerate(zip(grads, plain_grads, true_grads, strict=True)):
+        check_error(f"gradient {i}", *tensors, GRADIENT_FACTOR)

@@ -1,0 +1,244 @@
+"""The table of samples: the calls that every gate makes. A new operator gets all gates with its rows here.
+
+A row describes each tensor by the letters of its dimensions, whose lengths are the row's ``sizes``. A gate asks a row
+for a call in some dtype, at the row's own sizes (hostile ones) or at small ones (where a gate is slow).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import vitkernels as vk
+from calls import Call, statistics_dtype
+from torch import Tensor
+
+Fill = Callable[[torch.Generator, tuple[int, ...], torch.dtype], Tensor]
+
+# Upper bounds of a small call's sizes. All differ, so that a confused dimension shows.
+SMALL = {"b": 2, "q": 4, "k": 6, "d": 5, "v": 3, "a": 2}
+GROWING = "bqka"
+
+
+def normal(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def times(factor: float) -> Fill:
+    return lambda *at: normal(*at) * factor
+
+
+def positive(*at: Any) -> Tensor:
+    return normal(*at).abs() + 0.25
+
+
+def masked(*at: Any) -> Tensor:
+    """A third of the entries is -inf."""
+    values = normal(*at)
+    return values.masked_fill(normal(*at) > 0.43, -torch.inf)
+
+
+def masked_rows(*at: Any) -> Tensor:
+    """As ``masked``; and every third row, the first one included, is -inf altogether."""
+    values = masked(*at)
+    values[..., ::3, :] = -torch.inf
+    return values
+
+
+def lowest_rows(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Masks as transformers writes them: the lowest finite number, here and there in all of a row."""
+    values = normal(generator, shape, dtype).where(normal(generator, shape, dtype) < 0.43, torch.finfo(dtype).min)
+    values[..., ::3, :] = torch.finfo(dtype).min
+    return values
+
+
+def empty(*at: Any) -> Tensor:
+    return torch.full_like(normal(*at), -torch.inf)
+
+
+def uneven_map(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Groups of 1 and of all the others; nobody reads kv head 1."""
+    return torch.tensor([0] + [2] * (shape[0] - 1), dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor argument: one letter of the sizes, or a 1, for each dimension."""
+
+    axes: str
+    fill: Fill = normal
+    expand: str = ""  # the tensor is a stride-0 view with these dimensions
+    dtype: torch.dtype | None = None  # default: the call's
+    statistics: bool = False  # in the precision of the statistics instead
+    learns: bool = True
+
+    def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+        def shape(axes: str) -> tuple[int, ...]:
+            return tuple(sizes[a] if a.isalpha() else int(a) for a in axes)
+
+        dtype = self.dtype or (statistics_dtype(dtype) if self.statistics else dtype)
+        tensor = self.fill(generator, shape(self.axes), dtype).to(dtype)
+        if self.expand:
+            tensor = tensor.expand(shape(self.expand))
+        return tensor.requires_grad_(self.learns and dtype.is_floating_point)
+
+
+def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
+    return Input(axes, fill, statistics=True, **options)
+
+
+@dataclass(frozen=True)
+class Sample:
+    operator: str
+    id: str
+    arguments: Mapping[str, Any]  # Inputs, lists of them, and options
+    sizes: Mapping[str, int]
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(vk, self.operator)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(vk.reference, self.operator)
+
+    def call(self, dtype: torch.dtype, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+        at = {**self.sizes, **(sizes or {})}
+
+        def make(argument: Any) -> Any:
+            if isinstance(argument, list):
+                return [make(a) for a in argument]
+            return argument.make(generator, at, dtype) if isinstance(argument, Input) else argument
+
+        return {name: make(argument) for name, argument in self.arguments.items()}
+
+    def small(self, grown: int = 0) -> dict[str, int]:
+        """Sizes at most those of SMALL, the order of tokens kept; ``grown`` makes each that can vary larger."""
+        small = {a: min(n, SMALL.get(a, n)) for a, n in self.sizes.items()}
+        if self.sizes.get("q", 0) > self.sizes.get("k", 0) > 1:
+            small["q"], small["k"] = small["k"], small["q"]
+        return {a: n + grown if a in GROWING and n > 1 else n for a, n in small.items()}
+
+    def __str__(self) -> str:
+        return f"{self.operator}-{self.id}"
+
+
+def attention(
+    id: str, *, b: int = 2, q: int = 17, k: int = 33, h: int = 3, g: int | None = None, d: int = 16, v: int = 24,
+    tags: str = "", **arguments: Any,
+) -> Sample:  # fmt: skip
+    sizes = {"b": b, "q": q, "k": k, "h": h, "g": h if g is None else g, "d": d, "v": v, "a": 5}
+    tensors = {"query": Input("bqhd"), "key": Input("bkgd"), "value": Input("bkgv"), "return_lse": True}
+    return Sample("attention", id, {**tensors, **arguments}, sizes, frozenset(tags.split()))
+
+
+def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", **sizes: int) -> Sample:
+    fills = lses + (times(3.0),) * (parts - len(lses))
+    arguments = {"outs": [Input("bqhv")] * parts, "lses": [statistic("bqh", fill) for fill in fills]}
+    at = {"b": 2, "q": 131, "h": 3, "v": 33, **sizes}
+    return Sample("merge_attentions", id, arguments, at, frozenset(tags.split()))
+
+
+# Around the kernels' tiles: 84 and 224 queries, 320 and 768 keys; around vectors and register tiles.
+TOKENS = [
+    (1, 1), (1, 2), (2, 1), (1, 801), (15, 16), (16, 15), (17, 31), (31, 33), (49, 49), (84, 320), (85, 321),
+    (113, 197), (197, 203), (203, 257), (224, 768), (225, 769), (257, 113), (769, 15), (801, 801), (505, 1537),
+]  # fmt: skip
+HEAD_DIMS = [
+    (1, 1), (2, 3), (7, 16), (16, 130), (24, 1), (33, 300), (64, 64), (80, 7), (96, 96), (111, 111), (256, 256),
+]  # fmt: skip
+BIASES = ["bhqk", "1hqk", "b1qk", "11qk", "hqk", "qk", "k", "bhq1", "1h1k", "b11k", "bh11", "q1", "1"]
+
+SAMPLES = [
+    *(attention(f"tokens-{q}-{k}", q=q, k=k) for q, k in TOKENS),
+    *(attention(f"tokens-{q}-{k}-bias", q=q, k=k, bias=statistic("1hqk")) for q, k in TOKENS[::3]),
+    *(attention(f"dims-{d}-{v}", d=d, v=v) for d, v in HEAD_DIMS),
+    attention("plain", tags="core linear-memory"),
+    attention("no-lse", return_lse=False, tags="core"),
+    attention("number-scale", scale=0.3),
+    attention("head-scale", scale=statistic("h", positive), tags="core"),
+    attention("head-scale-multiplier", h=4, g=2, scale=statistic("h", positive), multiplier=statistic("hqk")),
+    *(attention(f"bias-{axes}", q=49, k=49, bias=statistic(axes)) for axes in BIASES),
+    attention("bias-grouped-long", b=2, q=97, k=801, h=4, g=2, bias=statistic("1hqk"), tags="core"),
+    attention("bias-expanded-heads", bias=statistic("b1qk", expand="bhqk")),
+    attention("bias-expanded-batch", bias=statistic("1hqk", expand="bhqk"), tags="core"),
+    attention("bias-expanded-keys", bias=statistic("bhq1", expand="bhqk")),
+    attention("bias-fixed", bias=statistic("1hqk", learns=False)),
+    attention("bias-in-the-calls-dtype", bias=Input("1hqk")),
+    attention("masked", q=33, k=197, bias=statistic("bhqk", masked), tags="core"),
+    attention("masked-rows", q=33, k=197, bias=statistic("b1qk", masked_rows), tags="core"),
+    attention("masked-rows-long", q=97, k=801, bias=statistic("1hqk", masked_rows)),
+    attention("masked-keys", q=33, k=197, key_bias=statistic("b1k", masked)),
+    attention("lowest-rows", q=33, k=197, bias=statistic("b1qk", lowest_rows)),
+    attention("lowest-rows-long", q=33, k=801, bias=statistic("b1qk", lowest_rows)),
+    *(attention(f"key-bias-{axes}", k=49, key_bias=statistic(axes)) for axes in ("bhk", "1hk", "b1k", "k", "1")),
+    attention("key-bias-long", q=97, k=801, h=4, g=2, key_bias=statistic("b1k"), tags="core linear-memory"),
+    *(attention(f"multiplier-{axes}", q=49, k=49, multiplier=statistic(axes)) for axes in ("bhqk", "11qk", "h11")),
+    attention(
+        "all-terms", q=97, k=333, h=4, g=2, tags="core",
+        scale=statistic("h", positive), multiplier=statistic("b1qk"), bias=statistic("1hqk"), key_bias=statistic("bhk"),
+    ),
+    attention("all-terms-causal", q=97, k=333, is_causal=True, multiplier=statistic("1h1k"), bias=statistic("bhqk")),
+    *(attention(f"causal-{q}-{k}", q=q, k=k, is_causal=True) for q, k in [(33, 33), (9, 203), (203, 9), (1, 33)]),
+    attention("causal-long", q=801, k=801, is_causal=True, tags="core"),
+    attention("causal-longer-queries", q=700, k=401, is_causal=True, bias=statistic("11qk", masked)),
+    attention("grouped", q=49, k=57, h=6, g=2, tags="core"),
+    attention("one-kv-head", h=4, g=1),
+    attention("head-map", h=4, g=3, head_map=Input("h", uneven_map, dtype=torch.int64), tags="core"),
+    attention("head-map-int32", h=4, g=3, head_map=Input("h", uneven_map, dtype=torch.int32), bias=statistic("hqk")),
+    attention("shared-query", query=Input("1qhd"), b=3, tags="core"),
+    attention("expanded-query", query=Input("1qhd", expand="bqhd"), b=3),
+    attention("qk-norm", qk_norm="l2", scale=statistic("h", times(5.0)), tags="core"),
+    attention(
+        "additional", q=49, k=197, additional_keys=Input("bagd"), additional_values=Input("bagv"), tags="core deploy",
+        bias=statistic("1hqk"), is_causal=True,
+    ),
+    attention(
+        "additional-only", k=0, h=4, g=2, qk_norm="l2", additional_keys=Input("bagd"), additional_values=Input("bagv"),
+    ),
+    attention("large-logits", query=Input("bqhd", times(30.0)), key=Input("bkgd", times(30.0))),
+    attention("huge-logits", d=64, query=Input("bqhd", times(1e4)), key=Input("bkgd", times(1e4)), k=801),
+    attention("one-key-dominates", key_bias=statistic("bhk", times(60.0)), k=801),
+    attention("no-batch", b=0, tags="core"),
+    attention("no-queries", q=0, bias=statistic("1hqk")),
+    attention("no-keys", k=0, scale=statistic("h", positive), bias=statistic("1hqk"), key_bias=statistic("bhk")),
+    attention("nothing", b=0, q=0, k=0),
+    *(merge(f"parts-{parts}", parts) for parts in (1, 3)),
+    merge("parts-2", 2, tags="core"),
+    merge("parts-4", 4, b=1, q=601, v=7),
+    merge("wide", 2, q=5, v=300),
+    merge("empty-part", 3, lses=(normal, empty), tags="core"),
+    merge("all-empty", 2, lses=(empty, empty)),
+    merge("far-apart", 2, lses=(times(300.0),)),
+    merge("no-tokens", 2, q=0),
+    merge("no-dims", 2, v=0),
+]  # fmt: skip
+
+
+def _unique_when_small() -> list[Sample]:
+    """Rows that differ in more than their sizes."""
+    seen: dict[str, Sample] = {}
+    for sample in SAMPLES:
+        seen.setdefault(repr((sample.operator, sample.arguments, sample.small())), sample)
+    return list(seen.values())
+
+
+def _each(samples: list[Sample]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("sample", samples, ids=str)
+
+
+SMALL_SAMPLES = _unique_when_small()
+each_sample = _each(SAMPLES)
+each_small_sample = _each(SMALL_SAMPLES)
+
+
+def each_tagged(tag: str) -> pytest.MarkDecorator:
+    """``core``: rows that cover every argument, for gates that take a second a row."""
+    chosen = [s for s in SAMPLES if tag in s.tags]
+    assert {s.operator for s in chosen} or not SAMPLES, f"no sample has the tag {tag}"
+    return _each(chosen)
