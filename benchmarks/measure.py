@@ -29,7 +29,7 @@ class Effort:
     copy_bytes: int
 
 
-FULL = Effort(7, 31, seconds=5.0, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
+FULL = Effort(7, 31, seconds=4.0, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
 QUICK = Effort(3, 5, seconds=0.3, batch_seconds=0.002, matmul_size=512, copy_bytes=16 << 20)
 
 

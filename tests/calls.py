@@ -49,7 +49,7 @@ def differentiate(
     function: Callable[..., Any], call: Call, change: Callable[[Tensor], Tensor] = lambda t: t
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and the gradient of every differentiable tensor; ``change`` is applied to the incoming gradients."""
-    outputs = outputs_of(function(**call))
+    outputs, leaves = outputs_of(function(**call)), learning(call)
     incoming = [change(cotangent(o)) for o in outputs]
-    grads = torch.autograd.grad(outputs, learning(call), incoming)
+    grads = torch.autograd.grad(outputs, leaves, incoming) if leaves else []
     return [o.detach() for o in outputs], list(grads)

@@ -271,3 +271,27 @@ def test_causal_decoding_with_a_cache():
     last = model(TOKENS[:, 6:], past_key_values=middle.past_key_values, use_cache=True)
     parts = [part.last_hidden_state for part in (start, middle, last)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-10)
+
+
+def test_library_code_that_depends_on_the_name_sdpa_is_left_alone():
+    # Its forward makes a mask only under the names "eager" and "sdpa".
+    config = transformers.DeepseekV32Config(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        moe_intermediate_size=8, n_routed_experts=4, q_lora_rank=16, index_n_heads=2,
+    )  # fmt: skip
+    model = transformers.DeepseekV32Model(config)
+    (entry,) = vk.accelerate(model).stock
+    assert entry.reason == "its library module treats 'sdpa' specially"
+    assert config._attn_implementation == "sdpa"
+
+
+def test_library_code_that_overrides_sdpa_is_left_alone(monkeypatch):
+    from transformers.modeling_utils import AttentionInterface
+    from transformers.models.vit import modeling_vit
+
+    own = AttentionInterface()
+    own["sdpa"] = lambda *args, **kwargs: None
+    monkeypatch.setattr(modeling_vit, "ALL_ATTENTION_FUNCTIONS", own)
+    model, _ = transformers_model()
+    assert {entry.reason for entry in vk.accelerate(model).stock} == {"its library module overrides 'sdpa'"}
+    assert model.config._attn_implementation == "sdpa"

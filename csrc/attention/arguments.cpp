@@ -31,7 +31,8 @@ void check_score_term(const Checker& checker, const char* name, const OptionalTe
   }
   std::ostringstream shape;
   for (size_t i = 0; i < target.size(); ++i) shape << (i ? ", " : "") << target[i];
-  checker.check(fits, name, " has shape ", shape_text(t), ", takes one that broadcasts to (", shape.str(), ") = ", takes);
+  checker.check(fits, name, " has shape ", shape_text(t), ", takes one that broadcasts to (", shape.str(),
+                ") = ", takes);
 }
 
 OptionalTensor with_kernel_strides(const OptionalTensor& term) {

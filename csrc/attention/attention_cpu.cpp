@@ -11,8 +11,8 @@ using torch::stable::parallel_for;
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                                          OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
                                          OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
-  const AttentionArguments args(Checker("attention"), query, key, value, {scale, head_scale, bias, key_bias, multiplier},
-                                head_map, is_causal);
+  const AttentionArguments args(Checker("attention"), query, key, value,
+                                {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal);
   Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
   Tensor lse = empty_as(query, args.lse_sizes(), statistics_type(args.dtype));
   AttentionParams params;
@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key,
   const int64_t tasks = args.batch * args.heads * blocks;
   if (tasks > 0) {
     const ThreadScratch scratch(query, kernels.attention_scratch(params));
-    parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
+    parallel_for(0, tasks, 1,
+                 [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
   }
   return {out, lse};
 }
@@ -137,9 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
 
   if (params.num_tasks() > 0) {
     const ThreadScratch scratch(query, kernels.attention_backward_scratch(params));
-    parallel_for(0, params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-      kernels.attention_backward(params, begin, end, scratch.mine());
-    });
+    parallel_for(0, params.num_tasks(), 1,
+                 [&](int64_t begin, int64_t end) { kernels.attention_backward(params, begin, end, scratch.mine()); });
   }
   if (args.batch > 0) {
     parallel_for(0, args.batch * args.heads, 1,

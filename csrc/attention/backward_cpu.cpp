@@ -26,7 +26,8 @@ struct TermGradRow {
   int64_t stride;  // 0 or 1
 
   TermGradRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key)
-      : data(term.grad ? static_cast<T*>(term.grad) + term.grad_strides.offset(batch, head, query, first_key) : nullptr),
+      : data(term.grad ? static_cast<T*>(term.grad) + term.grad_strides.offset(batch, head, query, first_key)
+                       : nullptr),
         stride(term.grad_strides.key) {}
 
   VK_INLINE void add(Vec<T> grad, int64_t column, Range lanes) const {
@@ -131,8 +132,8 @@ class Backward {
                  out_gradient, value_width);  // [count, dv]
     matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
                      p.head_dim, logits, logits_stride);  // [count, width]
-    matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count,
-                     width, p.value_dim, gradients, logits_stride);  // [count, width]
+    matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count, width,
+                     p.value_dim, gradients, logits_stride);  // [count, width]
 
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
@@ -151,8 +152,8 @@ class Backward {
   }
 
   // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
-  void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, const T* grad_out, T* logits_row,
-                         T* gradient_row) const {
+  void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, const T* grad_out,
+                         T* logits_row, T* gradient_row) const {
     const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
     const T lse = static_cast<const T*>(p.lse)[row];
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
@@ -197,7 +198,8 @@ class Backward {
   // The dot product of a tensor's row with a padded row of ours.
   T dot(const S* a, const T* b, int64_t count) const {
     Vec<T> sum{};
-    for_each_vector<T>({0, count}, [&](int64_t c, Range lanes) { sum += load_widened<T>(a + c, lanes.end) * load(b + c); });
+    for_each_vector<T>({0, count},
+                       [&](int64_t c, Range lanes) { sum += load_widened<T>(a + c, lanes.end) * load(b + c); });
     return reduce_add<T>(sum);
   }
 

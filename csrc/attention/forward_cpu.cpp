@@ -93,8 +93,8 @@ class Forward {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      const T factor = exponentiate(logits + r * logits_stride, visible, seen.end, largest[r],
-                                    states[query - block.begin]);
+      const T factor =
+          exponentiate(logits + r * logits_stride, visible, seen.end, largest[r], states[query - block.begin]);
       if (keys.count > 1 && factor != T(1)) rescale(group_sums + r * value_width, factor);
     }
     const MatmulA<T> probabilities{logits, logits_stride, 1};
@@ -117,8 +117,7 @@ class Forward {
       T* row = sums + (query - rows.begin) * value_width;
       if (state.sum == T(0)) clear(row, {0, value_width});  // saw no key: zero, whatever the row holds
       const T factor = state.sum == T(0) ? T(0) : T(1) / state.sum;
-      unpack_rows<T>(row, value_width, 1, p.value_dim, factor,
-                     p.out.at<S>(batch, query, head), p.out.token_stride);
+      unpack_rows<T>(row, value_width, 1, p.value_dim, factor, p.out.at<S>(batch, query, head), p.out.token_stride);
       lse[(batch * p.num_queries() + query) * p.heads + head] = state.lse();
     }
   }

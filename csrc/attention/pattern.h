@@ -34,9 +34,7 @@ struct Axis {
   bool is_causal = false;
 
   // Keys of query u: all of them, or those up to u (aligned at the first query and key).
-  VK_HOST_DEVICE Range keys(int64_t u) const {
-    return {0, is_causal && u + 1 < num_keys ? u + 1 : num_keys};
-  }
+  VK_HOST_DEVICE Range keys(int64_t u) const { return {0, is_causal && u + 1 < num_keys ? u + 1 : num_keys}; }
 
   // The inverse: queries that see key `j`.
   VK_HOST_DEVICE Range queries(int64_t j) const { return {is_causal ? j : 0, num_queries}; }

@@ -41,7 +41,8 @@ struct TermRow {
   int64_t stride;  // 0 or 1
 
   TermRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key, const T* absent)
-      : data(term.data ? static_cast<const T*>(term.data) + term.strides.offset(batch, head, query, first_key) : absent),
+      : data(term.data ? static_cast<const T*>(term.data) + term.strides.offset(batch, head, query, first_key)
+                       : absent),
         stride(term.data ? term.strides.key : 0) {}
 
   VK_INLINE Vec<T> at(int64_t column, Range lanes) const {

@@ -20,8 +20,8 @@ inline Tiling tile_axis(int64_t length, int64_t largest) {
 
 // Forward. A row of logits that fits one tile needs no rescaling.
 inline constexpr int64_t kForwardKeyTile = 768;
-inline constexpr int64_t kForwardQueryBlock = 224;       // one tile: packing is shared by all blocks of a head
-inline constexpr int64_t kForwardQueryBlockLong = 504;   // several tiles: every block packs them again
+inline constexpr int64_t kForwardQueryBlock = 224;      // one tile: packing is shared by all blocks of a head
+inline constexpr int64_t kForwardQueryBlockLong = 504;  // several tiles: every block packs them again
 
 // Backward. Logits and their gradient, [query block, key tile] each, stay in the second-level cache.
 inline constexpr int64_t kBackwardKeyTile = 320;

@@ -16,10 +16,10 @@ struct Float16 {
 };
 
 template <DType kDType>
-using Storage = std::conditional_t<
-    kDType == DType::kFloat64, double,
-    std::conditional_t<kDType == DType::kFloat32, float,
-                       std::conditional_t<kDType == DType::kBFloat16, BFloat16, Float16>>>;
+using Storage =
+    std::conditional_t<kDType == DType::kFloat64, double,
+                       std::conditional_t<kDType == DType::kFloat32, float,
+                                          std::conditional_t<kDType == DType::kBFloat16, BFloat16, Float16>>>;
 
 // Accumulation and softmax statistics: float, or double for double.
 template <class S>

@@ -36,7 +36,8 @@ VK_INLINE void narrow(float x, Float16* p) {
   } else if (magnitude >= bits_of(65536.0f)) {
     half = 0x7c00;
   } else if (magnitude < bits_of(0x1p-14f)) {
-    half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);  // numbers near 0.5 are 2^-24 apart, as float16's denormals
+    half = bits_of(float_of(magnitude) + 0.5f) -
+           bits_of(0.5f);  // numbers near 0.5 are 2^-24 apart, as float16's denormals
   } else {
     half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
   }

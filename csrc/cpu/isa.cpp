@@ -64,7 +64,8 @@ const Kernels& choose() {
     const bool named = wanted && *wanted;
     if (list[i].supported && (!named || std::strcmp(wanted, list[i].kernels->isa) == 0)) return *list[i].kernels;
   }
-  throw std::runtime_error("vitkernels: VITKERNELS_ISA is '" + std::string(wanted) + "', this CPU takes " + names(true));
+  throw std::runtime_error("vitkernels: VITKERNELS_ISA is '" + std::string(wanted) + "', this CPU takes " +
+                           names(true));
 }
 
 }  // namespace

@@ -17,8 +17,10 @@ struct Kernels {
   int64_t (*attention_backward_scratch)(const AttentionBackwardParams&);
   int64_t (*attention_backward_parts)(const AttentionBackwardParams&);  // bytes of grad_query_parts
   void (*attention_backward)(const AttentionBackwardParams&, int64_t begin, int64_t end, void* scratch);
-  void (*finish_query_gradient)(const AttentionBackwardParams&, int64_t begin, int64_t end);  // (batch, head) pairs
-  void (*merge_attentions)(const MergeParams&, int64_t begin, int64_t end);  // rows
+  // Tasks are (batch, head) pairs.
+  void (*finish_query_gradient)(const AttentionBackwardParams&, int64_t begin, int64_t end);
+  // Tasks are rows.
+  void (*merge_attentions)(const MergeParams&, int64_t begin, int64_t end);
   void (*merge_attentions_backward)(const MergeParams&, int64_t begin, int64_t end);
 };
 

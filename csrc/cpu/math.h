@@ -14,17 +14,21 @@ struct Exp2Constants;
 // Chebyshev fits of 2^x on [-1/2, 1/2]; their errors (1.7e-9, 1.4e-18) lie below the rounding of T.
 template <>
 struct Exp2Constants<float> {
-  static constexpr float kSmallest = -126.0f;      // below: zero, never a denormal
-  static constexpr float kRounder = 12582912.0f;   // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kSmallest = -126.0f;     // below: zero, never a denormal
+  static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int kMantissa = 23;
-  static constexpr float kPolynomial[] = {1.0f, 0.6931472067f, 0.2402265092f, 0.05550327227f, 0.009618056679f, 0.001340042818f, 0.000154614447f};
+  static constexpr float kPolynomial[] = {
+      1.0f, 0.6931472067f, 0.2402265092f, 0.05550327227f, 0.009618056679f, 0.001340042818f, 0.000154614447f};
 };
 template <>
 struct Exp2Constants<double> {
   static constexpr double kSmallest = -1022.0;
   static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52;
-  static constexpr double kPolynomial[] = {0.999999999999999997, 0.693147180559945309, 0.240226506959101596, 0.055504108664821627, 0.00961812910758725667, 0.00133335581464064707, 0.000154035304637243542, 0.0000152527338415567726, 1.32154325359123762e-6, 1.01780570877339411e-7, 7.07419429728852101e-9, 4.45581790833606449e-10};
+  static constexpr double kPolynomial[] = {0.999999999999999997,    0.693147180559945309,     0.240226506959101596,
+                                           0.055504108664821627,    0.00961812910758725667,   0.00133335581464064707,
+                                           0.000154035304637243542, 0.0000152527338415567726, 1.32154325359123762e-6,
+                                           1.01780570877339411e-7,  7.07419429728852101e-9,   4.45581790833606449e-10};
 };
 
 template <class T>

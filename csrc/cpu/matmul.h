@@ -51,7 +51,9 @@ void matmul_tile(MatmulA<T> a, const T* b, int64_t b_stride, int64_t depth, T* c
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = kAccumulate ? load(c + r * c_stride + v * kWidth<T>) : Vec<T>{};
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = kAccumulate ? load(c + r * c_stride + v * kWidth<T>) : Vec<T>{};
+    }
   }
   const T* a_element = a.data;
   for (int64_t k = 0; k < depth; ++k, a_element += a.depth_stride, b += b_stride) {

@@ -34,7 +34,7 @@ def _load() -> ctypes.CDLL:
     path = cpu_library_path()
     if not path.exists():
         raise ImportError(f"vitkernels: the CPU library is not at {path}; reinstall the package")
-    torch.ops.load_library(str(path))
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     library = ctypes.CDLL(str(path))
     for name in ("vitkernels_isa", "vitkernels_isas_built", "vitkernels_isas_supported"):
         getattr(library, name).restype = ctypes.c_char_p

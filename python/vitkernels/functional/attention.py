@@ -150,4 +150,5 @@ def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), section 3.
     """
-    return _ops.merge_attentions(list(outs), list(lses))
+    out, lse = _ops.merge_attentions(list(outs), list(lses))
+    return out, lse

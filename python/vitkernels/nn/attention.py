@@ -114,9 +114,7 @@ class Attention(nn.Module):
         if x.dim() != 3:
             raise ValueError(f"vitkernels.nn.Attention: x has shape {tuple(x.shape)}, takes (B, N, dim)")
         if is_causal and attn_mask is not None:
-            raise ValueError(
-                "vitkernels.nn.Attention: is_causal is True, takes False where attn_mask is given"
-            )
+            raise ValueError("vitkernels.nn.Attention: is_causal is True, takes False where attn_mask is given")
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, H, D]
         q, k = self.q_norm(q), self.k_norm(k)
@@ -131,9 +129,7 @@ class Attention(nn.Module):
         output: Tensor = self.proj_drop(self.proj(out))
         return output
 
-    def _dropout_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
-    ) -> Tensor:
+    def _dropout_attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask, self.attn_drop.p, is_causal, scale=self.scale

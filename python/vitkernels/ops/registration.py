@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("vitkernels", "IMPL")
+_library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -27,7 +27,7 @@ def register_autocast(op: str, num_cast: int) -> None:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return overload(*mine, *args[num_cast:])
 
-        _library.impl(op, cast, key)
+        _library.impl(op, cast, key)  # type: ignore[no-untyped-call]
 
 
 def _castable(argument: object) -> bool:

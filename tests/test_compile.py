@@ -1,0 +1,113 @@
+"""torch.compile, torch.export and AOTInductor, on calls whose sizes change."""
+
+import contextlib
+
+import pytest
+import torch
+from calls import differentiate, outputs_of, replace, tensors
+from samples import each_tagged
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+# From sizes that no two dimensions have in common: the compiler would take them to be equal for ever.
+GROWTH = (7, 8, 9, 10)
+DTYPE = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def calls(sample):
+    return [sample.call(DTYPE, sizes=sample.small(grown)) for grown in GROWTH]
+
+
+def check_same(compiled, sample, call):
+    for found, expected in zip(
+        pytree.tree_leaves(differentiate(compiled, call)),
+        pytree.tree_leaves(differentiate(sample.function, call)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def compiled_frames():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+@each_tagged("core")
+def test_compile_recompiles_at_most_once(sample, backend):
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(sample.function, fullgraph=True, backend=backend)
+    for call in calls(sample):
+        check_same(compiled, sample, call)
+    assert compiled_frames() <= 2
+
+
+@each_tagged("core")
+def test_compile_dynamic_never_recompiles(sample):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(sample.function, fullgraph=True, backend="aot_eager", dynamic=True)
+        for call in calls(sample):
+            check_same(compiled, sample, call)
+
+
+@each_tagged("deploy")
+def test_compile_inductor(sample):
+    compiled = torch.compile(sample.function, fullgraph=True, dynamic=True)
+    for call in calls(sample)[:2]:
+        check_same(compiled, sample, call)
+
+
+class Module(torch.nn.Module):
+    """A function with the tensors of a call as the module's inputs, its options fixed."""
+
+    def __init__(self, function, call):
+        super().__init__()
+        self.function = function
+        self.options = {name: a for name, a in call.items() if not tensors(a)}
+
+    def forward(self, inputs):
+        return self.function(**inputs, **self.options)
+
+    def inputs(self, call):
+        return replace({name: a for name, a in call.items() if name not in self.options}, torch.clone)
+
+
+def export(sample, call):
+    module = Module(sample.function, call)
+    inputs = module.inputs(call)
+    shapes = pytree.tree_map_only(torch.Tensor, lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO), inputs)
+    return module, torch.export.export(module, (inputs,), dynamic_shapes={"inputs": shapes})
+
+
+def check_exported(run, module, sample):
+    with torch.no_grad():
+        for call in calls(sample):
+            found = outputs_of(run(module.inputs(call)))
+            for a, b in zip(found, outputs_of(sample.function(**call)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@each_tagged("core")
+def test_export(sample):
+    module, program = export(sample, calls(sample)[0])
+    assert any(node.target.namespace == "vitkernels" for node in program.graph.nodes if is_operator(node))
+    check_exported(program.module(), module, sample)
+
+
+def is_operator(node):
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+@pytest.mark.slow
+@each_tagged("deploy")
+def test_aot_inductor(sample, tmp_path):
+    module, program = export(sample, calls(sample)[0])
+    with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "sample.pt2"))
+    check_exported(torch._inductor.aoti_load_package(package), module, sample)
