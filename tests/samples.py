@@ -73,8 +73,8 @@ class Input:
     axes: str
     fill: Fill = normal
     expand: str = ""  # the tensor is a stride-0 view with these dimensions
-    dtype: torch.dtype | None = None  # default: the call's
-    statistics: bool = False  # in the precision of the statistics instead
+    statistics: bool = False  # in the precision of the statistics; else it is data, in the call's dtype
+    dtype: torch.dtype | None = None  # this one instead
     learns: bool = True
 
     def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
@@ -172,7 +172,7 @@ SAMPLES = [
     attention("bias-expanded-batch", bias=statistic("1hqk", expand="bhqk"), tags="core"),
     attention("bias-expanded-keys", bias=statistic("bhq1", expand="bhqk")),
     attention("bias-fixed", bias=statistic("1hqk", learns=False)),
-    attention("bias-in-the-calls-dtype", bias=Input("1hqk")),
+    attention("bias-float16", bias=statistic("1hqk", dtype=torch.float16)),
     attention("masked", q=33, k=197, bias=statistic("bhqk", masked), tags="core"),
     attention("masked-rows", q=33, k=197, bias=statistic("b1qk", masked_rows), tags="core"),
     attention("masked-rows-long", q=97, k=801, bias=statistic("1hqk", masked_rows)),
@@ -200,13 +200,14 @@ SAMPLES = [
     attention("head-map-int32", h=4, g=3, head_map=Input("h", uneven_map, dtype=torch.int32), bias=statistic("hqk")),
     attention("shared-query", query=Input("1qhd"), b=3, tags="core"),
     attention("expanded-query", query=Input("1qhd", expand="bqhd"), b=3),
-    attention("qk-norm", qk_norm="l2", scale=statistic("h", times(5.0)), tags="core"),
+    attention("qk-norm", qk_norm="l2", scale=statistic("h", positive), tags="core mixed"),
     attention(
         "additional", q=49, k=197, additional_keys=Input("bagd"), additional_values=Input("bagv"), tags="core deploy",
         bias=statistic("1hqk"), is_causal=True,
     ),
     attention(
-        "additional-only", k=0, h=4, g=2, qk_norm="l2", additional_keys=Input("bagd"), additional_values=Input("bagv"),
+        "additional-only", k=0, h=4, g=2, qk_norm="l2", tags="mixed",
+        additional_keys=Input("bagd"), additional_values=Input("bagv"),
     ),
     attention("large-logits", query=Input("bqhd", times(30.0)), key=Input("bkgd", times(30.0))),
     attention("huge-logits", d=64, query=Input("bqhd", times(1e4)), key=Input("bkgd", times(1e4)), k=801),

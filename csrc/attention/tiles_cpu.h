@@ -37,12 +37,16 @@ inline int64_t forward_query_block(const AttentionParams& p) {
 
 inline Tiling backward_keys(const AttentionParams& p) { return tile_axis(p.num_keys(), kBackwardKeyTile); }
 
-// Ranges of keys that are worked on independently: enough tasks for many threads where there are few heads,
-// but at most 4, for each costs a query gradient of its own.
+// Ranges of keys that are worked on independently, where there are too few heads to keep many threads busy. Each
+// costs a float32 query gradient of its own, so long sequences get fewer.
 inline int64_t backward_splits(const AttentionBackwardParams& p) {
-  const int64_t wanted = 32 / (p.batch_groups() * p.head_groups() + 1);
-  const int64_t most = backward_keys(p).count < 4 ? backward_keys(p).count : 4;
-  return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
+  constexpr int64_t kTasks = 32, kMostSplits = 4, kPartElements = int64_t(1) << 23;
+  const int64_t part = p.batch * p.heads * p.num_queries() * p.head_dim;
+  const int64_t most = part * kMostSplits <= kPartElements ? kMostSplits : 2;
+  const int64_t wanted = kTasks / (p.batch_groups() * p.head_groups() + 1);
+  const int64_t tiles = backward_keys(p).count;
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits < 1 || tiles < 1 ? 1 : splits < tiles ? splits : tiles;
 }
 
 }  // namespace vitkernels

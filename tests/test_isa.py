@@ -1,0 +1,60 @@
+"""Every instruction set that this CPU has, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from samples import SAMPLES, each_tagged
+from vitkernels import _library
+
+HERE = Path(__file__).parent
+RUN_GATE = """
+import sys, pytest
+from vitkernels import _library
+assert _library.isa() == sys.argv[1], _library.isa()
+sys.exit(pytest.main(["-p", "no:cacheprovider", "--exitfirst", *sys.argv[2:]]))
+"""
+
+
+def python(*args, isa):
+    return subprocess.run(
+        [sys.executable, *args], cwd=HERE, env={**os.environ, "VITKERNELS_ISA": isa},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_best_is_used_unless_named():
+    wanted = os.environ.get("VITKERNELS_ISA") or _library.isas_supported()[-1]
+    assert _library.isa() == wanted
+    assert set(_library.isas_supported()) <= set(_library.isas_built())
+
+
+# The one in use has gone through the gate in this process.
+@pytest.mark.parametrize("isa", [i for i in _library.isas_supported() if i != _library.isa()])
+def test_reference_gate(isa):
+    ran = python("-c", RUN_GATE, isa, "test_reference.py", isa=isa)
+    assert ran.returncode == 0, ran.stdout
+    assert f"{4 * len(SAMPLES)} passed" in ran.stdout, ran.stdout
+
+
+USE_UNKNOWN = """
+import sys, torch
+from samples import SAMPLES
+for sample in SAMPLES:
+    if str(sample) == sys.argv[1]:
+        call = sample.call(torch.float32)
+        try:
+            sample.function(**call)
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+@each_tagged("deploy")
+def test_unknown_name_is_an_error(sample):
+    ran = python("-c", USE_UNKNOWN, str(sample), isa="sse9")
+    assert ran.returncode == 0, ran.stdout
+    assert f"VITKERNELS_ISA is 'sse9', this CPU takes {' '.join(_library.isas_supported())}" in ran.stdout
