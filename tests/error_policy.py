@@ -7,6 +7,7 @@ dtype, for a gradient three times, plus a floor.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from calls import differentiate, in_float64
@@ -36,8 +37,8 @@ def check_error(name: str, ours: Tensor, plain: Tensor, truth: Tensor, factor: f
     assert error <= bound, f"{name}: error {error:.3g}, plain PyTorch's {plain_error:.3g}, floor {floor:.3g}"
 
 
-def check_sample(sample: Sample, dtype: torch.dtype) -> None:
-    call = sample.call(dtype)
+def check_sample(sample: Sample, dtype: torch.dtype, **at: Any) -> None:
+    call = sample.call(dtype, **at)
     ours, grads = differentiate(sample.function, call)
     plain, plain_grads = differentiate(sample.reference, call)
     truth, true_grads = differentiate(sample.reference, in_float64(call))

@@ -92,7 +92,7 @@ def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
     return Input(axes, fill, statistics=True, **options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     operator: str
     id: str
@@ -126,7 +126,7 @@ class Sample:
             small["q"], small["k"] = small["k"], small["q"]
         return {a: n + grown if a in GROWING and n > 1 else n for a, n in small.items()}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.operator}-{self.id}"
 
 

@@ -1,8 +1,28 @@
-"""Sizes that nobody thought of: every sample at shapes drawn at random, smallest failing ones first."""
+"""Sizes that nobody thought of: every sample at lengths drawn at random, within the error policy."""
 
-import pytest
-import torch
-from error_policy import check_sample
-from hypothesis import HealthCheck, example, given, settings
+from error_policy import FLOOR, check_sample
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import SMALL_SAMPLES, each_sample
+from samples import SMALL_SAMPLES
+
+TOKENS = st.integers(0, 40) | st.integers(41, 400)
+LENGTHS = {
+    "b": st.integers(0, 3), "q": TOKENS, "k": TOKENS, "a": st.integers(0, 9),
+    "d": st.integers(1, 70), "v": st.integers(1, 70),
+}  # fmt: skip
+
+
+@st.composite
+def cases(draw):
+    sample = draw(st.sampled_from(SMALL_SAMPLES))
+    sizes = {letter: draw(lengths) for letter, lengths in LENGTHS.items() if letter in sample.sizes}
+    return sample, sizes, draw(st.sampled_from(list(FLOOR))), draw(st.integers(0, 2**16))
+
+
+@settings(
+    max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(cases())
+def test_any_sizes(case):
+    sample, sizes, dtype, seed = case
+    check_sample(sample, dtype, sizes=sizes, seed=seed)
