@@ -16,6 +16,6 @@ STABLE_TORCH_LIBRARY(vitkernels, m) {
       "Tensor grad_bias, Tensor grad_key_bias, Tensor grad_multiplier)");
   m.def("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
-      "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor out, "
-      "Tensor lse) -> Tensor[]");
+      "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor lse) -> "
+      "Tensor[]");
 }

@@ -47,9 +47,7 @@ class SaliencyDecoder(nn.Module):
         x = self.bn1(self.upconv1(x)).relu()
         x = self.bn2(self.upconv2(x)).relu()
         x = self.bn3(self.upconv3(x)).relu()
-        x = nn.functional.interpolate(
-            self.final_conv(x), (height, width), mode="bilinear", align_corners=False
-        )
+        x = nn.functional.interpolate(self.final_conv(x), (height, width), mode="bilinear", align_corners=False)
         return x.sigmoid()
 
 
@@ -95,9 +93,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             bias = bias_of[node.output[0]]
             named[bias.removesuffix("bias") + "weight"] = arrays[node.input[1]].T.contiguous()
-    positions = sorted(
-        (a for n, a in arrays.items() if n not in named and a.ndim == 3), key=lambda a: a.size(1)
-    )
+    positions = sorted((a for n, a in arrays.items() if n not in named and a.ndim == 3), key=lambda a: a.size(1))
     named["backbone.embeddings.position_embeddings"] = torch.cat(positions, 1)
     return named
 
@@ -162,14 +158,10 @@ def onnx_outputs(path: Path, photos: list[Tensor], threads: int) -> list[Output]
 
     model = onnx.load(str(path))
     last_norm = next(node for node in model.graph.node if "backbone.layernorm.bias" in node.input)
-    model.graph.output.append(
-        onnx.helper.make_tensor_value_info(last_norm.output[0], onnx.TensorProto.FLOAT, None)
-    )
+    model.graph.output.append(onnx.helper.make_tensor_value_info(last_norm.output[0], onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [last_norm.output[0], model.graph.output[0].name]
     entry = model.graph.input[0].name
     runs = (session.run(names, {entry: np.ascontiguousarray(photo.numpy())}) for photo in photos)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+NAMESPACE = "vitkernels"
 Call = dict[str, Any]
 
 
@@ -53,3 +55,35 @@ def differentiate(
     incoming = [change(cotangent(o)) for o in outputs]
     grads = torch.autograd.grad(outputs, leaves, incoming) if leaves else []
     return [o.detach() for o in outputs], list(grads)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the calls of our operators, with the arguments that reached them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == NAMESPACE:
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+def is_backward(op: torch._ops.OpOverload) -> bool:
+    return op._schema.name.endswith("_backward")
+
+
+def operator_calls(function: Callable[..., Any], call: Call) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
+    """The operators that forward and backward call, with arguments that are differentiable where the operator is."""
+
+    def leaf(op: torch._ops.OpOverload) -> Callable[[Tensor], Tensor]:
+        return lambda t: t.detach().requires_grad_(t.is_floating_point() and not is_backward(op))
+
+    with Recorder() as recorder:
+        differentiate(function, call)
+    return [(op, pytree.tree_map_only(Tensor, leaf(op), args)) for op, args in recorder.calls]
+
+
+def defined_operators() -> list[torch._C.FunctionSchema]:
+    return [s for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{NAMESPACE}::")]

@@ -92,7 +92,7 @@ def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
     return Input(axes, fill, statistics=True, **options)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Sample:
     operator: str
     id: str

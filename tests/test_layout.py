@@ -3,37 +3,12 @@
 import pytest
 import torch
 from calls import differentiate, replace
+from layouts import LAYOUTS, spread
 from samples import each_sample
 from torch.utils import _pytree as pytree
 
 
-def poisoned(shape, dtype):
-    """Whatever a stray read would make visible."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else 2**30, dtype=dtype)
-
-
-def padded(tensor):
-    """A view into larger memory: two entries before and three after, in every dimension."""
-    memory = poisoned([n + 5 for n in tensor.shape], tensor.dtype)
-    view = memory[tuple(slice(2, 2 + n) for n in tensor.shape)]
-    return view.copy_(tensor)
-
-
-def reordered(tensor):
-    """Padded, with the dimensions but the last one in reverse order: (B, N, heads, d) in (heads, N, B, d)."""
-    order = [*reversed(range(tensor.dim() - 1)), tensor.dim() - 1][-tensor.dim() :]
-    return padded(tensor.permute(order)).permute([order.index(i) for i in range(tensor.dim())])
-
-
-def spread(tensor):
-    """Every other entry of the last dimension, after a padding that breaks all alignment."""
-    if tensor.dim() == 0:
-        return tensor.clone()
-    memory = poisoned([*tensor.shape[:-1], 2 * tensor.size(-1) + 1], tensor.dtype)
-    return memory[..., 1::2].copy_(tensor)
-
-
-@pytest.mark.parametrize("layout", [padded, reordered, spread])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_sample
 def test_strides_and_padding(sample, dtype, layout):

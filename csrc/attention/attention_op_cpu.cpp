@@ -62,12 +62,12 @@ struct WantedTerm {
 
 // Gradients of the score terms, and what they mean for the order of the work.
 std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, const std::vector<WantedTerm>& terms,
-                                           const Tensor& none) {
+                                           const Tensor& like) {
   std::vector<Tensor> grads;
   params.splits = 0;
   for (const WantedTerm& t : terms) {
     if (!t.wanted || !t.tensor) {
-      grads.push_back(none);
+      grads.push_back(empty_as(like, {0}, like.scalar_type()));
       continue;
     }
     grads.push_back(attach_gradient(t.term, *t.tensor, t.rank));
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
   Tensor grad_query = empty_as(query, sizes_of(query), query.scalar_type());
   Tensor grad_key = empty_as(key, sizes_of(key), key.scalar_type());
   Tensor grad_value = empty_as(value, sizes_of(value), value.scalar_type());
-  const Tensor none = empty_as(lse, {0}, statistics);
+  const auto none = [&] { return empty_as(lse, {0}, statistics); };  // a new one each: outputs must not alias
 
   AttentionBackwardParams params;
   args.fill(params);
@@ -125,14 +125,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
                              {{params.score.bias, args.score.bias, need_bias, 4},
                               {params.score.key_bias, args.score.key_bias, need_key_bias, 3},
                               {params.score.multiplier, args.score.multiplier, need_multiplier, 4}},
-                             none);
+                             lse);
 
   const Kernels& kernels = vitkernels::kernels();
   const bool want_head_scale = need_head_scale && args.score.head_scale;
   const int64_t part_elements = kernels.attention_backward_parts(params) / int64_t(lse.element_size());
   const Tensor parts = zeros_as(lse, {part_elements}, statistics);
   const Tensor query_dot =
-      want_head_scale ? empty_as(lse, {args.batch, args.heads, args.num_queries}, statistics) : none;
+      want_head_scale ? empty_as(lse, {args.batch, args.heads, args.num_queries}, statistics) : none();
   params.grad_query_parts = parts.mutable_data_ptr();
   params.query_dot = want_head_scale ? query_dot.mutable_data_ptr() : nullptr;
 
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
     parallel_for(0, args.batch * args.heads, 1,
                  [&](int64_t begin, int64_t end) { kernels.finish_query_gradient(params, begin, end); });
   }
-  const Tensor grad_head_scale = want_head_scale ? sum_head_scale(args, query_dot) : none;
+  const Tensor grad_head_scale = want_head_scale ? sum_head_scale(args, query_dot) : none();
   return {grad_query, grad_key, grad_value, grad_head_scale, score_grads[0], score_grads[1], score_grads[2]};
 }
 

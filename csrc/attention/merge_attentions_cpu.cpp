@@ -44,24 +44,31 @@ void merge(const MergeParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// dout_p = w_p dout, dlse_p = w_p (dout . (out_p - out) + dlse).
+// dout_p = w_p dout, dlse_p = w_p (d_p - sum_q w_q d_q + dlse) with d_p = dout . out_p.
 template <class S>
 void merge_backward(const MergeParams& p, int64_t begin, int64_t end) {
   using T = Compute<S>;
   for (int64_t row = begin; row < end; ++row) {
     const T lse = static_cast<const T*>(p.lse)[row];
-    const T grad_lse = p.grad_lse ? static_cast<const T*>(p.grad_lse)[row] : T(0);
+    const auto weight_of_part = [&](int64_t part) { return weight_of(static_cast<const T*>(p.lses[part])[row], lse); };
+    const auto grad_of_part = [&](int64_t part) -> T& { return static_cast<T*>(p.grad_lses[part])[row]; };
+    T mean = 0;
     for (int64_t part = 0; part < p.parts; ++part) {
-      const T weight = weight_of(static_cast<const T*>(p.lses[part])[row], lse);
+      const T weight = weight_of_part(part);
       Vec<T> dot{};
       for_each_vector<T>({0, p.dim}, [&](int64_t c, Range lanes) {
         const int64_t offset = row * p.dim + c;
         const Vec<T> grad = part_of<T, S>(p.grad_out, offset, lanes.end);
-        const Vec<T> change = part_of<T, S>(p.outs[part], offset, lanes.end) - part_of<T, S>(p.out, offset, lanes.end);
-        dot += grad * change;
+        dot += grad * part_of<T, S>(p.outs[part], offset, lanes.end);
         store_narrowed<T>(static_cast<S*>(p.grad_outs[part]) + offset, grad * weight, lanes.end);
       });
-      static_cast<T*>(p.grad_lses[part])[row] = weight == T(0) ? T(0) : weight * (reduce_add<T>(dot) + grad_lse);
+      grad_of_part(part) = reduce_add<T>(dot);
+      if (weight != T(0)) mean += weight * grad_of_part(part);
+    }
+    const T grad_lse = p.grad_lse ? static_cast<const T*>(p.grad_lse)[row] : T(0);
+    for (int64_t part = 0; part < p.parts; ++part) {
+      const T weight = weight_of_part(part);
+      grad_of_part(part) = weight == T(0) ? T(0) : weight * (grad_of_part(part) - mean + grad_lse);
     }
   }
 }

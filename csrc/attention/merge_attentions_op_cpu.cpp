@@ -53,18 +53,18 @@ std::tuple<Tensor, Tensor> merge_attentions_cpu(std::vector<Tensor> outs, std::v
   Tensor lse = empty_as(lses[0], sizes_of(lses[0]), lses[0].scalar_type());
   args.params.out = out.mutable_data_ptr();
   args.params.lse = lse.mutable_data_ptr();
+  const Kernels& kernels = vitkernels::kernels();
   parallel_for(0, args.params.rows, kRowsPerTask,
-               [&](int64_t begin, int64_t end) { kernels().merge_attentions(args.params, begin, end); });
+               [&](int64_t begin, int64_t end) { kernels.merge_attentions(args.params, begin, end); });
   return {out, lse};
 }
 
 std::vector<Tensor> merge_attentions_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
-                                                  std::vector<Tensor> outs, std::vector<Tensor> lses, const Tensor& out,
+                                                  std::vector<Tensor> outs, std::vector<Tensor> lses,
                                                   const Tensor& lse) {
   const Checker checker("merge_attentions_backward");
   MergeArguments args(checker, outs, lses);
-  for (const auto& [name, t, like] :
-       {std::tuple{"grad_out", &grad_out, &outs[0]}, {"out", &out, &outs[0]}, {"lse", &lse, &lses[0]}}) {
+  for (const auto& [name, t, like] : {std::tuple{"grad_out", &grad_out, &outs[0]}, {"lse", &lse, &lses[0]}}) {
     checker.strided_like(name, *t, *like);
     checker.dtype(name, *t, like->scalar_type());
     checker.shape(name, *t, sizes_of(*like));
@@ -80,17 +80,17 @@ std::vector<Tensor> merge_attentions_backward_cpu(const Tensor& grad_out, Option
   std::vector<void*> grad_data;
   for (const Tensor& t : grads) grad_data.push_back(t.mutable_data_ptr());
 
-  const Tensor grad_out_rows = torch::stable::contiguous(grad_out), out_rows = torch::stable::contiguous(out);
+  const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
   const Tensor lse_rows = torch::stable::contiguous(lse);
   const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
-  args.params.out = const_cast<void*>(out_rows.const_data_ptr());
   args.params.lse = const_cast<void*>(lse_rows.const_data_ptr());
   args.params.grad_out = grad_out_rows.const_data_ptr();
   args.params.grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr;
   args.params.grad_outs = grad_data.data();
   args.params.grad_lses = grad_data.data() + outs.size();
+  const Kernels& kernels = vitkernels::kernels();
   parallel_for(0, args.params.rows, kRowsPerTask,
-               [&](int64_t begin, int64_t end) { kernels().merge_attentions_backward(args.params, begin, end); });
+               [&](int64_t begin, int64_t end) { kernels.merge_attentions_backward(args.params, begin, end); });
   return grads;
 }
 

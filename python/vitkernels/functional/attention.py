@@ -79,7 +79,9 @@ def attention(
         scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
         qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
         bias: added to the logits, broadcastable to ``(B, heads, Nq, Nk)``. Its gradient is reduced, in a fixed
-            order, straight into its own shape. ``-inf`` removes a key.
+            order, straight into its own shape. ``-inf`` removes a key. (Rows whose *every* key carries a huge finite
+            number instead, such as ``finfo.min``, get the right output but a wrong gradient: their log-sum-exp does
+            not fit its dtype.)
         key_bias: added to the logits of one key for all queries, broadcastable to ``(B, heads, Nk)``.
         multiplier: multiplied to the scaled logits before the bias, broadcastable to ``(B, heads, Nq, Nk)``.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads

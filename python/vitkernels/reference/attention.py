@@ -58,9 +58,14 @@ def attention(
 
     # The statistics have the kernels' precision. A row without a key has lse = -inf, and P = 0 instead of NaN.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    lse = torch.logsumexp(logits, -1)  # [B, H, Nq]
-    empty = (lse == -torch.inf).unsqueeze(-1)  # [B, H, Nq, 1]
-    p = torch.softmax(logits.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)  # [B, H, Nq, Nk]
+    empty = (logits == -torch.inf).all(-1)  # [B, H, Nq]
+    logits = logits.masked_fill(empty.unsqueeze(-1), 0.0)  # no -inf - -inf, here or in the gradient
+    lse = (
+        torch.logsumexp(logits, -1).masked_fill(empty, -torch.inf)
+        if logits.size(-1)
+        else logits.new_full(empty.shape, -torch.inf)
+    )
+    p = torch.softmax(logits, -1).masked_fill(empty.unsqueeze(-1), 0.0)  # [B, H, Nq, Nk]
     out = (p.to(v.dtype) @ v).transpose(1, 2)  # [B, Nq, H, Dv]
     return (out, lse.transpose(1, 2)) if return_lse else out
 
@@ -68,8 +73,8 @@ def attention(
 def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Same arguments, shapes and results as :func:`vitkernels.merge_attentions`."""
     stacked = torch.stack(list(lses))  # [P, B, *, H]
-    lse = torch.logsumexp(stacked, 0)  # [B, *, H]
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    weight = torch.exp(stacked - finite).unsqueeze(-1)  # [P, B, *, H, 1]
+    empty = (stacked == -torch.inf).all(0)  # [B, *, H]
+    lse = torch.logsumexp(stacked.masked_fill(empty, 0.0), 0)  # [B, *, H]
+    weight = torch.exp(stacked - lse).unsqueeze(-1)  # [P, B, *, H, 1]
     out = (weight * torch.stack(list(outs))).sum(0)  # [B, *, H, Dv]
-    return out.to(outs[0].dtype), lse
+    return out.to(outs[0].dtype), lse.masked_fill(empty, -torch.inf)
