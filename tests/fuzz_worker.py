@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import random
 import sys
 import warnings
@@ -122,8 +123,8 @@ def spoil_dtype(rng: random.Random, target: Target, call: Call) -> Call:
         dtypes = [d for d in dtypes if d not in (torch.int64, torch.int32)]
     elif not target.is_operator and slot.argument not in target.required:  # converted, if it is floating
         dtypes = [d for d in dtypes if not d.is_floating_point]
-    if len(slots(call)) == 1:
-        raise NotApplicable
+    if len(slots(call)) <= 2:  # with one tensor of data, any floating dtype will do
+        dtypes = [d for d in dtypes if d not in CALL_DTYPES]
     return put(call, slot, slot.tensor.detach().to(rng.choice(dtypes)))
 
 
@@ -136,7 +137,7 @@ def spoil_layout(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     tensor = slot.tensor.detach()
     ways = [lambda: tensor.to_sparse(), lambda: torch.nested.nested_tensor([tensor], layout=torch.jagged)]
-    if tensor.dtype == torch.float32:
+    if tensor.dtype == torch.float32 and target.is_operator:  # a function may convert it, which PyTorch refuses
         ways += [lambda: tensor.contiguous().to_mkldnn(), lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)]
     if tensor.dim() == 0 or tensor.numel() == 0:
         raise NotApplicable
@@ -170,10 +171,11 @@ def spoil_index(rng: random.Random, target: Target, call: Call) -> Call:
 
 
 def spoil_option(rng: random.Random, target: Target, call: Call) -> Call:
-    wrong = {"float": [float("nan"), float("inf"), -float("inf")], "Literal": ["l1", "", 2, True], "bool": ["yes"]}
-    found = [(n, value) for n, text in target.types.items() for kind in wrong if kind in text for value in wrong[kind]]
-    name, value = choose(rng, [(n, v) for n, v in found if target.is_operator or not isinstance(v, str) or v != "yes"])
-    return {**call, name: value}
+    wrong = {"float": [math.nan, math.inf, -math.inf], "Literal": ["l1", "", 2, True]}
+    if target.is_operator:  # to Python, anything is true or false
+        wrong["bool"] = ["yes", [True]]
+    name, values = choose(rng, [(n, wrong[kind]) for n, text in target.types.items() for kind in wrong if kind in text])
+    return {**call, name: rng.choice(values)}
 
 
 def spoil_arguments(rng: random.Random, target: Target, call: Call) -> Call:

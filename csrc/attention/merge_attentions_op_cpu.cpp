@@ -21,6 +21,7 @@ struct MergeArguments {
     checker.check(outs_in.size() == lses_in.size(), "lses has ", lses_in.size(), " tensors, takes as many as outs (",
                   outs_in.size(), ")");
     const Tensor& first = outs_in[0];
+    checker.defined("outs[0]", first);
     checker.check(first.dim() >= 2, "outs[0] has shape ", shape_text(first), ", takes (B, *spatial, heads, dv)");
     params.dtype = checker.element_type("outs", first);
     const std::vector<int64_t> out_sizes = sizes_of(first);

@@ -48,7 +48,11 @@ class Checker {
     if (!condition) fail("vitkernels::", op_, ": ", parts...);
   }
 
+  // Python's None passes for a tensor in a schema.
+  void defined(const char* name, const Tensor& t) const { check(t.defined(), name, " is None, takes a tensor"); }
+
   void rank(const char* name, const Tensor& t, int64_t rank, const char* takes) const {
+    defined(name, t);
     check(t.dim() == rank, name, " has shape ", shape_text(t), ", takes ", rank, " dimensions ", takes);
   }
 
@@ -70,6 +74,7 @@ class Checker {
   }
 
   void strided_like(const char* name, const Tensor& t, const Tensor& like) const {
+    defined(name, t);
     check(t.device() == like.device(), name, " is on another device than query, takes the same device");
     check(t.layout() == torch::headeronly::Layout::Strided, name, " is not a strided tensor, takes a strided one");
   }

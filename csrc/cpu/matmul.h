@@ -2,8 +2,8 @@
 //
 // A is read element by element through two strides (so A^T costs nothing), B in panels: columns
 // [p * kPanel, (p + 1) * kPanel) of B lie at b + p * panel_stride, their rows `row_stride` apart. A tile of
-// C stays in registers over the whole depth. Each element of C is one chain of multiply-adds in the order of the
-// depth, whatever the tile: how rows are split between tiles or threads never changes a bit.
+// C stays in registers over kChain steps of the depth. An element of C is the sum of such chains of multiply-adds, in
+// the order of the depth, whatever the tile: how rows are split between tiles or threads never changes a bit.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +23,9 @@ inline constexpr int kTileRows = 12;  // of 32
 inline constexpr int kTileRows = 6;  // of 16
 #endif
 inline constexpr int kTileVectors = 2;
+
+// Rounding errors grow with the length of a chain: a few hundred steps cost nothing and lose little.
+inline constexpr int64_t kChain = 256;
 
 template <class T>
 inline constexpr int kPanel = kTileVectors * kWidth<T>;
@@ -51,9 +54,7 @@ void matmul_tile(MatmulA<T> a, const T* b, int64_t b_stride, int64_t depth, T* c
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = kAccumulate ? load(c + r * c_stride + v * kWidth<T>) : Vec<T>{};
-    }
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
   }
   const T* a_element = a.data;
   for (int64_t k = 0; k < depth; ++k, a_element += a.depth_stride, b += b_stride) {
@@ -70,11 +71,13 @@ void matmul_tile(MatmulA<T> a, const T* b, int64_t b_stride, int64_t depth, T* c
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kWidth<T>, sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      T* target = c + r * c_stride + v * kWidth<T>;
+      store(target, kAccumulate ? load(target) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 
-// The tile function for `rows` rows: table[rows - 1].
 template <class T, int kVectors, bool kAccumulate>
 inline constexpr auto kTileFunctions = []<std::size_t... kRow>(std::index_sequence<kRow...>) {
   return std::array<TileFunction<T>, sizeof...(kRow)>{&matmul_tile<T, int(kRow) + 1, kVectors, kAccumulate>...};
@@ -87,13 +90,17 @@ void matmul(MatmulA<T> a, MatmulB<T> b, int64_t rows, int64_t columns, int64_t d
   for (int64_t block = 0; block < blocks; ++block) {
     // Balanced blocks: 15 rows are 8 + 7, not 14 + 1.
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    const MatmulA<T> a_block{a.data + first * a.row_stride, a.row_stride, a.depth_stride};
-    const auto wide = kTileFunctions<T, 2, kAccumulate>[count - 1];
-    const auto narrow = kTileFunctions<T, 1, kAccumulate>[count - 1];
+    const TileFunction<T> set[] = {kTileFunctions<T, 1, kAccumulate>[count - 1],
+                                   kTileFunctions<T, 2, kAccumulate>[count - 1]};
+    const TileFunction<T> add[] = {kTileFunctions<T, 1, true>[count - 1], kTileFunctions<T, 2, true>[count - 1]};
     for (int64_t column = 0; column < columns; column += kPanel<T>) {
-      const T* panel = b.data + column / kPanel<T> * b.panel_stride;
-      const auto tile = columns - column > kWidth<T> ? wide : narrow;
-      tile(a_block, panel, b.row_stride, depth, c + first * c_stride + column, c_stride);
+      const bool wide = columns - column > kWidth<T>;
+      for (int64_t k = 0; k < depth; k += kChain) {
+        const MatmulA<T> a_block{a.data + first * a.row_stride + k * a.depth_stride, a.row_stride, a.depth_stride};
+        const T* panel = b.data + column / kPanel<T> * b.panel_stride + k * b.row_stride;
+        const auto tile = k == 0 ? set[wide] : add[wide];
+        tile(a_block, panel, b.row_stride, std::min(depth - k, kChain), c + first * c_stride + column, c_stride);
+      }
     }
   }
 }

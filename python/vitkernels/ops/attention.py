@@ -25,6 +25,7 @@ _merge_attentions_backward = torch.ops.vitkernels.merge_attentions_backward.defa
 # Positions in the schema of `attention` (csrc/schema.cpp).
 _HEAD_SCALE, _BIAS, _KEY_BIAS, _MULTIPLIER = 4, 5, 6, 7
 _NUM_INPUTS = 10
+_SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def score_arguments(
@@ -38,13 +39,18 @@ def score_arguments(
     dtype = statistics_dtype(query.dtype)
     number, head_scale = 1.0, None
     if isinstance(scale, Tensor):
-        head_scale = scale.to(dtype)
+        head_scale = scale
     elif scale is None:
         number = query.size(-1) ** -0.5 if query.dim() and query.size(-1) else 1.0
     else:
         number = float(scale)
-    tensors = [None if t is None else t.to(dtype) for t in (bias, key_bias, multiplier)]
-    return number, head_scale, tensors[0], tensors[1], tensors[2]
+    terms = {"scale": head_scale, "bias": bias, "key_bias": key_bias, "multiplier": multiplier}
+    for name, term in terms.items():
+        # A boolean mask would otherwise be added as zeros and ones.
+        if term is not None and term.dtype not in _SCORE_DTYPES:
+            raise RuntimeError(f"vitkernels::attention: {name} is {term.dtype}, takes a floating dtype")
+    converted = [None if term is None else term.to(dtype) for term in terms.values()]
+    return number, converted[0], converted[1], converted[2], converted[3]
 
 
 def _attention_fake(
@@ -89,7 +95,10 @@ def _attention_backward_fake(
     key_bias: Tensor | None, multiplier: Tensor | None, head_map: Tensor | None, is_causal: bool,
     *needed: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    check_same_device("attention_backward", query=query, key=key, value=value, grad_out=grad_out, out=out, lse=lse)
+    check_same_device(
+        "attention_backward", query=query, key=key, value=value, grad_out=grad_out, grad_lse=grad_lse, out=out,
+        lse=lse, scale=head_scale, bias=bias, key_bias=key_bias, multiplier=multiplier, head_map=head_map,
+    )  # fmt: skip
 
     def like(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
@@ -138,6 +147,8 @@ def _merge_backward_formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor 
 def _merge_backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, outs: list[Tensor], lses: list[Tensor], lse: Tensor
 ) -> list[Tensor]:
+    parts = {f"outs[{i}]": t for i, t in enumerate(outs)} | {f"lses[{i}]": t for i, t in enumerate(lses)}
+    check_same_device("merge_attentions_backward", **parts, grad_out=grad_out, grad_lse=grad_lse, lse=lse)
     return [t.new_empty(t.shape) for t in (*outs, *lses)]
 
 
