@@ -52,8 +52,9 @@ def differentiate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and the gradient of every differentiable tensor; ``change`` is applied to the incoming gradients."""
     outputs, leaves = outputs_of(function(**call)), learning(call)
-    incoming = [change(cotangent(o)) for o in outputs]
-    grads = torch.autograd.grad(outputs, leaves, incoming) if leaves else []
+    connected = [o for o in outputs if o.requires_grad]  # the reference's lse of no keys is a constant
+    incoming = [change(cotangent(o)) for o in connected]
+    grads = torch.autograd.grad(connected, leaves, incoming, materialize_grads=True) if leaves else []
     return [o.detach() for o in outputs], list(grads)
 
 

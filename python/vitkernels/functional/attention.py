@@ -118,10 +118,9 @@ def attention(
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
-        query = torch.nn.functional.normalize(query, dim=-1)
-        key = torch.nn.functional.normalize(key, dim=-1)
+        query, key = _normalize(query, "query"), _normalize(key, "key")
         if additional_keys is not None:
-            additional_keys = torch.nn.functional.normalize(additional_keys, dim=-1)
+            additional_keys = _normalize(additional_keys, "additional_keys")
     scores = _ops.score_arguments(query, scale, bias, key_bias, multiplier)
     out, lse = _ops.attention(query, key, value, *scores, head_map, is_causal)
     if additional_keys is not None and additional_values is not None:
@@ -131,6 +130,12 @@ def attention(
         )
         out, lse = merge_attentions([out, extra[0]], [lse, extra[1]])
     return (out, lse) if return_lse else out
+
+
+def _normalize(t: Tensor, name: str) -> Tensor:
+    if t.layout != torch.strided:
+        raise RuntimeError(f"vitkernels::attention: {name} is a {t.layout} tensor, takes a strided one")
+    return torch.nn.functional.normalize(t, dim=-1)
 
 
 def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
