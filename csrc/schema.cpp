@@ -1,6 +1,7 @@
 // Every operator's signature: the page to read first.
 //
-// Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads).
+// Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads);
+// without B in varlen operators, whose sequences follow one another.
 // A backward operator returns an empty tensor for each gradient that was not asked for.
 #include "common/stable.h"
 
@@ -14,6 +15,18 @@ STABLE_TORCH_LIBRARY(vitkernels, m) {
       "Tensor? head_map, bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias, "
       "bool need_multiplier) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_head_scale, "
       "Tensor grad_bias, Tensor grad_key_bias, Tensor grad_multiplier)");
+  m.def(
+      "attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, Tensor? head_scale, Tensor? bias, Tensor? key_bias, "
+      "Tensor? multiplier, Tensor? head_map, bool is_causal) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor "
+      "out, "
+      "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, "
+      "Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, Tensor? head_map, bool is_causal, "
+      "bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier) -> (Tensor grad_query, "
+      "Tensor grad_key, Tensor grad_value, Tensor grad_head_scale, Tensor grad_bias, Tensor grad_key_bias, "
+      "Tensor grad_multiplier)");
   m.def("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor lse) -> "

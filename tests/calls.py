@@ -28,9 +28,7 @@ def learning(call: Any) -> list[Tensor]:
 
 def replace(call: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The call with each tensor changed; what was differentiable is again, as a new leaf."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: change(t.detach()).detach().requires_grad_(t.requires_grad), call
-    )
+    return pytree.tree_map_only(Tensor, lambda t: change(t.detach()).detach().requires_grad_(t.requires_grad), call)
 
 
 def in_float64(call: Any) -> Any:

@@ -49,8 +49,10 @@ def masked_rows(*at: Any) -> Tensor:
 
 
 def lowest(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A mask as transformers writes it: -inf is the lowest finite number."""
-    return masked(generator, shape, dtype).clamp(min=torch.finfo(dtype).min)
+    """A mask as transformers writes it: -inf is the lowest finite number. Every row keeps a key."""
+    values = masked(generator, shape, dtype).clamp(min=torch.finfo(dtype).min)
+    values[..., :1] = 0.0
+    return values
 
 
 def lowest_rows(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -130,13 +132,16 @@ class Sample:
         return f"{self.operator}-{self.id}"
 
 
+DATA = {"query": "bqhd", "key": "bkgd", "value": "bkgv"}
+
+
 def attention(
     id: str, *, b: int = 2, q: int = 17, k: int = 33, h: int = 3, g: int | None = None, d: int = 16, v: int = 24,
     tags: str = "", **arguments: Any,
 ) -> Sample:  # fmt: skip
     sizes = {"b": b, "q": q, "k": k, "h": h, "g": h if g is None else g, "d": d, "v": v, "a": 5}
-    tensors = {"query": Input("bqhd"), "key": Input("bkgd"), "value": Input("bkgv"), "return_lse": True}
-    return Sample("attention", id, {**tensors, **arguments}, sizes, frozenset(tags.split()))
+    data = {name: Input(axes) for name, axes in DATA.items()}
+    return Sample("attention", id, {**data, "return_lse": True, **arguments}, sizes, frozenset(tags.split()))
 
 
 def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", **sizes: int) -> Sample:
@@ -154,7 +159,7 @@ TOKENS = [
 HEAD_DIMS = [
     (1, 1), (2, 3), (7, 16), (16, 130), (24, 1), (33, 300), (64, 64), (80, 7), (96, 96), (111, 111), (256, 256),
 ]  # fmt: skip
-NO_GRADIENT = {name: Input(axes, learns=False) for name, axes in [("query", "bqhd"), ("key", "bkgd"), ("value", "bkgv")]}
+NO_GRADIENT = {name: Input(axes, learns=False) for name, axes in DATA.items()}
 BIASES = ["bhqk", "1hqk", "b1qk", "11qk", "hqk", "qk", "k", "bhq1", "1h1k", "b11k", "bh11", "q1", "1"]
 
 SAMPLES = [

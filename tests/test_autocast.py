@@ -42,7 +42,6 @@ def test_casts_the_data_alone(sample):
             torch.testing.assert_close(found, wanted.float(), rtol=2e-2, atol=2e-2)
 
 
-
 def check_equal(sample, found, wanted):
     if "mixed" in sample.tags:  # PyTorch's own part computes before the cast
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)

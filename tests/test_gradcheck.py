@@ -15,9 +15,7 @@ def test_gradcheck(sample):
 
     def function(*perturbed):
         following = iter(perturbed)
-        perturbed_call = pytree.tree_map_only(
-            torch.Tensor, lambda t: next(following) if t.requires_grad else t, call
-        )
+        perturbed_call = pytree.tree_map_only(torch.Tensor, lambda t: next(following) if t.requires_grad else t, call)
         # The lse of a row without keys is -inf whatever happens: a finite constant for the differences.
         outputs = outputs_of(sample.function(**perturbed_call))
         return tuple(o.masked_fill(o == -torch.inf, 0.0) for o in outputs)

@@ -1,7 +1,6 @@
 """Every sample against its definition, in every dtype, within the error policy."""
 
 import pytest
-import torch
 from error_policy import FLOOR, check_sample
 from samples import each_sample
 

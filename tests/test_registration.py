@@ -52,8 +52,6 @@ def test_unused_outputs_cost_nothing(sample):
     call = sample.call(torch.float64, sizes=sample.small())
     count = len(outputs_of(sample.function(**call)))
     _, together = differentiate(sample.function, call)
-    alone = [
-        differentiate(lambda i=i, **call: outputs_of(sample.function(**call))[i], call)[1] for i in range(count)
-    ]
+    alone = [differentiate(lambda i=i, **call: outputs_of(sample.function(**call))[i], call)[1] for i in range(count)]
     for total, *parts in zip(together, *alone, strict=True):
         torch.testing.assert_close(sum(parts), total)

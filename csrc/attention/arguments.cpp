@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "attention/tiles_cpu.h"
+
 namespace vitkernels {
 namespace {
 
@@ -50,6 +52,22 @@ ScoreTerm score_term(const OptionalTensor& term, int64_t rank) {
   return result;
 }
 
+// The values of an int64 or int32 vector.
+std::vector<int64_t> read_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
+  checker.strided_like(name, t, like);
+  checker.rank(name, t, 1, "(integers)");
+  const ScalarType type = t.scalar_type();
+  checker.check(type == ScalarType::Long || type == ScalarType::Int, name, " is ", dtype_text(type),
+                ", takes int64 or int32");
+  std::vector<int64_t> values(t.size(0));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int64_t at = int64_t(i) * t.stride(0);
+    values[i] = type == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[at]
+                                         : static_cast<const int32_t*>(t.const_data_ptr())[at];
+  }
+  return values;
+}
+
 std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor& head_map, const Tensor& query,
                                    int64_t heads, int64_t kv_heads) {
   std::vector<int64_t> map(heads);
@@ -59,66 +77,110 @@ std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor&
     for (int64_t h = 0; h < heads; ++h) map[h] = h / (heads / kv_heads);
     return map;
   }
-  checker.strided_like("head_map", *head_map, query);
+  checker.defined("head_map", *head_map);
   checker.shape("head_map", *head_map, {heads});
-  const ScalarType type = head_map->scalar_type();
-  checker.check(type == ScalarType::Long || type == ScalarType::Int, "head_map is ", dtype_text(type),
-                ", takes int64 or int32");
+  map = read_integers(checker, "head_map", *head_map, query);
   for (int64_t h = 0; h < heads; ++h) {
-    const int64_t at = h * head_map->stride(0);
-    map[h] = type == ScalarType::Long ? static_cast<const int64_t*>(head_map->const_data_ptr())[at]
-                                      : static_cast<const int32_t*>(head_map->const_data_ptr())[at];
     checker.check(map[h] >= 0 && map[h] < kv_heads, "head_map[", h, "] is ", map[h], ", takes 0 to ", kv_heads - 1);
   }
   return map;
+}
+
+std::vector<int64_t> read_offsets(const Checker& checker, const char* name, const Tensor& t, const Tensor& like,
+                                  int64_t tokens, int64_t longest) {
+  const std::vector<int64_t> offsets = read_integers(checker, name, t, like);
+  checker.check(!offsets.empty() && offsets[0] == 0, name, " does not begin with 0");
+  for (size_t i = 1; i < offsets.size(); ++i) {
+    const int64_t length = offsets[i] - offsets[i - 1];
+    checker.check(length >= 0 && length <= longest, name, " gives sequence ", i - 1, " the length ", length,
+                  ", takes 0 to the largest length ", longest);
+  }
+  checker.check(offsets.back() == tokens, name, " ends with ", offsets.back(), ", takes the number of tokens ", tokens);
+  return offsets;
 }
 
 }  // namespace
 
 AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key,
                                        const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
-                                       bool is_causal)
+                                       bool is_causal, const std::optional<Packing>& packing)
     : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
-  checker.rank("query", query, 4, "(B, Nq, heads, d)");
-  checker.rank("key", key, 4, "(B, Nk, kv_heads, d)");
-  checker.rank("value", value, 4, "(B, Nk, kv_heads, dv)");
+  check_tokens(checker, packing);
+  kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads);
+  check_score(checker);
+  this->query = with_unit_last_stride(query);
+  this->key = with_unit_last_stride(key);
+  this->value = with_unit_last_stride(value);
+  for (OptionalTensor* term : {&this->score.bias, &this->score.multiplier, &this->score.key_bias}) {
+    *term = with_kernel_strides(*term);
+  }
+  first_task.assign(1, 0);
+  AttentionParams sizes;
+  fill(sizes);
+  // An empty tensor may claim any batch size; a real one has memory for it.
+  for (int64_t entry = 0; entry < batch && this->query.numel() > 0; ++entry) {
+    first_task.push_back(first_task.back() + heads * forward_query_blocks(sizes.sequence(entry).axis));
+  }
+}
+
+void AttentionArguments::check_tokens(const Checker& checker, const std::optional<Packing>& packing) {
+  const int64_t rank = packing ? 3 : 4, tokens = rank - 3;  // the axis of tokens; heads and dim follow
+  checker.rank("query", query, rank, packing ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
+  checker.rank("key", key, rank, packing ? "(tokens, kv_heads, d)" : "(B, Nk, kv_heads, d)");
+  checker.rank("value", value, rank, packing ? "(tokens, kv_heads, dv)" : "(B, Nk, kv_heads, dv)");
   dtype = checker.element_type("query", query);
   for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
     checker.strided_like(name, *t, query);
     checker.dtype(name, *t, query.scalar_type());
   }
-  batch = query.size(0), num_queries = query.size(1), heads = query.size(2), head_dim = query.size(3);
-  num_keys = key.size(1), kv_heads = key.size(2), value_dim = value.size(3);
-  checker.size("key", key, 0, batch, "query's batch size");
-  checker.size("value", value, 0, batch, "query's batch size");
-  checker.size("value", value, 1, num_keys, "key's number of tokens");
-  checker.size("value", value, 2, kv_heads, "key's number of heads");
-  checker.size("key", key, 3, head_dim, "query's head dimension");
+  num_queries = query.size(tokens), heads = query.size(tokens + 1), head_dim = query.size(tokens + 2);
+  num_keys = key.size(tokens), kv_heads = key.size(tokens + 1), value_dim = value.size(tokens + 2);
+  checker.size("value", value, tokens, num_keys, "key's number of tokens");
+  checker.size("value", value, tokens + 1, kv_heads, "key's number of heads");
+  checker.size("key", key, tokens + 2, head_dim, "query's head dimension");
   checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
   checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
   checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
-  kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads);
+  if (!packing) {
+    batch = query.size(0);
+    checker.size("key", key, 0, batch, "query's batch size");
+    checker.size("value", value, 0, batch, "query's batch size");
+    return;
+  }
+  query_offsets =
+      read_offsets(checker, "cu_seqlens_q", packing->cu_seqlens_q, query, num_queries, packing->max_seqlen_q);
+  key_offsets = read_offsets(checker, "cu_seqlens_k", packing->cu_seqlens_k, query, num_keys, packing->max_seqlen_k);
+  checker.check(query_offsets.size() == key_offsets.size(), "cu_seqlens_k has ", key_offsets.size(),
+                " elements, takes as many as cu_seqlens_q (", query_offsets.size(), ")");
+  batch = int64_t(query_offsets.size()) - 1;
+  num_queries = packing->max_seqlen_q, num_keys = packing->max_seqlen_k;
+}
 
-  ScoreArguments& s = this->score;
-  checker.check(std::isfinite(s.scale), "scale is ", s.scale, ", takes a finite number");
+void AttentionArguments::check_score(const Checker& checker) {
+  checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
   const ScalarType type = statistics_type(dtype);
-  if (s.head_scale) {
-    checker.strided_like("scale", *s.head_scale, query);
-    checker.dtype("scale", *s.head_scale, type);
-    checker.shape("scale", *s.head_scale, {heads});
-    s.head_scale = torch::stable::contiguous(*s.head_scale);
+  if (score.head_scale) {
+    checker.strided_like("scale", *score.head_scale, query);
+    checker.dtype("scale", *score.head_scale, type);
+    checker.shape("scale", *score.head_scale, {heads});
+    score.head_scale = torch::stable::contiguous(*score.head_scale);
   }
   const std::vector<int64_t> full{batch, heads, num_queries, num_keys};
-  check_score_term(checker, "bias", s.bias, query, type, full, "(B, heads, Nq, Nk)");
-  check_score_term(checker, "multiplier", s.multiplier, query, type, full, "(B, heads, Nq, Nk)");
-  check_score_term(checker, "key_bias", s.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
+  check_score_term(checker, "bias", score.bias, query, type, full, "(B, heads, Nq, Nk)");
+  check_score_term(checker, "multiplier", score.multiplier, query, type, full, "(B, heads, Nq, Nk)");
+  check_score_term(checker, "key_bias", score.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
+}
 
-  this->query = with_unit_last_stride(query);
-  this->key = with_unit_last_stride(key);
-  this->value = with_unit_last_stride(value);
-  s.bias = with_kernel_strides(s.bias);
-  s.multiplier = with_kernel_strides(s.multiplier);
-  s.key_bias = with_kernel_strides(s.key_bias);
+std::vector<int64_t> AttentionArguments::out_sizes() const {
+  std::vector<int64_t> sizes = sizes_of(query);
+  sizes.back() = value_dim;
+  return sizes;
+}
+
+std::vector<int64_t> AttentionArguments::lse_sizes() const {
+  std::vector<int64_t> sizes = sizes_of(query);
+  sizes.pop_back();
+  return sizes;
 }
 
 void AttentionArguments::fill(AttentionParams& params) const {
@@ -126,6 +188,9 @@ void AttentionArguments::fill(AttentionParams& params) const {
   params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
   params.head_dim = head_dim, params.value_dim = value_dim;
   params.kv_head_of = kv_head_of.data();
+  params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
+  params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
+  params.first_task = first_task.data();
   params.pattern.axis[0] = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
   params.score = {.scale = score.scale,
                   .head_scale = score.head_scale ? score.head_scale->const_data_ptr() : nullptr,
@@ -138,10 +203,11 @@ void AttentionArguments::fill(AttentionParams& params) const {
 }
 
 TokenTensor token_tensor(const Tensor& t) {
+  const int64_t tokens = t.dim() - 3;
   return {.data = const_cast<void*>(t.const_data_ptr()),
-          .batch_stride = t.stride(0),
-          .token_stride = t.stride(1),
-          .head_stride = t.stride(2)};
+          .batch_stride = tokens ? t.stride(0) : 0,
+          .token_stride = t.stride(tokens),
+          .head_stride = t.stride(tokens + 1)};
 }
 
 Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank) {

@@ -11,23 +11,35 @@ struct ScoreArguments {
   OptionalTensor head_scale, bias, key_bias, multiplier;
 };
 
-// Owns what Params points to.
-struct AttentionArguments {
-  Tensor query, key, value;
-  ScoreArguments score;
-  std::vector<int64_t> kv_head_of;
+// Sequences packed one after another: where each begins, and the longest ones' lengths.
+struct Packing {
+  Tensor cu_seqlens_q, cu_seqlens_k;  // [sequences + 1], int32 or int64
+  int64_t max_seqlen_q, max_seqlen_k;
+};
 
+// Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
+class AttentionArguments {
+ public:
   AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key, const Tensor& value,
-                     ScoreArguments score, const OptionalTensor& head_map, bool is_causal);
+                     ScoreArguments score, const OptionalTensor& head_map, bool is_causal,
+                     const std::optional<Packing>& packing = std::nullopt);
 
   void fill(AttentionParams& params) const;
+  int64_t num_tasks() const { return first_task.back(); }  // of the forward
+  std::vector<int64_t> out_sizes() const;
+  std::vector<int64_t> lse_sizes() const;
 
-  std::vector<int64_t> out_sizes() const { return {batch, num_queries, heads, value_dim}; }
-  std::vector<int64_t> lse_sizes() const { return {batch, num_queries, heads}; }
-
+  Tensor query, key, value;
+  ScoreArguments score;
   DType dtype;
   bool is_causal;
-  int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;
+  int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry
+
+ private:
+  void check_tokens(const Checker& checker, const std::optional<Packing>& packing);
+  void check_score(const Checker& checker);
+
+  std::vector<int64_t> kv_head_of, query_offsets, key_offsets, first_task;
 };
 
 TokenTensor token_tensor(const Tensor& t);

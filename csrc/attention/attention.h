@@ -18,17 +18,41 @@ struct TokenTensor {
   }
 };
 
+// One entry of the batch: who sees whom in it, and where its tokens start.
+struct Sequence {
+  Axis axis;
+  int64_t first_query = 0, first_key = 0;
+  int64_t first_row = 0;  // of its queries among those of all entries
+};
+
+// In a packed batch the tokens of all entries follow one another along the token axis (and batch strides are zero);
+// the pattern then holds the largest entry's sizes.
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  const int64_t* kv_head_of = nullptr;  // [heads]: the kv head that a query head reads
+  const int64_t* kv_head_of = nullptr;     // [heads]: the kv head that a query head reads
+  const int64_t* query_offsets = nullptr;  // [batch + 1] of a packed batch, else null
+  const int64_t* key_offsets = nullptr;
+  const int64_t* first_task = nullptr;  // [batch + 1]: tasks of the forward before each entry
   Pattern pattern;
   Score score;
   TokenTensor query, key, value, out;  // heads / kv_heads / kv_heads / heads
-  void* lse = nullptr;                 // [batch, queries, heads], contiguous, in the type of the arithmetic
+  void* lse = nullptr;                 // [rows, heads], contiguous, in the type of the arithmetic
 
   VK_HOST_DEVICE int64_t num_queries() const { return pattern.num_queries(); }
   VK_HOST_DEVICE int64_t num_keys() const { return pattern.num_keys(); }
+  VK_HOST_DEVICE int64_t num_rows() const { return query_offsets ? query_offsets[batch] : batch * num_queries(); }
+
+  VK_HOST_DEVICE Sequence sequence(int64_t entry) const {
+    Sequence s{.axis = pattern.axis[0], .first_row = entry * num_queries()};
+    if (query_offsets) {
+      s.first_row = s.first_query = query_offsets[entry];
+      s.first_key = key_offsets[entry];
+      s.axis.num_queries = query_offsets[entry + 1] - s.first_query;
+      s.axis.num_keys = key_offsets[entry + 1] - s.first_key;
+    }
+    return s;
+  }
 };
 
 // The backward's work is cut by shapes alone: into `splits` ranges of keys, and into the groups of (batch, head)
@@ -40,8 +64,8 @@ struct AttentionBackwardParams : AttentionParams {
   bool batch_is_shared = false;    // a gradient is summed over the batch: one task goes through all of it
   bool heads_are_shared = false;   // likewise for the heads
   int64_t splits = 1;
-  void* grad_query_parts = nullptr;  // [splits, batch, heads, queries, padded head_dim], zero at first
-  void* query_dot = nullptr;         // [batch, heads, queries]: q.dq before scaling (gradient of the scale), or null
+  void* grad_query_parts = nullptr;  // [splits, heads, rows, padded head_dim], zero at first
+  void* query_dot = nullptr;         // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 
   VK_HOST_DEVICE int64_t batch_groups() const { return batch_is_shared ? 1 : batch; }
   VK_HOST_DEVICE int64_t head_groups() const { return heads_are_shared ? 1 : kv_heads; }

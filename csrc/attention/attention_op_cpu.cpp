@@ -1,4 +1,4 @@
-// The operators vitkernels::attention and vitkernels::attention_backward on the CPU.
+// The operators vitkernels::attention and vitkernels::attention_varlen on the CPU, and their backward operators.
 #include "attention/arguments.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/isa.h"
@@ -8,40 +8,34 @@ namespace {
 
 using torch::stable::parallel_for;
 
-std::tuple<Tensor, Tensor> attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-                                         OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                                         OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
-  const AttentionArguments args(Checker("attention"), query, key, value,
-                                {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal);
-  Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
-  Tensor lse = empty_as(query, args.lse_sizes(), statistics_type(args.dtype));
+using Forward = std::tuple<Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Forward run_forward(const AttentionArguments& args) {
+  Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
+  Tensor lse = empty_as(args.query, args.lse_sizes(), statistics_type(args.dtype));
   AttentionParams params;
   args.fill(params);
   params.out = token_tensor(out);
   params.lse = lse.mutable_data_ptr();
 
   const Kernels& kernels = vitkernels::kernels();
-  const int64_t blocks = (args.num_queries + forward_query_block(params) - 1) / forward_query_block(params);
-  const int64_t tasks = args.batch * args.heads * blocks;
-  if (tasks > 0) {
-    const ThreadScratch scratch(query, kernels.attention_scratch(params));
-    parallel_for(0, tasks, 1,
+  if (args.num_tasks() > 0) {
+    const ThreadScratch scratch(args.query, kernels.attention_scratch(params));
+    parallel_for(0, args.num_tasks(), 1,
                  [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
   }
   return {out, lse};
 }
 
-// d(head_scale)[h] = scale * sum of q.dq over all batches and queries, in double and in order.
+// d(head_scale)[h] = scale * sum of q.dq over all queries, in double and in order.
 Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
   Tensor grad = empty_as(query_dot, {args.heads}, query_dot.scalar_type());
   const auto sum = [&]<class T>(T) {
-    const T* dots = static_cast<const T*>(query_dot.const_data_ptr());  // [B, heads, Nq]
+    const T* dots = static_cast<const T*>(query_dot.const_data_ptr());  // [heads, rows]
     for (int64_t h = 0; h < args.heads; ++h) {
       double total = 0;
-      for (int64_t b = 0; b < args.batch; ++b) {
-        const T* row = dots + (b * args.heads + h) * args.num_queries;
-        for (int64_t i = 0; i < args.num_queries; ++i) total += row[i];
-      }
+      for (int64_t i = 0; i < query_dot.size(1); ++i) total += *dots++;
       static_cast<T*>(grad.mutable_data_ptr())[h] = T(args.score.scale * total);
     }
   };
@@ -80,64 +74,68 @@ std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, cons
   return grads;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& out, const Tensor& lse, double scale, OptionalTensor head_scale, OptionalTensor bias,
-    OptionalTensor key_bias, OptionalTensor multiplier, OptionalTensor head_map, bool is_causal, bool need_head_scale,
-    bool need_bias, bool need_key_bias, bool need_multiplier) {
-  const Checker checker("attention_backward");
-  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
-                                is_causal);
-  const ScalarType statistics = statistics_type(args.dtype);
-  for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
-    checker.strided_like(name, *t, query);
-    checker.dtype(name, *t, query.scalar_type());
-    checker.shape(name, *t, args.out_sizes());
-  }
-  checker.strided_like("lse", lse, query);
-  checker.dtype("lse", lse, statistics);
-  checker.shape("lse", lse, args.lse_sizes());
-  if (grad_lse) {
-    checker.strided_like("grad_lse", *grad_lse, query);
-    checker.dtype("grad_lse", *grad_lse, statistics);
-    checker.shape("grad_lse", *grad_lse, args.lse_sizes());
-  }
+// What the backward gets besides the forward's arguments.
+struct BackwardArguments {
+  const Tensor& grad_out;
+  OptionalTensor grad_lse;
+  const Tensor& out;
+  const Tensor& lse;
+  bool need_head_scale, need_bias, need_key_bias, need_multiplier;
 
-  const Tensor grad_out_rows = with_unit_last_stride(grad_out), out_rows = with_unit_last_stride(out);
-  const Tensor lse_rows = torch::stable::contiguous(lse);
-  const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
-  Tensor grad_query = empty_as(query, sizes_of(query), query.scalar_type());
-  Tensor grad_key = empty_as(key, sizes_of(key), key.scalar_type());
-  Tensor grad_value = empty_as(value, sizes_of(value), value.scalar_type());
+  void check(const Checker& checker, const AttentionArguments& args) const {
+    for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
+      checker.strided_like(name, *t, args.query);
+      checker.dtype(name, *t, args.query.scalar_type());
+      checker.shape(name, *t, args.out_sizes());
+    }
+    const Tensor* rows[] = {&lse, grad_lse ? &*grad_lse : nullptr};
+    for (const Tensor* t : rows) {
+      const char* name = t == &lse ? "lse" : "grad_lse";
+      if (!t) continue;
+      checker.strided_like(name, *t, args.query);
+      checker.dtype(name, *t, statistics_type(args.dtype));
+      checker.shape(name, *t, args.lse_sizes());
+    }
+  }
+};
+
+Backward run_backward(const AttentionArguments& args, const BackwardArguments& from) {
+  const ScalarType type = args.query.scalar_type(), statistics = statistics_type(args.dtype);
+  const Tensor grad_out = with_unit_last_stride(from.grad_out), out = with_unit_last_stride(from.out);
+  const Tensor lse = torch::stable::contiguous(from.lse);
+  OptionalTensor grad_lse;
+  if (from.grad_lse) grad_lse = torch::stable::contiguous(*from.grad_lse);
+  Tensor grad_query = empty_as(args.query, sizes_of(args.query), type);
+  Tensor grad_key = empty_as(args.key, sizes_of(args.key), type);
+  Tensor grad_value = empty_as(args.value, sizes_of(args.value), type);
   const auto none = [&] { return empty_as(lse, {0}, statistics); };  // a new one each: outputs must not alias
 
   AttentionBackwardParams params;
   args.fill(params);
-  params.out = token_tensor(out_rows);
-  params.grad_out = token_tensor(grad_out_rows);
-  params.lse = const_cast<void*>(lse_rows.const_data_ptr());
-  params.grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr;
+  params.out = token_tensor(out);
+  params.grad_out = token_tensor(grad_out);
+  params.lse = const_cast<void*>(lse.const_data_ptr());
+  params.grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr;
   params.grad_query = token_tensor(grad_query);
   params.grad_key = token_tensor(grad_key);
   params.grad_value = token_tensor(grad_value);
   const std::vector<Tensor> score_grads =
       attach_score_gradients(params,
-                             {{params.score.bias, args.score.bias, need_bias, 4},
-                              {params.score.key_bias, args.score.key_bias, need_key_bias, 3},
-                              {params.score.multiplier, args.score.multiplier, need_multiplier, 4}},
+                             {{params.score.bias, args.score.bias, from.need_bias, 4},
+                              {params.score.key_bias, args.score.key_bias, from.need_key_bias, 3},
+                              {params.score.multiplier, args.score.multiplier, from.need_multiplier, 4}},
                              lse);
 
   const Kernels& kernels = vitkernels::kernels();
-  const bool want_head_scale = need_head_scale && args.score.head_scale;
+  const bool want_head_scale = from.need_head_scale && args.score.head_scale;
   const int64_t part_elements = kernels.attention_backward_parts(params) / int64_t(lse.element_size());
   const Tensor parts = zeros_as(lse, {part_elements}, statistics);
-  const Tensor query_dot =
-      want_head_scale ? empty_as(lse, {args.batch, args.heads, args.num_queries}, statistics) : none();
+  const Tensor query_dot = want_head_scale ? empty_as(lse, {args.heads, params.num_rows()}, statistics) : none();
   params.grad_query_parts = parts.mutable_data_ptr();
   params.query_dot = want_head_scale ? query_dot.mutable_data_ptr() : nullptr;
 
   if (params.num_tasks() > 0) {
-    const ThreadScratch scratch(query, kernels.attention_backward_scratch(params));
+    const ThreadScratch scratch(args.query, kernels.attention_backward_scratch(params));
     parallel_for(0, params.num_tasks(), 1,
                  [&](int64_t begin, int64_t end) { kernels.attention_backward(params, begin, end, scratch.mine()); });
   }
@@ -149,10 +147,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bac
   return {grad_query, grad_key, grad_value, grad_head_scale, score_grads[0], score_grads[1], score_grads[2]};
 }
 
+Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                      OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                      OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
+  return run_forward(
+      {Checker("attention"), query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal});
+}
+
+Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query, const Tensor& key,
+                                const Tensor& value, const Tensor& out, const Tensor& lse, double scale,
+                                OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
+                                bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier) {
+  const Checker checker("attention_backward");
+  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
+                                is_causal);
+  const BackwardArguments from{grad_out,        grad_lse,  out,           lse,
+                               need_head_scale, need_bias, need_key_bias, need_multiplier};
+  from.check(checker, args);
+  return run_backward(args, from);
+}
+
+Forward attention_varlen_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+                             const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                             OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
+  return run_forward({Checker("attention_varlen"),
+                      query,
+                      key,
+                      value,
+                      {scale, head_scale, bias, key_bias, multiplier},
+                      head_map,
+                      is_causal,
+                      Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}});
+}
+
+Backward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
+                                       const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
+                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                       int64_t max_seqlen_k, double scale, OptionalTensor head_scale,
+                                       OptionalTensor bias, OptionalTensor key_bias, OptionalTensor multiplier,
+                                       OptionalTensor head_map, bool is_causal, bool need_head_scale, bool need_bias,
+                                       bool need_key_bias, bool need_multiplier) {
+  const Checker checker("attention_varlen_backward");
+  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
+                                is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k});
+  const BackwardArguments from{grad_out,        grad_lse,  out,           lse,
+                               need_head_scale, need_bias, need_key_bias, need_multiplier};
+  from.check(checker, args);
+  return run_backward(args, from);
+}
+
 }  // namespace
 }  // namespace vitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   m.impl("attention", TORCH_BOX(&vitkernels::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward_cpu));
+  m.impl("attention_varlen", TORCH_BOX(&vitkernels::attention_varlen_cpu));
+  m.impl("attention_varlen_backward", TORCH_BOX(&vitkernels::attention_varlen_backward_cpu));
 }

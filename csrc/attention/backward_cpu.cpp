@@ -51,9 +51,7 @@ class Backward {
 
   int64_t scratch_size() const { return scratch.size(); }
 
-  int64_t parts_size() const {
-    return p.splits * p.batch * p.heads * p.num_queries() * query_width * int64_t(sizeof(T));
-  }
+  int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * query_width * int64_t(sizeof(T)); }
 
   void run(int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -62,11 +60,12 @@ class Backward {
       const int64_t batch_group = task / p.splits / p.head_groups();
       const Range batches = p.batch_is_shared ? Range{0, p.batch} : Range{batch_group, batch_group + 1};
       const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
-      const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
       for (batch = batches.begin; batch < batches.end; ++batch) {
+        start_sequence();
+        const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
         for (kv_head = kv_heads.begin; kv_head < kv_heads.end; ++kv_head) {
           for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            tile_of_keys({tile * keys.size, std::min((tile + 1) * keys.size, p.num_keys())});
+            tile_of_keys({tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)});
           }
         }
       }
@@ -75,10 +74,12 @@ class Backward {
 
   // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale.
   void finish(int64_t begin, int64_t end) {
-    const int64_t part = p.batch * p.heads * p.num_queries() * query_width;
+    const int64_t part = p.heads * p.num_rows() * query_width;
     for (int64_t pair = begin; pair < end; ++pair) {
       batch = pair / p.heads, head = pair % p.heads;
-      for (int64_t query = 0; query < p.num_queries(); ++query) {
+      start_sequence();
+      for (int64_t query = 0; query < axis.num_queries; ++query) {
+        const int64_t token = sequence.first_query + query;
         T* sum = query_gradient(0, query);
         for (int64_t s = 1; s < p.splits; ++s) {
           for (int64_t c = 0; c < query_width; c += kWidth<T>) {
@@ -86,50 +87,55 @@ class Backward {
           }
         }
         if (p.query_dot) {
-          static_cast<T*>(p.query_dot)[pair * p.num_queries() + query] =
-              dot(p.query.at<const S>(batch, query, head), sum, p.head_dim);
+          static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
+              dot(p.query.at<const S>(batch, token, head), sum, p.head_dim);
         }
         unpack_rows<T>(sum, query_width, 1, p.head_dim, p.score.scale_of<T>(head),
-                       p.grad_query.at<S>(batch, query, head), p.grad_query.token_stride);
+                       p.grad_query.at<S>(batch, token, head), p.grad_query.token_stride);
       }
     }
   }
 
  private:
+  void start_sequence() {
+    sequence = p.sequence(batch);
+    axis = sequence.axis;
+    keys = backward_keys(axis);
+  }
+
   void tile_of_keys(Range tile) {
-    const int64_t count = tile.end - tile.begin;
-    const S* key_rows = p.key.at<const S>(batch, tile.begin, kv_head);
-    const S* value_rows = p.value.at<const S>(batch, tile.begin, kv_head);
+    const int64_t count = tile.end - tile.begin, first = sequence.first_key + tile.begin;
+    const S* key_rows = p.key.at<const S>(batch, first, kv_head);
+    const S* value_rows = p.value.at<const S>(batch, first, kv_head);
     pack_transposed<T>(key_rows, p.key.token_stride, count, p.head_dim, key_panels);
     pack_transposed<T>(value_rows, p.value.token_stride, count, p.value_dim, value_panels);
     pack_rows<T>(key_rows, p.key.token_stride, count, p.head_dim, T(1), key_copy, query_width);
     std::fill_n(key_gradient, count * query_width, T(0));
     std::fill_n(value_gradient, count * value_width, T(0));
 
-    const int64_t blocks = divide_up(p.num_queries(), kBackwardQueryBlock);
+    const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
     for (head = 0; head < p.heads; ++head) {
       if (p.kv_head_of[head] != kv_head) continue;
       for (int64_t block = 0; block < blocks; ++block) {
-        block_of_queries({p.num_queries() * block / blocks, p.num_queries() * (block + 1) / blocks}, tile);
+        block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
     }
-    unpack_rows<T>(key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, tile.begin, kv_head),
+    unpack_rows<T>(key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, first, kv_head),
                    p.grad_key.token_stride);
-    unpack_rows<T>(value_gradient, value_width, count, p.value_dim, T(1),
-                   p.grad_value.at<S>(batch, tile.begin, kv_head), p.grad_value.token_stride);
+    unpack_rows<T>(value_gradient, value_width, count, p.value_dim, T(1), p.grad_value.at<S>(batch, first, kv_head),
+                   p.grad_value.token_stride);
   }
 
   void block_of_queries(Range rows, Range tile) {
-    const Axis& axis = p.pattern.axis[0];
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin;
     const int64_t width = round_up(seen.end, kWidth<T>);
 
-    pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
-                 p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    pack_rows<T>(p.grad_out.at<const S>(batch, rows.begin, head), p.grad_out.token_stride, count, p.value_dim, T(1),
-                 out_gradient, value_width);  // [count, dv]
+    pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
+                 p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
+    pack_rows<T>(p.grad_out.at<const S>(batch, sequence.first_query + rows.begin, head), p.grad_out.token_stride, count,
+                 p.value_dim, T(1), out_gradient, value_width);  // [count, dv]
     matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
                      p.head_dim, logits, logits_stride);  // [count, width]
     matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count, width,
@@ -154,10 +160,10 @@ class Backward {
   // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
   void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, const T* grad_out,
                          T* logits_row, T* gradient_row) const {
-    const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
+    const int64_t row = (sequence.first_row + query) * p.heads + head;
     const T lse = static_cast<const T*>(p.lse)[row];
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
-    T delta = dot(p.out.at<const S>(batch, query, head), grad_out, p.value_dim);
+    T delta = dot(p.out.at<const S>(batch, sequence.first_query + query, head), grad_out, p.value_dim);
     if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
     // An empty row (lse = -inf) has P = 0: exp(-inf).
     const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
@@ -204,28 +210,31 @@ class Backward {
   }
 
   T* query_gradient(int64_t of_split, int64_t query) const {
-    const int64_t row = ((of_split * p.batch + batch) * p.heads + head) * p.num_queries() + query;
+    const int64_t row = (of_split * p.heads + head) * p.num_rows() + sequence.first_row + query;
     return static_cast<T*>(p.grad_query_parts) + row * query_width;
   }
 
   const AttentionBackwardParams& p;
   Scratch scratch;
-  const Tiling keys = backward_keys(p);
+  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
-  const int64_t logits_stride = (keys.size / kWidth<T> | 1) * kWidth<T>;
+  const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
   T* queries = scratch.take<T>(kBackwardQueryBlock * query_width);
   T* out_gradient = scratch.take<T>(kBackwardQueryBlock * value_width);
   T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
   T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  T* key_panels = scratch.take<T>(keys.size * p.head_dim);
-  T* value_panels = scratch.take<T>(keys.size * p.value_dim);
-  T* key_copy = scratch.take<T>(keys.size * query_width);
-  T* key_gradient = scratch.take<T>(keys.size * query_width);
-  T* value_gradient = scratch.take<T>(keys.size * value_width);
+  T* key_panels = scratch.take<T>(most_keys * p.head_dim);
+  T* value_panels = scratch.take<T>(most_keys * p.value_dim);
+  T* key_copy = scratch.take<T>(most_keys * query_width);
+  T* key_gradient = scratch.take<T>(most_keys * query_width);
+  T* value_gradient = scratch.take<T>(most_keys * value_width);
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0;
+  Sequence sequence;
+  Axis axis;
+  Tiling keys{};
 };
 
 }  // namespace

@@ -28,26 +28,39 @@ class Forward {
   int64_t scratch_size() const { return scratch.size(); }
 
   void run(int64_t begin, int64_t end) {
-    const int64_t blocks = divide_up(p.num_queries(), query_block);
+    batch = std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1;
+    start_sequence();
     for (int64_t task = begin; task < end; ++task) {
-      batch = task / blocks / p.heads;
-      head = task / blocks % p.heads;
-      const int64_t first = task % blocks * query_block;
-      block_of_queries({first, std::min(first + query_block, p.num_queries())});
+      if (task >= p.first_task[batch + 1]) {
+        do ++batch;
+        while (task >= p.first_task[batch + 1]);
+        start_sequence();
+      }
+      const int64_t blocks = forward_query_blocks(axis), index = task - p.first_task[batch];
+      head = index / blocks;
+      const int64_t block = index % blocks, count = axis.num_queries;
+      block_of_queries({count * block / blocks, count * (block + 1) / blocks});
     }
   }
 
  private:
+  void start_sequence() {
+    sequence = p.sequence(batch);
+    axis = sequence.axis;
+    keys = forward_keys(axis);
+    packed_head = -1;
+  }
+
   void block_of_queries(Range rows) {
-    std::fill_n(states, query_block, RowState<T>{});
-    if (keys.count != 1) std::fill_n(sums, query_block * value_width, T(0));
+    const int64_t count = rows.end - rows.begin;
+    std::fill_n(states, count, RowState<T>{});
+    if (keys.count != 1) std::fill_n(sums, count * value_width, T(0));
     for (int64_t tile = 0; tile < keys.count; ++tile) {
-      const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, p.num_keys())};
-      if (intersect(p.pattern.axis[0].any_keys(rows), tile_keys).empty()) continue;
+      const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
+      if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
       pack(tile, tile_keys);
-      const int64_t groups = divide_up(rows.end - rows.begin, kTileRows);
+      const int64_t groups = divide_up(count, kTileRows);
       for (int64_t group = 0; group < groups; ++group) {
-        const int64_t count = rows.end - rows.begin;
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
                       tile_keys);
       }
@@ -57,25 +70,24 @@ class Forward {
 
   void pack(int64_t tile, Range tile_keys) {
     const int64_t kv_head = p.kv_head_of[head];
-    if (packed_batch == batch && packed_head == kv_head && packed_tile == tile) return;
-    packed_batch = batch, packed_head = kv_head, packed_tile = tile;
+    if (packed_head == kv_head && packed_tile == tile) return;
+    packed_head = kv_head, packed_tile = tile;
+    const int64_t first = sequence.first_key + tile_keys.begin;
     const int64_t count = tile_keys.end - tile_keys.begin;
-    pack_transposed<T>(p.key.at<const S>(batch, tile_keys.begin, kv_head), p.key.token_stride, count, p.head_dim,
-                       key_panels);
-    pack_rows<T>(p.value.at<const S>(batch, tile_keys.begin, kv_head), p.value.token_stride, count, p.value_dim, T(1),
-                 values, value_width);
+    pack_transposed<T>(p.key.at<const S>(batch, first, kv_head), p.key.token_stride, count, p.head_dim, key_panels);
+    pack_rows<T>(p.value.at<const S>(batch, first, kv_head), p.value.token_stride, count, p.value_dim, T(1), values,
+                 value_width);
   }
 
   // Adds what the queries `rows` see in one tile of keys to their sums; `block` holds the sums' rows.
   void group_of_rows(Range block, Range rows, Range tile_keys) {
-    const Axis& axis = p.pattern.axis[0];
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin;
     const int64_t width = round_up(seen.end, kWidth<T>);
 
-    pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
-                 p.score.scale_of<T>(head), queries, query_width);  // [count, d]
+    pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
+                 p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
     matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
                      p.head_dim, logits, logits_stride);  // [count, width]
 
@@ -117,29 +129,33 @@ class Forward {
       T* row = sums + (query - rows.begin) * value_width;
       if (state.sum == T(0)) clear(row, {0, value_width});  // saw no key: zero, whatever the row holds
       const T factor = state.sum == T(0) ? T(0) : T(1) / state.sum;
-      unpack_rows<T>(row, value_width, 1, p.value_dim, factor, p.out.at<S>(batch, query, head), p.out.token_stride);
-      lse[(batch * p.num_queries() + query) * p.heads + head] = state.lse();
+      unpack_rows<T>(row, value_width, 1, p.value_dim, factor, p.out.at<S>(batch, sequence.first_query + query, head),
+                     p.out.token_stride);
+      lse[(sequence.first_row + query) * p.heads + head] = state.lse();
     }
   }
 
   const AttentionParams& p;
   Scratch scratch;
-  const Tiling keys = forward_keys(p);
-  const int64_t query_block = forward_query_block(p);
+  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
+  const int64_t most_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   // Rows an odd number of vectors apart do not compete for the same cache set.
-  const int64_t logits_stride = (keys.size / kWidth<T> | 1) * kWidth<T>;
+  const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
   T* queries = scratch.take<T>(kTileRows * query_width);
   T* logits = scratch.take<T>(kTileRows * logits_stride);
-  T* key_panels = scratch.take<T>(keys.size * p.head_dim);
-  T* values = scratch.take<T>(keys.size * value_width);
-  T* sums = scratch.take<T>(query_block * value_width);
-  RowState<T>* states = scratch.take<RowState<T>>(query_block);
+  T* key_panels = scratch.take<T>(most_keys * p.head_dim);
+  T* values = scratch.take<T>(most_keys * value_width);
+  T* sums = scratch.take<T>(most_queries * value_width);
+  RowState<T>* states = scratch.take<RowState<T>>(most_queries);
 
   int64_t batch = 0, head = 0;
-  int64_t packed_batch = -1, packed_head = -1, packed_tile = -1;
+  Sequence sequence;
+  Axis axis;
+  Tiling keys{};
+  int64_t packed_head = -1, packed_tile = -1;
 };
 
 }  // namespace

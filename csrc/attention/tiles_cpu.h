@@ -27,24 +27,23 @@ inline constexpr int64_t kForwardQueryBlockLong = 504;  // several tiles: every 
 inline constexpr int64_t kBackwardKeyTile = 320;
 inline constexpr int64_t kBackwardQueryBlock = 84;
 
-inline Tiling forward_keys(const AttentionParams& p) { return tile_axis(p.num_keys(), kForwardKeyTile); }
+inline Tiling forward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kForwardKeyTile); }
 
-inline int64_t forward_query_block(const AttentionParams& p) {
-  const int64_t largest = forward_keys(p).count > 1 ? kForwardQueryBlockLong : kForwardQueryBlock;
-  const int64_t count = (p.num_queries() + largest - 1) / largest;
-  return count ? (p.num_queries() + count - 1) / count : 1;
+inline int64_t forward_query_blocks(const Axis& axis) {
+  const int64_t largest = forward_keys(axis).count > 1 ? kForwardQueryBlockLong : kForwardQueryBlock;
+  return (axis.num_queries + largest - 1) / largest;
 }
 
-inline Tiling backward_keys(const AttentionParams& p) { return tile_axis(p.num_keys(), kBackwardKeyTile); }
+inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
 
 // Ranges of keys that are worked on independently, where there are too few heads to keep many threads busy. Each
 // costs a float32 query gradient of its own, so long sequences get fewer.
 inline int64_t backward_splits(const AttentionBackwardParams& p) {
   constexpr int64_t kTasks = 32, kMostSplits = 4, kPartElements = int64_t(1) << 23;
-  const int64_t part = p.batch * p.heads * p.num_queries() * p.head_dim;
+  const int64_t part = p.num_rows() * p.heads * p.head_dim;
   const int64_t most = part * kMostSplits <= kPartElements ? kMostSplits : 2;
   const int64_t wanted = kTasks / (p.batch_groups() * p.head_groups() + 1);
-  const int64_t tiles = backward_keys(p).count;
+  const int64_t tiles = p.query_offsets ? 1 : backward_keys(p.pattern.axis[0]).count;  // packed: one task an entry
   const int64_t splits = wanted < most ? wanted : most;
   return splits < 1 || tiles < 1 ? 1 : splits < tiles ? splits : tiles;
 }

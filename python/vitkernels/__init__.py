@@ -2,9 +2,9 @@
 
 from vitkernels import _library as _library  # loads the operators before anything registers on them
 from vitkernels import nn, reference
-from vitkernels.functional import attention, merge_attentions
+from vitkernels.functional import attention, attention_varlen, merge_attentions
 from vitkernels.integrations import Report, accelerate, restore
 
 __version__ = "0.1.0"
 
-__all__ = ["Report", "accelerate", "attention", "merge_attentions", "nn", "reference", "restore"]
+__all__ = ["Report", "accelerate", "attention", "attention_varlen", "merge_attentions", "nn", "reference", "restore"]

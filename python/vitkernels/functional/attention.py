@@ -7,9 +7,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.ops import attention as _ops
 
-__all__ = ["attention", "merge_attentions"]
+__all__ = ["attention"]
 
 
 @overload
@@ -118,10 +119,10 @@ def attention(
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
-        query, key = _normalize(query, "query"), _normalize(key, "key")
+        query, key = normalize(query, "query"), normalize(key, "key")
         if additional_keys is not None:
-            additional_keys = _normalize(additional_keys, "additional_keys")
-    scores = _ops.score_arguments(query, scale, bias, key_bias, multiplier)
+            additional_keys = normalize(additional_keys, "additional_keys")
+    scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
     out, lse = _ops.attention(query, key, value, *scores, head_map, is_causal)
     if additional_keys is not None and additional_values is not None:
         number, head_scale = scores[0], scores[1]
@@ -132,30 +133,8 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _normalize(t: Tensor, name: str) -> Tensor:
+def normalize(t: Tensor, name: str) -> Tensor:
+    """``t`` divided by its Euclidean norm over the last dimension."""
     if t.layout != torch.strided:
         raise RuntimeError(f"vitkernels::attention: {name} is a {t.layout} tensor, takes a strided one")
     return torch.nn.functional.normalize(t, dim=-1)
-
-
-def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    r"""Join attention results over disjoint sets of keys, as if computed over their union.
-
-    .. math::
-        \mathrm{lse} = \log \sum_p e^{\mathrm{lse}_p}, \qquad o = \sum_p e^{\mathrm{lse}_p - \mathrm{lse}} \, o_p
-
-    Args:
-        outs: partial outputs, each ``(B, *spatial, heads, dv)``, all of one dtype.
-        lses: their log-sum-exps ``(B, *spatial, heads)``, float32 (float64 for float64), natural log.
-
-    Returns:
-        ``out`` and ``lse`` with the shapes and dtypes of the parts. Differentiable in all arguments. Where every
-        part is empty (``-inf``), ``out = 0`` and ``lse = -inf``.
-
-    Raises:
-        RuntimeError: if the lists are empty, differ in length, or their members differ in shape or dtype.
-
-    Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), section 3.
-    """
-    out, lse = _ops.merge_attentions(list(outs), list(lses))
-    return out, lse

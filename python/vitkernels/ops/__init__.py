@@ -1,5 +1,5 @@
 """What PyTorch must know of every operator besides its kernel: fake, autograd and autocast."""
 
-from vitkernels.ops import attention
+from vitkernels.ops import attention, merge_attentions
 
-__all__ = ["attention"]
+__all__ = ["attention", "merge_attentions"]

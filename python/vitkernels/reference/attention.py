@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "merge_attentions"]
+__all__ = ["attention"]
 
 
 def attention(
@@ -68,13 +68,3 @@ def attention(
     p = torch.softmax(logits, -1).masked_fill(empty.unsqueeze(-1), 0.0)  # [B, H, Nq, Nk]
     out = (p.to(v.dtype) @ v).transpose(1, 2)  # [B, Nq, H, Dv]
     return (out, lse.transpose(1, 2)) if return_lse else out
-
-
-def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Same arguments, shapes and results as :func:`vitkernels.merge_attentions`."""
-    stacked = torch.stack(list(lses))  # [P, B, *, H]
-    empty = (stacked == -torch.inf).all(0)  # [B, *, H]
-    lse = torch.logsumexp(stacked.masked_fill(empty, 0.0), 0)  # [B, *, H]
-    weight = torch.exp(stacked - lse).unsqueeze(-1)  # [P, B, *, H, 1]
-    out = (weight * torch.stack(list(outs))).sum(0)  # [B, *, H, Dv]
-    return out.to(outs[0].dtype), lse.masked_fill(empty, -torch.inf)

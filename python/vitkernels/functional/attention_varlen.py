@@ -1,0 +1,113 @@
+"""Softmax attention over sequences of different lengths, packed one after another."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from vitkernels.functional.attention import normalize
+from vitkernels.ops import attention as _ops
+
+__all__ = ["attention_varlen"]
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    multiplier: Tensor | None = ...,
+    head_map: Tensor | None = ...,
+    is_causal: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    bias: Tensor | None = ...,
+    key_bias: Tensor | None = ...,
+    multiplier: Tensor | None = ...,
+    head_map: Tensor | None = ...,
+    is_causal: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | Tensor | None = None,
+    qk_norm: Literal["l2"] | None = None,
+    bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    head_map: Tensor | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`vitkernels.attention` inside each of several packed sequences; no padding is stored or computed.
+
+    Args:
+        query: ``(tokens_q, heads, d)``, the sequences one after another.
+        key: ``(tokens_k, kv_heads, d)``.
+        value: ``(tokens_k, kv_heads, dv)``.
+        cu_seqlens_q: ``(sequences + 1,)`` int32 or int64: where each sequence begins in ``query``, then its number
+            of tokens.
+        cu_seqlens_k: likewise for ``key`` and ``value``.
+        max_seqlen_q: length of the longest sequence of queries, or more.
+        max_seqlen_k: length of the longest sequence of keys, or more.
+        scale: as in :func:`vitkernels.attention`.
+        qk_norm: as in :func:`vitkernels.attention`.
+        bias: broadcastable to ``(sequences, heads, max_seqlen_q, max_seqlen_k)``, indexed by positions inside a
+            sequence.
+        key_bias: broadcastable to ``(sequences, heads, max_seqlen_k)``.
+        multiplier: as ``bias``.
+        head_map: as in :func:`vitkernels.attention`.
+        is_causal: inside each sequence, query ``i`` sees the keys ``j <= i``.
+        return_lse: also return the natural log of each row's sum of exponentials.
+
+    Returns:
+        ``out (tokens_q, heads, dv)``; with ``return_lse`` also ``lse (tokens_q, heads)``.
+
+    Raises:
+        RuntimeError: on a wrong rank, dtype, device or size, or offsets that are not increasing from 0 to the number
+            of tokens, naming the argument and what it takes.
+
+    Source: the packed layout of Dao et al., "FlashAttention" (2022), in which NaViT (Dehghani et al., 2023) and
+    Qwen2.5-VL (2025) hold images of different sizes.
+    """
+    if qk_norm not in (None, "l2"):
+        raise RuntimeError(f"vitkernels::attention_varlen: qk_norm is {qk_norm!r}, takes None or 'l2'")
+    if qk_norm == "l2":
+        query, key = normalize(query, "query"), normalize(key, "key")
+    scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, head_map, is_causal)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,32 @@
+"""Joining attention results over disjoint sets of keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitkernels.ops import merge_attentions as _ops
+
+__all__ = ["merge_attentions"]
+
+
+def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Join attention results over disjoint sets of keys, as if computed over their union.
+
+    .. math::
+        \mathrm{lse} = \log \sum_p e^{\mathrm{lse}_p}, \qquad o = \sum_p e^{\mathrm{lse}_p - \mathrm{lse}} \, o_p
+
+    Args:
+        outs: partial outputs, each ``(B, *spatial, heads, dv)``, all of one dtype.
+        lses: their log-sum-exps ``(B, *spatial, heads)``, float32 (float64 for float64), natural log.
+
+    Returns:
+        ``out`` and ``lse`` with the shapes and dtypes of the parts. Differentiable in all arguments. Where every
+        part is empty (``-inf``), ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        RuntimeError: if the lists are empty, differ in length, or their members differ in shape or dtype.
+
+    Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), section 3.
+    """
+    out, lse = _ops.merge_attentions(list(outs), list(lses))
+    return out, lse

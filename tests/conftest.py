@@ -1,0 +1,25 @@
+"""What every test starts from and must leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from vitkernels import _library
+
+
+def pytest_report_header() -> str:
+    return f"vitkernels: {_library.isa()}, {torch.get_num_threads()} threads, {_library.cpu_library_path()}"
+
+
+def _state() -> tuple[object, ...]:
+    return torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture(autouse=True)
+def unchanged_settings() -> Iterator[None]:
+    """A setting of the process that one test leaves behind would decide what the next one tests."""
+    before = _state()
+    yield
+    assert _state() == before

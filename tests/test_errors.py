@@ -1,0 +1,59 @@
+"""What an error says: the operator, the argument, what it got and what it takes. (test_fuzz has the breadth.)"""
+
+import re
+
+import pytest
+import torch
+import vitkernels as vk
+
+
+def tokens(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+QKV = {"query": tokens(2, 5, 4, 8), "key": tokens(2, 7, 2, 8), "value": tokens(2, 7, 2, 3)}
+PARTS = {"outs": [tokens(2, 5, 3)] * 2, "lses": [tokens(2, 5)] * 2}
+
+ATTENTION_ERRORS = [
+    ({"query": tokens(5, 4, 8)}, "query has shape (5, 4, 8), takes 4 dimensions (B, Nq, heads, d)"),
+    ({"query": tokens(2, 5, 3, 8)}, "key has 2 heads, takes a divisor of query's 3 (or a head_map)"),
+    ({"query": tokens(2, 5, 4, 8, dtype=torch.int64)}, "query is int64, takes float64, float32, bfloat16 or float16"),
+    ({"key": tokens(3, 7, 2, 8)}, "key has size 3 in dimension 0, takes 2 (query's batch size)"),
+    ({"key": tokens(2, 7, 2, 9)}, "key has size 9 in dimension 3, takes 8 (query's head dimension)"),
+    ({"value": tokens(2, 6, 2, 3)}, "value has size 6 in dimension 1, takes 7 (key's number of tokens)"),
+    ({"value": tokens(2, 7, 2, 3, dtype=torch.bfloat16)}, "value is bfloat16, takes float32"),
+    ({"key": tokens(2, 7, 2, 8).to("meta")}, "key is on meta, takes query's device (cpu)"),
+    ({"scale": float("nan")}, "scale is nan, takes a finite number"),
+    ({"scale": tokens(3)}, "scale has shape (3), takes (4)"),
+    ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
+    ({"bias": tokens(5, 6)}, "bias has shape (5, 6), takes one that broadcasts to (2, 4, 5, 7) = (B, heads, Nq, Nk)"),
+    ({"bias": tokens(5, 7, dtype=torch.bool)}, "bias is torch.bool, takes a floating dtype"),
+    ({"key_bias": tokens(1, 2, 4, 7)}, "key_bias has shape (1, 2, 4, 7), takes one that broadcasts to (2, 4, 7)"),
+    ({"head_map": torch.tensor([0, 1, 2, 0])}, "head_map[2] is 2, takes 0 to 1"),
+    ({"head_map": torch.tensor([0, 1])}, "head_map has shape (2), takes (4)"),
+    ({"head_map": tokens(4)}, "head_map is float32, takes int64 or int32"),
+    ({"additional_keys": tokens(2, 1, 2, 8)}, "additional_keys and additional_values must be given together"),
+]
+MERGE_ERRORS = [
+    ({"outs": [], "lses": []}, "outs is empty, takes at least one tensor"),
+    ({"lses": [tokens(2, 5)]}, "lses has 1 tensors, takes as many as outs (2)"),
+    ({"outs": [tokens(2, 5, 3), tokens(2, 5, 4)]}, "outs has shape (2, 5, 4), takes (2, 5, 3)"),
+    ({"lses": [tokens(2, 5), tokens(2, 6)]}, "lses has shape (2, 6), takes (2, 5)"),
+    ({"lses": [tokens(2, 5, dtype=torch.float64)] * 2}, "lses is float64, takes float32"),
+]
+ERRORS = [
+    *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in ATTENTION_ERRORS),
+    *((vk.merge_attentions, PARTS | wrong, f"vitkernels::merge_attentions: {text}") for wrong, text in MERGE_ERRORS),
+]
+
+
+@pytest.mark.parametrize(("function", "call", "text"), ERRORS, ids=[text for _, _, text in ERRORS])
+def test_text(function, call, text):
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        function(**call)
+
+
+def test_the_calls_are_right_otherwise():
+    """Else the errors above could have another reason."""
+    assert vk.attention(**QKV).shape == (2, 5, 4, 3)
+    assert vk.merge_attentions(**PARTS)[0].shape == (2, 5, 3)
