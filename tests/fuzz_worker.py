@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 # No two dimensions share a length by chance (heads are at most 4): one that two tensors have must agree.
-SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23}
+SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31}
 CALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [
     *CALL_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
@@ -172,7 +172,7 @@ def spoil_index(rng: random.Random, target: Target, call: Call) -> Call:
 
 
 def spoil_option(rng: random.Random, target: Target, call: Call) -> Call:
-    wrong = {"float": [math.nan, math.inf, -math.inf], "Literal": ["l1", "", 2, True]}
+    wrong = {"float": [math.nan, math.inf, -math.inf], "Literal": ["l1", "", 2, True], "int": [-1, -(2**63)]}
     if target.is_operator:  # to Python, anything is true or false
         wrong["bool"] = ["yes", [True]]
     name, values = choose(rng, [(n, wrong[kind]) for n, text in target.types.items() for kind in wrong if kind in text])
@@ -240,7 +240,7 @@ def good_calls(rng: random.Random, count: int) -> list[str]:
     wrong = []
     for _ in range(count):
         sample, dtype = rng.choice(SMALL_SAMPLES), rng.choice(CALL_DTYPES)
-        sizes = {a: rng.choice((0, 1, 2, 3, 17)) for a in "bqka"} | {a: rng.choice((1, 2, 3, 33)) for a in "dv"}
+        sizes = {a: rng.choice((0, 1, 2, 3, 17)) for a in "bqkatu"} | {a: rng.choice((1, 2, 3, 33)) for a in "dv"}
         call = sample.call(dtype, sizes=sizes)
         expected = pytree.tree_leaves(differentiate(sample.function, replace(call, torch.clone)))
         odd = replace(call, lambda t: rng.choice(LAYOUTS)(t.clone()))

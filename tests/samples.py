@@ -19,8 +19,8 @@ from torch import Tensor
 Fill = Callable[[torch.Generator, tuple[int, ...], torch.dtype], Tensor]
 
 # Upper bounds of a small call's sizes.
-SMALL = {"b": 2, "q": 4, "k": 6, "d": 5, "v": 3, "a": 3}
-GROWING = "bqka"
+SMALL = {"b": 2, "q": 4, "k": 6, "d": 5, "v": 3, "a": 3, "n": 3, "t": 5, "u": 7}
+GROWING = "bqkantu"
 
 
 def normal(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -90,6 +90,29 @@ class Input:
         return tensor.requires_grad_(self.learns and dtype.is_floating_point)
 
 
+@dataclass(frozen=True)
+class Offsets:
+    """Where each of ``count`` packed sequences of random lengths begins, and at the end the number of tokens."""
+
+    count: str
+    tokens: str
+    dtype: torch.dtype = torch.int32
+
+    def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+        cuts = torch.randint(sizes[self.tokens] + 1, (sizes[self.count] - 1,), generator=generator)
+        return torch.tensor([0, *sorted(cuts.tolist()), sizes[self.tokens]], dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Length:
+    """A size as an argument."""
+
+    letter: str
+
+    def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
+        return sizes[self.letter]
+
+
 def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
     return Input(axes, fill, statistics=True, **options)
 
@@ -98,7 +121,7 @@ def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
 class Sample:
     operator: str
     id: str
-    arguments: Mapping[str, Any]  # Inputs, lists of them, and options
+    arguments: Mapping[str, Any]  # what makes an argument from the sizes, lists of such, and options
     sizes: Mapping[str, int]
     tags: frozenset[str] = field(default_factory=frozenset)
 
@@ -117,7 +140,7 @@ class Sample:
         def make(argument: Any) -> Any:
             if isinstance(argument, list):
                 return [make(a) for a in argument]
-            return argument.make(generator, at, dtype) if isinstance(argument, Input) else argument
+            return argument.make(generator, at, dtype) if hasattr(argument, "make") else argument
 
         return {name: make(argument) for name, argument in self.arguments.items()}
 
@@ -142,6 +165,21 @@ def attention(
     sizes = {"b": b, "q": q, "k": k, "h": h, "g": h if g is None else g, "d": d, "v": v, "a": 5}
     data = {name: Input(axes) for name, axes in DATA.items()}
     return Sample("attention", id, {**data, "return_lse": True, **arguments}, sizes, frozenset(tags.split()))
+
+
+def varlen(
+    id: str, *, n: int = 5, t: int = 131, u: int = 203, h: int = 3, g: int | None = None, offsets: Any = torch.int32,
+    tags: str = "", **arguments: Any,
+) -> Sample:  # fmt: skip
+    """``n`` sequences with ``t`` queries and ``u`` keys in all."""
+    sizes = {"n": n, "t": t, "u": u, "h": h, "g": h if g is None else g, "d": 16, "v": 24}
+    tensors = {
+        "query": Input("thd"), "key": Input("ugd"), "value": Input("ugv"), "cu_seqlens_q": Offsets("n", "t", offsets),
+        "cu_seqlens_k": Offsets("n", "u", offsets), "max_seqlen_q": Length("t"), "max_seqlen_k": Length("u"),
+    }  # fmt: skip
+    return Sample(
+        "attention_varlen", id, {**tensors, "return_lse": True, **arguments}, sizes, frozenset(tags.split())
+    )
 
 
 def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", **sizes: int) -> Sample:
@@ -221,6 +259,23 @@ SAMPLES = [
     attention("no-queries", q=0, bias=statistic("1hqk")),
     attention("no-keys", k=0, scale=statistic("h", positive), bias=statistic("1hqk"), key_bias=statistic("bhk")),
     attention("nothing", b=0, q=0, k=0),
+    varlen("plain", tags="core"),
+    varlen("no-lse", return_lse=False),
+    varlen("int64-offsets", offsets=torch.int64),
+    varlen("one-sequence", n=1, is_causal=True),
+    varlen("many-sequences", n=30, h=4, g=2, bias=statistic("1h11")),
+    varlen("long", n=2, t=1203, u=1801),
+    varlen("long-causal-bias", n=2, t=403, u=1401, is_causal=True, bias=statistic("1htu")),
+    varlen("bias", bias=statistic("nhtu"), tags="core"),
+    varlen("bias-masked", bias=statistic("11tu", masked_rows), h=4, g=2),
+    varlen(
+        "all-terms", h=4, g=2, is_causal=True, tags="core",
+        scale=statistic("h", positive), multiplier=statistic("n1tu"), bias=statistic("1htu"), key_bias=statistic("nhu"),
+    ),
+    varlen("key-bias", key_bias=statistic("1hu"), qk_norm="l2", tags="mixed"),
+    varlen("head-map", h=4, g=3, head_map=Input("h", uneven_map, dtype=torch.int64)),
+    varlen("no-keys", u=0),
+    varlen("no-tokens", t=0, u=0, n=2),
     *(merge(f"parts-{parts}", parts) for parts in (1, 3)),
     merge("parts-2", 2, tags="core"),
     merge("parts-4", 4, b=1, q=601, v=7),

@@ -69,7 +69,7 @@ class Module(torch.nn.Module):
     def __init__(self, function, call):
         super().__init__()
         self.function = function
-        self.options = {name: a for name, a in call.items() if not tensors(a)}
+        self.options = {name: a for name, a in call.items() if not tensors(a) and type(a) is not int}
 
     def forward(self, inputs):
         return self.function(**inputs, **self.options)
@@ -81,8 +81,13 @@ class Module(torch.nn.Module):
 def export(sample, call):
     module = Module(sample.function, call)
     inputs = module.inputs(call)
-    shapes = pytree.tree_map_only(torch.Tensor, lambda t: dict.fromkeys(range(t.dim()), Dim.AUTO), inputs)
+    shapes = pytree.tree_map(dynamic, inputs)
     return module, torch.export.export(module, (inputs,), dynamic_shapes={"inputs": shapes})
+
+
+def dynamic(argument):
+    """Every size may change, one that is an argument as well."""
+    return dict.fromkeys(range(argument.dim()), Dim.AUTO) if isinstance(argument, torch.Tensor) else Dim.DYNAMIC
 
 
 def check_exported(run, module, sample):

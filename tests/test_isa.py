@@ -19,8 +19,9 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", "--exitfirst", *sys.argv[2:]]))
 
 
 def python(*args, isa):
+    # One thread: results do not depend on their number, and two processes' threads would wait for each other.
     return subprocess.run(
-        [sys.executable, *args], cwd=HERE, env={**os.environ, "VITKERNELS_ISA": isa},
+        [sys.executable, *args], cwd=HERE, env={**os.environ, "VITKERNELS_ISA": isa, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from samples import SMALL_SAMPLES
 TOKENS = st.integers(0, 40) | st.integers(41, 400)
 LENGTHS = {
     "b": st.integers(0, 3), "q": TOKENS, "k": TOKENS, "a": st.integers(0, 9),
-    "d": st.integers(1, 70), "v": st.integers(1, 70),
+    "d": st.integers(1, 70), "v": st.integers(1, 70), "n": st.integers(1, 5), "t": TOKENS, "u": TOKENS,
 }  # fmt: skip
 
 

@@ -28,5 +28,12 @@ def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
 
     Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021), section 3.
     """
+    op = "vitkernels::merge_attentions"
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            raise RuntimeError(f"{op}: {name} is a {type(parts).__name__}, takes a list of tensors")
+    if len(outs) == 0:
+        # Without a tensor there is no device, and the operator's own check is never reached.
+        raise RuntimeError(f"{op}: outs is empty, takes at least one tensor")
     out, lse = _ops.merge_attentions(list(outs), list(lses))
     return out, lse

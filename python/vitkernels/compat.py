@@ -1,0 +1,144 @@
+"""flash-attention's calls, for code that imports them: ``from vitkernels.compat import flash_attn_func``.
+
+Arguments, layouts and results are flash-attention's; what the kernels do not compute is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels.functional import attention, attention_varlen, merge_attentions
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func"]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash-attention's ``flash_attn_func``.
+
+    Args:
+        q: ``(B, Nq, heads, d)``.
+        k: ``(B, Nk, kv_heads, d)``.
+        v: ``(B, Nk, kv_heads, d)``.
+        dropout_p: only 0.
+        softmax_scale: default ``d ** -0.5``.
+        causal: aligned at the *last* query and key, as flash-attention does since its version 2.1; queries that see
+            no key give 0. (:func:`vitkernels.attention` aligns at the first.)
+        window_size: only ``(-1, -1)``, no window.
+        softcap: only 0.
+        alibi_slopes: only ``None``.
+        deterministic: accepted; the result always is.
+        return_attn_probs: return ``(out, lse, None)``. The probabilities are flash-attention's testing aid.
+
+    Returns:
+        ``out (B, Nq, heads, d)``; ``lse`` is float32 ``(B, heads, Nq)``.
+
+    Raises:
+        NotImplementedError: for an argument that is not computed, naming it.
+        RuntimeError: as :func:`vitkernels.attention`.
+    """
+    _check_options("flash_attn_func", dropout_p, window_size, softcap, alibi_slopes)
+    offset = k.size(1) - q.size(1) if q.dim() == 4 and k.dim() == 4 else 0
+    options: dict[str, Any] = {"scale": softmax_scale, "return_lse": True}
+    if not causal or offset == 0:
+        out, lse = attention(q, k, v, is_causal=causal, **options)
+    elif offset > 0:
+        # The first keys are seen by all queries, the others form a square.
+        before = attention(q, k[:, :offset], v[:, :offset], **options)
+        square = attention(q, k[:, offset:], v[:, offset:], is_causal=True, **options)
+        out, lse = merge_attentions([before[0], square[0]], [before[1], square[1]])
+    else:
+        # The first queries see nothing.
+        out, lse = attention(q[:, -offset:], k, v, is_causal=True, **options)
+        out = torch.nn.functional.pad(out, (0, 0, 0, 0, -offset, 0))
+        lse = torch.nn.functional.pad(lse, (0, 0, -offset, 0), value=-torch.inf)
+    return (out, lse.transpose(1, 2), None) if return_attn_probs else out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """flash-attention's ``flash_attn_varlen_func``.
+
+    Args:
+        q: ``(tokens_q, heads, d)``, sequences one after another.
+        k: ``(tokens_k, kv_heads, d)``.
+        v: ``(tokens_k, kv_heads, d)``.
+        cu_seqlens_q: ``(sequences + 1,)`` int32, where each sequence begins, then the number of tokens.
+        cu_seqlens_k: likewise for ``k`` and ``v``.
+        max_seqlen_q: length of the longest sequence of queries.
+        max_seqlen_k: length of the longest sequence of keys.
+        dropout_p: only 0.
+        softmax_scale: default ``d ** -0.5``.
+        causal: only where ``cu_seqlens_q`` equals ``cu_seqlens_k``.
+        window_size: only ``(-1, -1)``.
+        softcap: only 0.
+        alibi_slopes: only ``None``.
+        deterministic: accepted; the result always is.
+        return_attn_probs: return ``(out, lse, None)``.
+        block_table: only ``None``.
+
+    Returns:
+        ``out (tokens_q, heads, d)``; ``lse`` is float32 ``(heads, tokens_q)``.
+
+    Raises:
+        NotImplementedError: for an argument that is not computed, naming it.
+        RuntimeError: as :func:`vitkernels.attention_varlen`.
+    """
+    name = "flash_attn_varlen_func"
+    _check_options(name, dropout_p, window_size, softcap, alibi_slopes)
+    if block_table is not None:
+        _refuse(name, "block_table", "a tensor", "None")
+    if causal and cu_seqlens_q is not cu_seqlens_k and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+        _refuse(name, "causal", "True", "False where cu_seqlens_q and cu_seqlens_k differ")
+    out, lse = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        scale=softmax_scale, is_causal=causal, return_lse=True,
+    )  # fmt: skip
+    return (out, lse.transpose(0, 1), None) if return_attn_probs else out
+
+
+def _check_options(
+    name: str, dropout_p: float, window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None
+) -> None:
+    if dropout_p != 0.0:
+        _refuse(name, "dropout_p", str(dropout_p), "0")
+    if tuple(window_size) != (-1, -1):
+        _refuse(name, "window_size", str(window_size), "(-1, -1)")
+    if softcap != 0.0:
+        _refuse(name, "softcap", str(softcap), "0")
+    if alibi_slopes is not None:
+        _refuse(name, "alibi_slopes", "a tensor", "None")
+
+
+def _refuse(function: str, argument: str, value: str, takes: str) -> None:
+    raise NotImplementedError(f"vitkernels.compat.{function}: {argument} is {value}, takes {takes}")

@@ -1,0 +1,74 @@
+"""flash-attention's calls: their alignment of causal masks, their layouts, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vitkernels.compat import flash_attn_func, flash_attn_varlen_func
+
+
+def plain(q, k, v, scale=None, causal=False):
+    """The formula, with the causal mask aligned at the last query and key."""
+    groups = q.size(2) // k.size(2)
+    q, k, v = q.transpose(1, 2), *(t.repeat_interleave(groups, 2).transpose(1, 2) for t in (k, v))
+    logits = q @ k.transpose(-1, -2) * (q.size(-1) ** -0.5 if scale is None else scale)
+    if causal:
+        seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril(k.size(2) - q.size(2))
+        logits = logits.masked_fill(~seen, -torch.inf)
+    p = torch.nan_to_num(torch.softmax(logits, -1), nan=0.0)
+    return (p @ v).transpose(1, 2), torch.logsumexp(logits, -1)
+
+
+def tensors(nq, nk, heads=4, kv_heads=2, dim=16, batch=2):
+    shapes = [(batch, nq, heads, dim), (batch, nk, kv_heads, dim), (batch, nk, kv_heads, dim)]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("nq", "nk"), [(33, 33), (7, 40), (40, 7), (1, 9)])
+def test_flash_attn_func(nq, nk, causal):
+    inputs = tensors(nq, nk)
+    out, lse, probabilities = flash_attn_func(*inputs, softmax_scale=0.3, causal=causal, return_attn_probs=True)
+    expected, expected_lse = plain(*inputs, scale=0.3, causal=causal)
+    assert probabilities is None
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    visible = expected[:, max(nq - nk, 0) :] if causal else expected
+    mine = out[:, max(nq - nk, 0) :] if causal else out
+    weight = torch.randn_like(visible)
+    for a, b in zip(
+        torch.autograd.grad(mine, inputs, weight), torch.autograd.grad(visible, inputs, weight), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_attn_varlen_func(causal):
+    lengths = [5, 0, 17, 1]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    q, k, v = (t[0] for t in tensors(23, 23, batch=1))
+    out, lse, _ = flash_attn_varlen_func(q, k, v, offsets, offsets, 17, 17, causal=causal, return_attn_probs=True)
+    assert lse.shape == (4, 23)
+    for begin, length in zip(offsets.tolist(), lengths, strict=False):
+        part = slice(begin, begin + length)
+        if length:
+            expected, expected_lse = plain(*(t[None, part] for t in (q, k, v)), causal=causal)
+            torch.testing.assert_close(out[part], expected[0])
+            torch.testing.assert_close(lse[:, part], expected_lse[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("dropout_p", 0.1), ("window_size", (3, 3)), ("softcap", 30.0), ("alibi_slopes", torch.ones(4))],
+)
+def test_what_is_not_computed_is_refused(argument, value):
+    q, k, v = tensors(5, 5)
+    with pytest.raises(NotImplementedError, match=rf"vitkernels.compat.flash_attn_func: {argument} is"):
+        flash_attn_func(q, k, v, **{argument: value})
+
+
+def test_varlen_causal_needs_equal_lengths():
+    q, k, v = (t[0] for t in tensors(6, 6, batch=1))
+    a, b = torch.tensor([0, 2, 6]), torch.tensor([0, 3, 6])
+    with pytest.raises(NotImplementedError, match="causal is True, takes False where"):
+        flash_attn_varlen_func(q, k, v, a, b, 4, 3, causal=True)
