@@ -7,7 +7,8 @@
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
+constexpr int64_t kMaxHeads = 1 << 20;            // the head map is a table in memory
+constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
 
 // Strides of a tensor broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
 ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
@@ -91,9 +92,10 @@ std::vector<int64_t> read_offsets(const Checker& checker, const char* name, cons
   const std::vector<int64_t> offsets = read_integers(checker, name, t, like);
   checker.check(!offsets.empty() && offsets[0] == 0, name, " does not begin with 0");
   for (size_t i = 1; i < offsets.size(); ++i) {
-    const int64_t length = offsets[i] - offsets[i - 1];
-    checker.check(length >= 0 && length <= longest, name, " gives sequence ", i - 1, " the length ", length,
-                  ", takes 0 to the largest length ", longest);
+    checker.check(offsets[i] >= offsets[i - 1] && offsets[i] <= tokens, name, "[", i, "] is ", offsets[i],
+                  ", takes at least its predecessor and at most the number of tokens ", tokens);
+    checker.check(offsets[i] - offsets[i - 1] <= longest, name, " gives sequence ", i - 1, " the length ",
+                  offsets[i] - offsets[i - 1], ", takes at most the largest length ", longest);
   }
   checker.check(offsets.back() == tokens, name, " ends with ", offsets.back(), ", takes the number of tokens ", tokens);
   return offsets;
@@ -114,13 +116,17 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
   for (OptionalTensor* term : {&this->score.bias, &this->score.multiplier, &this->score.key_bias}) {
     *term = with_kernel_strides(*term);
   }
-  first_task.assign(1, 0);
-  AttentionParams sizes;
-  fill(sizes);
-  // An empty tensor may claim any batch size; a real one has memory for it.
-  for (int64_t entry = 0; entry < batch && this->query.numel() > 0; ++entry) {
-    first_task.push_back(first_task.back() + heads * forward_query_blocks(sizes.sequence(entry).axis));
+  AttentionParams params;
+  fill(params);
+  if (!packing) {
+    num_tasks = batch * heads * forward_query_blocks(params.pattern.axis[0]);
+    return;
   }
+  first_task.push_back(0);
+  for (int64_t entry = 0; entry < batch; ++entry) {
+    first_task.push_back(first_task.back() + heads * forward_query_blocks(params.sequence(entry).axis));
+  }
+  num_tasks = first_task.back();
 }
 
 void AttentionArguments::check_tokens(const Checker& checker, const std::optional<Packing>& packing) {
@@ -190,7 +196,7 @@ void AttentionArguments::fill(AttentionParams& params) const {
   params.kv_head_of = kv_head_of.data();
   params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
-  params.first_task = first_task.data();
+  params.first_task = first_task.empty() ? nullptr : first_task.data();
   params.pattern.axis[0] = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
   params.score = {.scale = score.scale,
                   .head_scale = score.head_scale ? score.head_scale->const_data_ptr() : nullptr,

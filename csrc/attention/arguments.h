@@ -25,7 +25,6 @@ class AttentionArguments {
                      const std::optional<Packing>& packing = std::nullopt);
 
   void fill(AttentionParams& params) const;
-  int64_t num_tasks() const { return first_task.back(); }  // of the forward
   std::vector<int64_t> out_sizes() const;
   std::vector<int64_t> lse_sizes() const;
 
@@ -34,6 +33,7 @@ class AttentionArguments {
   DType dtype;
   bool is_causal;
   int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry
+  int64_t num_tasks;                                                           // of the forward
 
  private:
   void check_tokens(const Checker& checker, const std::optional<Packing>& packing);

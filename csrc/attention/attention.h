@@ -33,7 +33,7 @@ struct AttentionParams {
   const int64_t* kv_head_of = nullptr;     // [heads]: the kv head that a query head reads
   const int64_t* query_offsets = nullptr;  // [batch + 1] of a packed batch, else null
   const int64_t* key_offsets = nullptr;
-  const int64_t* first_task = nullptr;  // [batch + 1]: tasks of the forward before each entry
+  const int64_t* first_task = nullptr;  // [batch + 1] of a packed batch: the forward's tasks before each entry
   Pattern pattern;
   Score score;
   TokenTensor query, key, value, out;  // heads / kv_heads / kv_heads / heads

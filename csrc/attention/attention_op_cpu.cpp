@@ -20,9 +20,9 @@ Forward run_forward(const AttentionArguments& args) {
   params.lse = lse.mutable_data_ptr();
 
   const Kernels& kernels = vitkernels::kernels();
-  if (args.num_tasks() > 0) {
+  if (args.num_tasks > 0) {
     const ThreadScratch scratch(args.query, kernels.attention_scratch(params));
-    parallel_for(0, args.num_tasks(), 1,
+    parallel_for(0, args.num_tasks, 1,
                  [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
   }
   return {out, lse};

@@ -28,22 +28,25 @@ class Forward {
   int64_t scratch_size() const { return scratch.size(); }
 
   void run(int64_t begin, int64_t end) {
-    batch = std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1;
+    batch = p.first_task ? std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1
+                         : begin / tasks_of_entry;
     start_sequence();
     for (int64_t task = begin; task < end; ++task) {
-      if (task >= p.first_task[batch + 1]) {
+      if (task >= first_task(batch + 1)) {
         do ++batch;
-        while (task >= p.first_task[batch + 1]);
+        while (task >= first_task(batch + 1));
         start_sequence();
       }
-      const int64_t blocks = forward_query_blocks(axis), index = task - p.first_task[batch];
+      const int64_t blocks = forward_query_blocks(axis), index = task - first_task(batch), count = axis.num_queries;
       head = index / blocks;
-      const int64_t block = index % blocks, count = axis.num_queries;
+      const int64_t block = index % blocks;
       block_of_queries({count * block / blocks, count * (block + 1) / blocks});
     }
   }
 
  private:
+  int64_t first_task(int64_t entry) const { return p.first_task ? p.first_task[entry] : entry * tasks_of_entry; }
+
   void start_sequence() {
     sequence = p.sequence(batch);
     axis = sequence.axis;
@@ -137,6 +140,7 @@ class Forward {
 
   const AttentionParams& p;
   Scratch scratch;
+  const int64_t tasks_of_entry = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
   const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
   const int64_t most_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);

@@ -33,9 +33,8 @@ def attention_varlen(
     shapes = {"bias": matrix, "multiplier": matrix, "key_bias": (count, heads, max_seqlen_k)}
     tables = {"bias": bias, "multiplier": multiplier, "key_bias": key_bias}
     parts = []
-    for i in range(count):
-        rows = slice(int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]))
-        columns = slice(int(cu_seqlens_k[i]), int(cu_seqlens_k[i + 1]))
+    for i in range(max(count, 1)):  # no sequences: the attention of none
+        rows, columns = (slice(int(c[i]), int(c[min(i + 1, count)])) for c in (cu_seqlens_q, cu_seqlens_k))
         own: dict[str, Any] = {}
         for name, table in tables.items():
             if table is not None:
