@@ -33,8 +33,6 @@ def relative_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> fl
 def upcast(inputs: Inputs) -> Inputs:
     """The same values in float32."""
     return {
-        name: value.float()
-        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-        else value
+        name: value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
         for name, value in inputs.items()
     }

@@ -81,9 +81,7 @@ def _prepare(row: Row, entry: Entry, peers: list[Peer], inputs: Inputs) -> dict[
             if peer.option is None:
                 raise
             # Peers behind an option are other people's experimental paths: their failure is a finding.
-            result.note = (
-                f"cannot run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+            result.note = f"cannot run: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             if _judge(row, result, relative_error(outputs, reference)):
                 calls[peer.name] = call
@@ -93,9 +91,7 @@ def _prepare(row: Row, entry: Entry, peers: list[Peer], inputs: Inputs) -> dict[
 def _run_once(row: Row, entry: Entry, peers: list[Peer], device: torch.device) -> None:
     fresh = [fresh_call(entry, peer, row.dtype, device) for peer in peers]
     reference = fresh[1].sample
-    right = [
-        _judge(row, r, relative_error(f.sample, reference)) for f, r in zip(fresh, row.peers, strict=True)
-    ]
+    right = [_judge(row, r, relative_error(f.sample, reference)) for f, r in zip(fresh, row.peers, strict=True)]
     for result, f, ok in zip(row.peers, fresh, right, strict=True):
         result.seconds, result.peak_mb = f.seconds, f.peak_bytes / 1e6
         if ok and right[0] and result is not row.ours:

@@ -57,9 +57,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "affinity": os.environ.get("GOMP_CPU_AFFINITY"),
-        "device": str(device)
-        if device.type == "cpu"
-        else torch.get_device_module(device).get_device_name(device),
+        "device": str(device) if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

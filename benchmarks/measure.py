@@ -74,9 +74,7 @@ def _calibrate(call: Callable[[], Any], batch_seconds: float, device: torch.devi
     return repeats
 
 
-def interleave(
-    calls: dict[str, Callable[[], Any]], effort: Effort, device: torch.device
-) -> dict[str, list[float]]:
+def interleave(calls: dict[str, Callable[[], Any]], effort: Effort, device: torch.device) -> dict[str, list[float]]:
     """Time all calls in turn, A B C, B A C ..., and return the seconds per call of each round.
 
     Whatever disturbs the machine for longer than a round disturbs all calls alike, so that the ratios within
@@ -90,9 +88,7 @@ def interleave(
     gc.disable()
     try:
         start, rounds = perf_counter(), 0
-        while rounds < effort.min_rounds or (
-            rounds < effort.max_rounds and perf_counter() - start < effort.seconds
-        ):
+        while rounds < effort.min_rounds or (rounds < effort.max_rounds and perf_counter() - start < effort.seconds):
             shuffle(order)
             for name in order:
                 if repeats[name] > 1:

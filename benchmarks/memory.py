@@ -80,9 +80,7 @@ def _warm(device: torch.device) -> None:
     gc.collect()
 
 
-def _child(
-    pipe: Connection, entry_name: str, peer_name: str, dtype: str, device_name: str, threads: int
-) -> None:
+def _child(pipe: Connection, entry_name: str, peer_name: str, dtype: str, device_name: str, threads: int) -> None:
     try:
         torch.set_num_threads(threads)
         device = torch.device(device_name)

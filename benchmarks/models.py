@@ -54,9 +54,7 @@ def _vit_small() -> nn.Module:
     return _import("timm").create_model("vit_small_patch16_224")
 
 
-def _inputs(
-    model: Callable[[], nn.Module], batch: int, pixels: int
-) -> Callable[[torch.dtype, torch.device], Inputs]:
+def _inputs(model: Callable[[], nn.Module], batch: int, pixels: int) -> Callable[[torch.dtype, torch.device], Inputs]:
     def make(dtype: torch.dtype, device: torch.device) -> Inputs:
         torch.manual_seed(0)
         image = torch.randn(batch, 3, pixels, pixels)
@@ -110,9 +108,7 @@ def _backward(change: Callable[[nn.Module], nn.Module]) -> Callable[[Inputs], Ca
     return prepare
 
 
-def _entry(
-    mode: str, name: str, model: Callable[[], nn.Module], batch: int, pixels: int, patch: int
-) -> Entry:
+def _entry(mode: str, name: str, model: Callable[[], nn.Module], batch: int, pixels: int, patch: int) -> Entry:
     backward = mode == "backward"
     wrap = _backward if backward else _forward
     tokens = (pixels // patch) ** 2 + 1

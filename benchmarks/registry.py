@@ -119,9 +119,7 @@ def register(*items: Entry | Target) -> None:
         if item.name in _entries:
             raise ValueError(f"entry {item.name!r} is registered twice")
         if len(item.peers) < 2 or item.peers[0].name != OURS:
-            raise ValueError(
-                f"entry {item.name!r} needs {OURS!r} as its first peer and a baseline as its second"
-            )
+            raise ValueError(f"entry {item.name!r} needs {OURS!r} as its first peer and a baseline as its second")
         _entries[item.name] = item
 
 

@@ -27,16 +27,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCE), help="instead of each entry's own")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch finds)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("bench-out"), help="folder of the JSON file and the plots"
-    )
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder of the JSON file and the plots")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
-    parser.add_argument(
-        "--quick", action="store_true", help="small entries, few rounds: the figures mean little"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only compare results; exit with 1 if one is wrong"
-    )
+    parser.add_argument("--quick", action="store_true", help="small entries, few rounds: the figures mean little")
+    parser.add_argument("--check", action="store_true", help="only compare results; exit with 1 if one is wrong")
     parser.add_argument("--flex", action="store_true", help="also FlexAttention, compiled anew for every row")
     parser.add_argument("--list", action="store_true", help="print the names of the entries")
     return parser.parse_args(argv)

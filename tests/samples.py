@@ -177,9 +177,7 @@ def varlen(
         "query": Input("thd"), "key": Input("ugd"), "value": Input("ugv"), "cu_seqlens_q": Offsets("n", "t", offsets),
         "cu_seqlens_k": Offsets("n", "u", offsets), "max_seqlen_q": Length("t"), "max_seqlen_k": Length("u"),
     }  # fmt: skip
-    return Sample(
-        "attention_varlen", id, {**tensors, "return_lse": True, **arguments}, sizes, frozenset(tags.split())
-    )
+    return Sample("attention_varlen", id, {**tensors, "return_lse": True, **arguments}, sizes, frozenset(tags.split()))
 
 
 def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", **sizes: int) -> Sample:
@@ -253,7 +251,9 @@ SAMPLES = [
         additional_keys=Input("bagd"), additional_values=Input("bagv"),
     ),
     attention("large-logits", query=Input("bqhd", times(30.0)), key=Input("bkgd", times(30.0))),
-    attention("huge-logits", d=64, query=Input("bqhd", times(1e4)), key=Input("bkgd", times(1e4)), k=801),
+    attention(
+        "huge-logits", d=64, k=801, tags="beyond-lse", query=Input("bqhd", times(1e4)), key=Input("bkgd", times(1e4))
+    ),
     attention("one-key-dominates", key_bias=statistic("bhk", times(60.0)), k=801),
     attention("no-batch", b=0, tags="core"),
     attention("no-queries", q=0, bias=statistic("1hqk")),

@@ -17,7 +17,8 @@ LENGTHS = {
 
 @st.composite
 def cases(draw):
-    sample = draw(st.sampled_from(SMALL_SAMPLES))
+    # Where logits tie at 1e8, an lse in float32 cannot tell the backward how many did.
+    sample = draw(st.sampled_from([s for s in SMALL_SAMPLES if "beyond-lse" not in s.tags]))
     sizes = {letter: draw(lengths) for letter, lengths in LENGTHS.items() if letter in sample.sizes}
     return sample, sizes, draw(st.sampled_from(list(FLOOR))), draw(st.integers(0, 2**16))
 

@@ -80,9 +80,7 @@ def attention(
         scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
         qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
         bias: added to the logits, broadcastable to ``(B, heads, Nq, Nk)``. Its gradient is reduced, in a fixed
-            order, straight into its own shape. ``-inf`` removes a key. (Rows whose *every* key carries a huge finite
-            number instead, such as ``finfo.min``, get the right output but a wrong gradient: their log-sum-exp does
-            not fit its dtype.)
+            order, straight into its own shape. ``-inf`` removes a key.
         key_bias: added to the logits of one key for all queries, broadcastable to ``(B, heads, Nk)``.
         multiplier: multiplied to the scaled logits before the bias, broadcastable to ``(B, heads, Nq, Nk)``.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
@@ -107,6 +105,10 @@ def attention(
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
+
+    Limit: the backward gets the probabilities from ``lse``. Where that is beyond about 1e7 in magnitude (a row whose
+    every key is masked with ``finfo.min``, say), float32 cannot hold the part of it that counts tied keys: the output
+    is right, the gradient of such a row is not.
 
     Source: Vaswani et al., "Attention Is All You Need", eq. 1; computed with the online softmax of Milakov and
     Gimelshein (2018) and the recomputing backward of Dao et al., "FlashAttention" (2022), algorithm 4.
