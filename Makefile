@@ -52,7 +52,7 @@ sanitize: build $(VENV)/.test  ## run the attention tests on a library built wit
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  VITKERNELS_LIBRARY=$(abspath build/sanitize/libvitkernels_cpu.so) \
-	  $(RUN) -m pytest tests/test_fuzz.py tests/test_attention.py $(ARGS)
+	  $(RUN) -m pytest tests/test_fuzz.py tests/test_reference.py tests/test_layout.py $(ARGS)
 
 lint: $(VENV)/.lint  ## check the formatting, the types and the usual mistakes
 	$(RUN) -m ruff check .

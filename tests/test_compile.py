@@ -1,7 +1,5 @@
 """torch.compile, torch.export and AOTInductor, on calls whose sizes change."""
 
-import contextlib
-
 import pytest
 import torch
 from calls import differentiate, outputs_of, replace, tensors
@@ -34,18 +32,13 @@ def check_same(compiled, sample, call):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def compiled_frames():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.parametrize("backend", ["aot_eager"])
 @each_tagged("core")
-def test_compile_recompiles_at_most_once(sample, backend):
+def test_compile_recompiles_at_most_once(sample):
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(sample.function, fullgraph=True, backend=backend)
+    compiled = torch.compile(sample.function, fullgraph=True, backend="aot_eager")
     for call in calls(sample):
         check_same(compiled, sample, call)
-    assert compiled_frames() <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (1, 2)
 
 
 @each_tagged("core")
@@ -64,12 +57,13 @@ def test_compile_inductor(sample):
 
 
 class Module(torch.nn.Module):
-    """A function with the tensors of a call as the module's inputs, its options fixed."""
+    """A function with a call's tensors, and sizes if wanted, as the module's inputs, and what is left fixed."""
 
-    def __init__(self, function, call):
+    def __init__(self, function, call, with_sizes):
         super().__init__()
         self.function = function
-        self.options = {name: a for name, a in call.items() if not tensors(a) and type(a) is not int}
+        variable = [n for n, a in call.items() if tensors(a) or (with_sizes and type(a) is int)]
+        self.options = {name: a for name, a in call.items() if name not in variable}
 
     def forward(self, inputs):
         return self.function(**inputs, **self.options)
@@ -78,8 +72,8 @@ class Module(torch.nn.Module):
         return replace({name: a for name, a in call.items() if name not in self.options}, torch.clone)
 
 
-def export(sample, call):
-    module = Module(sample.function, call)
+def export(sample, call, with_sizes):
+    module = Module(sample.function, call, with_sizes)
     inputs = module.inputs(call)
     shapes = pytree.tree_map(dynamic, inputs)
     return module, torch.export.export(module, (inputs,), dynamic_shapes={"inputs": shapes})
@@ -100,7 +94,7 @@ def check_exported(run, module, sample):
 
 @each_tagged("core")
 def test_export(sample):
-    module, program = export(sample, calls(sample)[0])
+    module, program = export(sample, calls(sample)[0], with_sizes=True)
     assert any(node.target.namespace == "vitkernels" for node in program.graph.nodes if is_operator(node))
     check_exported(program.module(), module, sample)
 
@@ -112,7 +106,7 @@ def is_operator(node):
 @pytest.mark.slow
 @each_tagged("deploy")
 def test_aot_inductor(sample, tmp_path):
-    module, program = export(sample, calls(sample)[0])
-    with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "sample.pt2"))
+    # AOTInductor takes no integers as inputs: the largest bounds stay fixed.
+    module, program = export(sample, calls(sample)[-1], with_sizes=False)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "sample.pt2"))
     check_exported(torch._inductor.aoti_load_package(package), module, sample)

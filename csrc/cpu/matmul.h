@@ -105,4 +105,12 @@ void matmul(MatmulA<T> a, MatmulB<T> b, int64_t rows, int64_t columns, int64_t d
   }
 }
 
+// The product of two rows; `depth` is a multiple of the vector width.
+template <class T>
+VK_INLINE T dot(const T* a, const T* b, int64_t depth) {
+  Vec<T> sum{};
+  for (int64_t k = 0; k < depth; k += kWidth<T>) sum += load(a + k) * load(b + k);
+  return reduce_add<T>(sum);
+}
+
 }  // namespace vitkernels::VK_ISA

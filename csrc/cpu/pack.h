@@ -30,25 +30,24 @@ void unpack_rows(const T* source, int64_t source_stride, int64_t rows, int64_t c
   }
 }
 
-// One square of pack_transposed. The full square has no conditions: it is nearly all of the work.
-template <bool kFull, class T, class S>
+// One square of pack_transposed. Rows that are missing repeat the last one: nobody reads what comes of them.
+template <bool kFullColumns, class T, class S>
 VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* panel) {
   constexpr int kN = kWidth<T>;
   Vec<T> square[kN];
 #pragma GCC unroll 16
-  for (int i = 0; i < kN; ++i) {
-    const bool valid = kFull || i < rows;
-    square[i] = valid ? load_widened<T>(source + i * source_stride, kFull ? kN : columns) : Vec<T>{};
+  for (int64_t i = 0; i < kN; ++i) {
+    square[i] = load_widened<T>(source + std::min(i, rows - 1) * source_stride, kFullColumns ? kN : columns);
   }
   transpose<T>(square);
 #pragma GCC unroll 16
   for (int i = 0; i < kN; ++i) {
-    if (kFull || i < columns) store(panel + i * kPanel<T>, square[i]);
+    if (kFullColumns || i < columns) store(panel + i * kPanel<T>, square[i]);
   }
 }
 
 // target = source^T in panels of kPanel source rows: [rows / kPanel, columns, kPanel]. A panel takes
-// columns * kPanel elements; the padding up to the next full vector of rows becomes zero.
+// columns * kPanel elements; the padding up to the next full vector of rows repeats the last row.
 template <class T, class S>
 void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* target) {
   constexpr int64_t kN = kWidth<T>;
@@ -57,8 +56,8 @@ void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64
     for (int64_t c = 0; c < columns; c += kN) {
       const S* corner = source + r * source_stride + c;
       const int64_t valid_rows = std::min(rows - r, kN), valid_columns = std::min(columns - c, kN);
-      if (valid_rows == kN && valid_columns == kN) {
-        pack_transposed_square<true>(corner, source_stride, kN, kN, panel + c * kPanel<T>);
+      if (valid_columns == kN) {
+        pack_transposed_square<true>(corner, source_stride, valid_rows, kN, panel + c * kPanel<T>);
       } else {
         pack_transposed_square<false>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<T>);
       }

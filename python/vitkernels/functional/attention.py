@@ -118,6 +118,11 @@ def attention(
         raise RuntimeError(f"{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
     if (additional_keys is None) != (additional_values is None):
         raise RuntimeError(f"{op}: additional_keys and additional_values must be given together")
+    if additional_values is not None and additional_values.shape[-1:] != value.shape[-1:]:
+        raise RuntimeError(
+            f"{op}: additional_values has shape {tuple(additional_values.shape)}, takes value's head dimension "
+            f"({value.shape[-1]}) as its last"
+        )
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
