@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "attention/attention.h"
+#include "attention/logits_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/kernels.h"
@@ -107,7 +108,7 @@ class Backward {
     const int64_t count = tile.end - tile.begin, first = sequence.first_key + tile.begin;
     const S* key_rows = p.key.at<const S>(batch, first, kv_head);
     const S* value_rows = p.value.at<const S>(batch, first, kv_head);
-    pack_transposed<T>(key_rows, p.key.token_stride, count, p.head_dim, key_panels);
+    key_tile.pack(key_rows, p.key.token_stride, count);
     pack_transposed<T>(value_rows, p.value.token_stride, count, p.value_dim, value_panels);
     pack_rows<T>(key_rows, p.key.token_stride, count, p.head_dim, T(1), key_copy, query_width);
     std::fill_n(key_gradient, count * query_width, T(0));
@@ -135,9 +136,8 @@ class Backward {
     pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
                  p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
     pack_rows<T>(p.grad_out.at<const S>(batch, sequence.first_query + rows.begin, head), p.grad_out.token_stride, count,
-                 p.value_dim, T(1), out_gradient, value_width);  // [count, dv]
-    matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
-                     p.head_dim, logits, logits_stride);  // [count, width]
+                 p.value_dim, T(1), out_gradient, value_width);          // [count, dv]
+    key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
     matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count, width,
                      p.value_dim, gradients, logits_stride);  // [count, width]
 
@@ -225,7 +225,8 @@ class Backward {
   T* out_gradient = scratch.take<T>(kBackwardQueryBlock * value_width);
   T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
   T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  T* key_panels = scratch.take<T>(most_keys * p.head_dim);
+  KeyTile<T> key_tile{scratch.take<T>(most_keys * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
+                      query_width};
   T* value_panels = scratch.take<T>(most_keys * p.value_dim);
   T* key_copy = scratch.take<T>(most_keys * query_width);
   T* key_gradient = scratch.take<T>(most_keys * query_width);

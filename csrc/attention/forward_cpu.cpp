@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "attention/attention.h"
+#include "attention/logits_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/kernels.h"
@@ -17,10 +18,6 @@
 
 namespace vitkernels::VK_ISA {
 namespace {
-
-// A grid of patches and a class token are one key more than full vectors. So few keys are multiplied one by one instead
-// of as a vector that is nearly empty.
-constexpr int64_t kLastKeys = 2;
 
 template <class S>
 class Forward {
@@ -81,10 +78,7 @@ class Forward {
     packed_head = kv_head, packed_tile = tile;
     const int64_t first = sequence.first_key + tile_keys.begin;
     const int64_t count = tile_keys.end - tile_keys.begin;
-    pack_transposed<T>(p.key.at<const S>(batch, first, kv_head), p.key.token_stride, count, p.head_dim, key_panels);
-    last_keys = count % kWidth<T> <= kLastKeys ? count % kWidth<T> : 0;
-    pack_rows<T>(p.key.at<const S>(batch, first + count - last_keys, kv_head), p.key.token_stride, last_keys,
-                 p.head_dim, T(1), last_key_rows, query_width);
+    key_tile.pack(p.key.at<const S>(batch, first, kv_head), p.key.token_stride, count);
     pack_rows<T>(p.value.at<const S>(batch, first, kv_head), p.value.token_stride, count, p.value_dim, T(1), values,
                  value_width);
   }
@@ -94,19 +88,9 @@ class Forward {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin;
-    const bool apart = last_keys > 0 && seen.end == tile_keys.end - tile_keys.begin;
-    const int64_t width = apart ? seen.end - last_keys : round_up(seen.end, kWidth<T>);
-
     pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
                  p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    matmul<T, false>({queries, query_width, 1}, {key_panels, kPanel<T>, p.head_dim * kPanel<T>}, count, width,
-                     p.head_dim, logits, logits_stride);  // [count, width]
-    for (int64_t key = width; key < seen.end; ++key) {
-      const T* key_row = last_key_rows + (key - width) * query_width;
-      for (int64_t r = 0; r < count; ++r) {
-        logits[r * logits_stride + key] = dot(queries + r * query_width, key_row, query_width);
-      }
-    }
+    key_tile.multiply(queries, count, seen.end, logits, logits_stride);         // [count, seen]
 
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
     T largest[kTileRows];
@@ -164,8 +148,8 @@ class Forward {
 
   T* queries = scratch.take<T>(kTileRows * query_width);
   T* logits = scratch.take<T>(kTileRows * logits_stride);
-  T* key_panels = scratch.take<T>(most_keys * p.head_dim);
-  T* last_key_rows = scratch.take<T>(kLastKeys * query_width);
+  KeyTile<T> key_tile{scratch.take<T>(most_keys * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
+                      query_width};
   T* values = scratch.take<T>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_queries);
@@ -174,7 +158,7 @@ class Forward {
   Sequence sequence;
   Axis axis;
   Tiling keys{};
-  int64_t packed_head = -1, packed_tile = -1, last_keys = 0;
+  int64_t packed_head = -1, packed_tile = -1;
 };
 
 }  // namespace

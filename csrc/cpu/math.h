@@ -57,7 +57,8 @@ VK_INLINE Vec<T> exp2(Vec<T> x) {
 #pragma GCC unroll 12
   for (int i = kDegree - 1; i >= 0; --i) p = p * f + C::kPolynomial[i];
   // The integer part stands in the low bits of `shifted`: move it to the exponent and add.
-  const Bits<T> scaled = (Bits<T>)p + ((Bits<T>)shifted << C::kMantissa);
+  using Unsigned = typename VectorOf<T>::Unsigned;
+  const Unsigned scaled = (Unsigned)p + ((Unsigned)shifted << C::kMantissa);
   return x < broadcast<T>(C::kSmallest) ? Vec<T>{} : (Vec<T>)scaled;
 }
 

@@ -34,6 +34,7 @@ struct VectorOf {
   typedef T Value __attribute__((vector_size(kVectorBytes)));
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
   typedef Int Bits __attribute__((vector_size(kVectorBytes)));
+  typedef std::make_unsigned_t<Int> Unsigned __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::Value;
