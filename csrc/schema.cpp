@@ -2,7 +2,7 @@
 //
 // Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads);
 // without B in varlen operators, whose sequences follow one another.
-// A backward operator returns an empty tensor for each gradient that was not asked for.
+// A backward operator returns an empty tensor for each gradient of a score term that was not asked for.
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(vitkernels, m) {

@@ -90,7 +90,8 @@ std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor&
 std::vector<int64_t> read_offsets(const Checker& checker, const char* name, const Tensor& t, const Tensor& like,
                                   int64_t tokens, int64_t longest) {
   const std::vector<int64_t> offsets = read_integers(checker, name, t, like);
-  checker.check(!offsets.empty() && offsets[0] == 0, name, " does not begin with 0");
+  checker.check(!offsets.empty(), name, " is empty, takes 0 and the end of each sequence");
+  checker.check(offsets[0] == 0, name, "[0] is ", offsets[0], ", takes 0");
   for (size_t i = 1; i < offsets.size(); ++i) {
     checker.check(offsets[i] >= offsets[i - 1] && offsets[i] <= tokens, name, "[", i, "] is ", offsets[i],
                   ", takes at least its predecessor and at most the number of tokens ", tokens);
@@ -109,6 +110,7 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
     : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
   check_tokens(checker, packing);
   kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads);
+  list_heads();
   check_score(checker);
   this->query = with_unit_last_stride(query);
   this->key = with_unit_last_stride(key);
@@ -129,6 +131,16 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
   num_tasks = first_task.back();
 }
 
+// The query heads of each kv head, in order: a counting sort of kv_head_of.
+void AttentionArguments::list_heads() {
+  first_head.assign(kv_heads + 1, 0);
+  for (const int64_t kv_head : kv_head_of) ++first_head[kv_head + 1];
+  for (int64_t g = 0; g < kv_heads; ++g) first_head[g + 1] += first_head[g];
+  head_list.resize(heads);
+  std::vector<int64_t> next(first_head);
+  for (int64_t h = 0; h < heads; ++h) head_list[next[kv_head_of[h]]++] = h;
+}
+
 void AttentionArguments::check_tokens(const Checker& checker, const std::optional<Packing>& packing) {
   const int64_t rank = packing ? 3 : 4, tokens = rank - 3;  // the axis of tokens; heads and dim follow
   checker.rank("query", query, rank, packing ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
@@ -145,6 +157,7 @@ void AttentionArguments::check_tokens(const Checker& checker, const std::optiona
   checker.size("value", value, tokens + 1, kv_heads, "key's number of heads");
   checker.size("key", key, tokens + 2, head_dim, "query's head dimension");
   checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
+  checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
   checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
   checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
   if (!packing) {
@@ -152,6 +165,10 @@ void AttentionArguments::check_tokens(const Checker& checker, const std::optiona
     checker.size("key", key, 0, batch, "query's batch size");
     checker.size("value", value, 0, batch, "query's batch size");
     return;
+  }
+  for (const auto& [name, longest] :
+       {std::pair{"max_seqlen_q", packing->max_seqlen_q}, {"max_seqlen_k", packing->max_seqlen_k}}) {
+    checker.check(longest >= 0 && longest <= kMaxLength, name, " is ", longest, ", takes 0 to ", kMaxLength);
   }
   query_offsets =
       read_offsets(checker, "cu_seqlens_q", packing->cu_seqlens_q, query, num_queries, packing->max_seqlen_q);
@@ -194,6 +211,8 @@ void AttentionArguments::fill(AttentionParams& params) const {
   params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
   params.head_dim = head_dim, params.value_dim = value_dim;
   params.kv_head_of = kv_head_of.data();
+  params.first_head = first_head.data();
+  params.head_list = head_list.data();
   params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
   params.first_task = first_task.empty() ? nullptr : first_task.data();
@@ -216,10 +235,13 @@ TokenTensor token_tensor(const Tensor& t) {
           .head_stride = t.stride(tokens + 1)};
 }
 
-Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank) {
-  Tensor grad = zeros_as(tensor, sizes_of(tensor), tensor.scalar_type());
+Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params) {
+  const ScoreStrides strides = score_strides(tensor, rank, true);
+  term.grad_strides = strides;
+  term.grad_is_double = (strides.batch == 0 && params.batch > 1) || (strides.head == 0 && params.heads > 1) ||
+                        (strides.query == 0 && params.num_queries() > 1) || (strides.key == 0 && params.num_keys() > 1);
+  Tensor grad = zeros_as(tensor, sizes_of(tensor), term.grad_is_double ? ScalarType::Double : tensor.scalar_type());
   term.grad = grad.mutable_data_ptr();
-  term.grad_strides = score_strides(tensor, rank, true);
   return grad;
 }
 

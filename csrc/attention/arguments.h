@@ -38,13 +38,14 @@ class AttentionArguments {
  private:
   void check_tokens(const Checker& checker, const std::optional<Packing>& packing);
   void check_score(const Checker& checker);
+  void list_heads();
 
-  std::vector<int64_t> kv_head_of, query_offsets, key_offsets, first_task;
+  std::vector<int64_t> kv_head_of, first_head, head_list, query_offsets, key_offsets, first_task;
 };
 
 TokenTensor token_tensor(const Tensor& t);
 
-// The gradient of a score term: zero, in the term's own shape.
-Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank);
+// The gradient of a score term: zero, in the term's own shape. Sums over batch, heads or tokens are float64.
+Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params);
 
 }  // namespace vitkernels

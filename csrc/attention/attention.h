@@ -31,6 +31,8 @@ struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   const int64_t* kv_head_of = nullptr;     // [heads]: the kv head that a query head reads
+  const int64_t* first_head = nullptr;     // [kv_heads + 1], [heads]: the inverse of kv_head_of, the query heads of
+  const int64_t* head_list = nullptr;      // kv head g are head_list[first_head[g]] to head_list[first_head[g + 1] - 1]
   const int64_t* query_offsets = nullptr;  // [batch + 1] of a packed batch, else null
   const int64_t* key_offsets = nullptr;
   const int64_t* first_task = nullptr;  // [batch + 1] of a packed batch: the forward's tasks before each entry

@@ -21,7 +21,7 @@ Forward run_forward(const AttentionArguments& args) {
 
   const Kernels& kernels = vitkernels::kernels();
   if (args.num_tasks > 0) {
-    const ThreadScratch scratch(args.query, kernels.attention_scratch(params));
+    const ThreadScratch scratch(args.query, kernels.attention_scratch(params), args.num_tasks);
     parallel_for(0, args.num_tasks, 1,
                  [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
   }
@@ -64,7 +64,7 @@ std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, cons
       grads.push_back(empty_as(like, {0}, like.scalar_type()));
       continue;
     }
-    grads.push_back(attach_gradient(t.term, *t.tensor, t.rank));
+    grads.push_back(attach_gradient(t.term, *t.tensor, t.rank, params));
     params.batch_is_shared |= t.term.grad_strides.batch == 0 && params.batch > 1;
     params.heads_are_shared |= t.term.grad_strides.head == 0 && params.heads > 1;
     // One value for all keys: the splits would write to the same place.
@@ -119,7 +119,7 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   params.grad_query = token_tensor(grad_query);
   params.grad_key = token_tensor(grad_key);
   params.grad_value = token_tensor(grad_value);
-  const std::vector<Tensor> score_grads =
+  std::vector<Tensor> score_grads =
       attach_score_gradients(params,
                              {{params.score.bias, args.score.bias, from.need_bias, 4},
                               {params.score.key_bias, args.score.key_bias, from.need_key_bias, 3},
@@ -134,15 +134,18 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   params.grad_query_parts = parts.mutable_data_ptr();
   params.query_dot = want_head_scale ? query_dot.mutable_data_ptr() : nullptr;
 
-  if (params.num_tasks() > 0) {
-    const ThreadScratch scratch(args.query, kernels.attention_backward_scratch(params));
+  // An empty tensor may claim any batch size.
+  const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;
+  if (params.num_tasks() > 0 && !is_empty) {
+    const ThreadScratch scratch(args.query, kernels.attention_backward_scratch(params), params.num_tasks());
     parallel_for(0, params.num_tasks(), 1,
                  [&](int64_t begin, int64_t end) { kernels.attention_backward(params, begin, end, scratch.mine()); });
   }
-  if (args.batch > 0) {
+  if (args.query.numel() > 0) {
     parallel_for(0, args.batch * args.heads, 1,
                  [&](int64_t begin, int64_t end) { kernels.finish_query_gradient(params, begin, end); });
   }
+  for (Tensor& grad : score_grads) grad = torch::stable::to(grad, statistics);
   const Tensor grad_head_scale = want_head_scale ? sum_head_scale(args, query_dot) : none();
   return {grad_query, grad_key, grad_value, grad_head_scale, score_grads[0], score_grads[1], score_grads[2]};
 }

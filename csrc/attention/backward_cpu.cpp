@@ -23,22 +23,40 @@ namespace {
 // The gradient of a score term along one row of the logits.
 template <class T>
 struct TermGradRow {
-  T* data;
-  int64_t stride;  // 0 or 1
+  T* data = nullptr;
+  double* sums = nullptr;  // instead of data, where an element sums many rows
+  int64_t stride;          // 0 or 1
 
   TermGradRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key)
-      : data(term.grad ? static_cast<T*>(term.grad) + term.grad_strides.offset(batch, head, query, first_key)
-                       : nullptr),
-        stride(term.grad_strides.key) {}
+      : stride(term.grad_strides.key) {
+    if (!term.grad) return;
+    const int64_t offset = term.grad_strides.offset(batch, head, query, first_key);
+    if (term.grad_is_double) {
+      sums = static_cast<double*>(term.grad) + offset;
+    } else {
+      data = static_cast<T*>(term.grad) + offset;
+    }
+  }
 
   VK_INLINE void add(Vec<T> grad, int64_t column, Range lanes) const {
-    if (!data) return;
+    if (data) add_to(data, grad, column, lanes);
+    if (sums) add_to(sums, grad, column, lanes);
+  }
+
+ private:
+  template <class Sum>
+  VK_INLINE void add_to(Sum* target, Vec<T> grad, int64_t column, Range lanes) const {
+    const Vec<T> inside = keep(grad, lanes, T(0));
     if (stride == 0) {
-      *data += reduce_add<T>(keep(grad, lanes, T(0)));
-    } else if (lanes.end == kWidth<T>) {
-      store(data + column, load(data + column) + keep(grad, lanes, T(0)));
+      *target += reduce_add<T>(inside);
+      return;
+    }
+    T values[kWidth<T>];
+    store(values, inside);
+    if (lanes.end == kWidth<T>) {
+      for (int i = 0; i < kWidth<T>; ++i) target[column + i] += values[i];
     } else {
-      store_partial(data + column, load_partial(data + column, lanes.end) + keep(grad, lanes, T(0)), lanes.end);
+      for (int i = 0; i < lanes.end; ++i) target[column + i] += values[i];
     }
   }
 };
@@ -89,7 +107,7 @@ class Backward {
         }
         if (p.query_dot) {
           static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
-              dot(p.query.at<const S>(batch, token, head), sum, p.head_dim);
+              dot_with_tensor(p.query.at<const S>(batch, token, head), sum, p.head_dim);
         }
         unpack_rows<T>(sum, query_width, 1, p.head_dim, p.score.scale_of<T>(head),
                        p.grad_query.at<S>(batch, token, head), p.grad_query.token_stride);
@@ -115,8 +133,8 @@ class Backward {
     std::fill_n(value_gradient, count * value_width, T(0));
 
     const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
-    for (head = 0; head < p.heads; ++head) {
-      if (p.kv_head_of[head] != kv_head) continue;
+    for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
+      head = p.head_list[i];
       for (int64_t block = 0; block < blocks; ++block) {
         block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
@@ -163,7 +181,7 @@ class Backward {
     const int64_t row = (sequence.first_row + query) * p.heads + head;
     const T lse = static_cast<const T*>(p.lse)[row];
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
-    T delta = dot(p.out.at<const S>(batch, sequence.first_query + query, head), grad_out, p.value_dim);
+    T delta = dot_with_tensor(p.out.at<const S>(batch, sequence.first_query + query, head), grad_out, p.value_dim);
     if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
     // An empty row (lse = -inf) has P = 0: exp(-inf).
     const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
@@ -201,8 +219,8 @@ class Backward {
     });
   }
 
-  // The dot product of a tensor's row with a padded row of ours.
-  T dot(const S* a, const T* b, int64_t count) const {
+  // The product of a tensor's row with a padded row of ours.
+  T dot_with_tensor(const S* a, const T* b, int64_t count) const {
     Vec<T> sum{};
     for_each_vector<T>({0, count},
                        [&](int64_t c, Range lanes) { sum += load_widened<T>(a + c, lanes.end) * load(b + c); });

@@ -16,10 +16,10 @@ VK_INLINE Vec<T> part_of(const void* tensor, int64_t offset, int64_t count) {
   return load_widened<T>(static_cast<const S*>(tensor) + offset, count);
 }
 
-// exp(a - b), where b = -inf means that no part saw a key.
+// exp(a - b), where a = -inf means that this part saw no key. NaN stays NaN.
 template <class T>
 VK_INLINE T weight_of(T a, T b) {
-  return a == kMinusInfinity<T> || b == kMinusInfinity<T> ? T(0) : std::exp(a - b);
+  return a == kMinusInfinity<T> ? T(0) : std::exp(a - b);
 }
 
 // out = sum_p w_p out_p with w_p = exp(lse_p - lse).
@@ -29,18 +29,28 @@ void merge(const MergeParams& p, int64_t begin, int64_t end) {
   const auto lse_of = [&](int64_t part, int64_t row) { return static_cast<const T*>(p.lses[part])[row]; };
   for (int64_t row = begin; row < end; ++row) {
     RowState<T> state;
-    for (int64_t part = 0; part < p.parts; ++part) state.max = std::max(state.max, lse_of(part, row));
+    for (int64_t part = 0; part < p.parts; ++part) {
+      if (!(lse_of(part, row) <= state.max)) state.max = lse_of(part, row);  // once NaN, always NaN
+    }
     for (int64_t part = 0; part < p.parts; ++part) state.sum += weight_of(lse_of(part, row), state.max);
     const T lse = state.lse();
     static_cast<T*>(p.lse)[row] = lse;
-    for_each_vector<T>({0, p.dim}, [&](int64_t c, Range lanes) {
-      Vec<T> sum{};
+    // A block of columns for all parts, so that a weight is computed once a block.
+    constexpr int64_t kBlock = 16 * kWidth<T>;
+    for (int64_t first = 0; first < p.dim; first += kBlock) {
+      const Range columns{0, std::min(p.dim - first, kBlock)};
+      T sum[kBlock] = {};
       for (int64_t part = 0; part < p.parts; ++part) {
         const T weight = weight_of(lse_of(part, row), lse);
-        if (weight != T(0)) sum += part_of<T, S>(p.outs[part], row * p.dim + c, lanes.end) * weight;
+        if (weight == T(0)) continue;
+        for_each_vector<T>(columns, [&](int64_t c, Range lanes) {
+          store(sum + c, load(sum + c) + part_of<T, S>(p.outs[part], row * p.dim + first + c, lanes.end) * weight);
+        });
       }
-      store_narrowed<T>(static_cast<S*>(p.out) + row * p.dim + c, sum, lanes.end);
-    });
+      for_each_vector<T>(columns, [&](int64_t c, Range lanes) {
+        store_narrowed<T>(static_cast<S*>(p.out) + row * p.dim + first + c, load(sum + c), lanes.end);
+      });
+    }
   }
 }
 

@@ -19,7 +19,6 @@ struct Range {
   int64_t begin, end;
 
   VK_HOST_DEVICE bool empty() const { return begin >= end; }
-  VK_HOST_DEVICE bool contains(Range other) const { return begin <= other.begin && other.end <= end; }
 };
 
 VK_HOST_DEVICE Range intersect(Range a, Range b) {
@@ -36,20 +35,13 @@ struct Axis {
   // Keys of query u: all of them, or those up to u (aligned at the first query and key).
   VK_HOST_DEVICE Range keys(int64_t u) const { return {0, is_causal && u + 1 < num_keys ? u + 1 : num_keys}; }
 
-  // The inverse: queries that see key `j`.
-  VK_HOST_DEVICE Range queries(int64_t j) const { return {is_causal ? j : 0, num_queries}; }
-
   // Keys that at least one of the queries in `u` sees. Both ends of a rule's range grow with u.
   VK_HOST_DEVICE Range any_keys(Range u) const { return {keys(u.begin).begin, keys(u.end - 1).end}; }
-
-  // Keys that every one of the queries in `u` sees.
-  VK_HOST_DEVICE Range all_keys(Range u) const { return {keys(u.end - 1).begin, keys(u.begin).end}; }
 };
 
 inline constexpr int kMaxAxes = 3;
 
 struct Pattern {
-  int32_t num_axes = 1;
   Axis axis[kMaxAxes];
 
   VK_HOST_DEVICE int64_t num_queries() const { return axis[0].num_queries * axis[1].num_queries * axis[2].num_queries; }

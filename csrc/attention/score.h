@@ -19,7 +19,8 @@ struct ScoreStrides {
 struct ScoreTerm {
   const void* data = nullptr;  // null: the term is absent
   ScoreStrides strides;
-  void* grad = nullptr;  // null: not wanted
+  void* grad = nullptr;         // null: not wanted
+  bool grad_is_double = false;  // it sums many rows; else each element is written once
   ScoreStrides grad_strides;
 };
 

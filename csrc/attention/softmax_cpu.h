@@ -116,7 +116,6 @@ template <class T>
 VK_INLINE T exponentiate(T* logits, Range visible, int64_t width, T largest, RowState<T>& state) {
   const T before = state.offset(), was_max = state.max;
   state.max = std::max(state.max, largest);
-  if (largest != largest) state.max = largest;
   const T offset = state.offset();
   Vec<T> sum{};
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {

@@ -1,4 +1,4 @@
-// Tile sizes of the CPU attention kernels, and what was tried. They depend on shapes alone: results are the
+// Tile sizes of the CPU attention kernels. They depend on shapes alone: results are the
 // same for any number of threads.
 #pragma once
 

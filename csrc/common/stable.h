@@ -7,7 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/dtype.h"
@@ -35,12 +38,24 @@ inline ScalarType statistics_type(DType dtype) {
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
+// Errors lose their text on the way through the stable ABI; running out of memory deserves a better one.
+template <class Allocate>
+Tensor allocate(const std::vector<int64_t>& sizes, Allocate&& allocate_sizes) {
+  try {
+    return allocate_sizes();
+  } catch (const std::exception&) {
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error("vitkernels: cannot allocate a tensor of shape (" + shape + ")");
+  }
+}
+
 inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+  return allocate(sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
 inline Tensor zeros_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_zeros(like, sizes, type);
+  return allocate(sizes, [&] { return torch::stable::new_zeros(like, sizes, type); });
 }
 
 // Any strides are fine as long as the last one is 1; a tensor without that is copied.
@@ -49,12 +64,13 @@ inline Tensor with_unit_last_stride(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Memory for one call of a kernel, `bytes` for each thread that parallel_for may use.
+// Memory for one call of a kernel, `bytes` for each thread that parallel_for may use for so many tasks.
 class ThreadScratch {
  public:
-  ThreadScratch(const Tensor& like, int64_t bytes)
+  ThreadScratch(const Tensor& like, int64_t bytes, int64_t tasks)
       : bytes_((bytes + 63) / 64 * 64),
-        memory_(empty_as(like, {bytes_ * torch::stable::get_num_threads() + 64}, ScalarType::Byte)) {}
+        memory_(empty_as(like, {bytes_ * std::min<int64_t>(torch::stable::get_num_threads(), tasks) + 64},
+                         ScalarType::Byte)) {}
 
   void* mine() const {
     uint32_t thread = 0;

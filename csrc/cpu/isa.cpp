@@ -34,10 +34,11 @@ const Candidate* candidates(int* count) {
 #if defined(VITKERNELS_HAS_AVX512)
       {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("fma")},
+                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
 #if defined(VITKERNELS_HAS_AVX2)
-      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&avx2::kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
       {&baseline::kernels, true},
   };

@@ -59,7 +59,8 @@ VK_INLINE Vec<T> exp2(Vec<T> x) {
   // The integer part stands in the low bits of `shifted`: move it to the exponent and add.
   using Unsigned = typename VectorOf<T>::Unsigned;
   const Unsigned scaled = (Unsigned)p + ((Unsigned)shifted << C::kMantissa);
-  return x < broadcast<T>(C::kSmallest) ? Vec<T>{} : (Vec<T>)scaled;
+  // NaN stays NaN: its bits do not survive the addition.
+  return x < broadcast<T>(C::kSmallest) ? Vec<T>{} : x == x ? (Vec<T>)scaled : x;
 }
 
 // e^x. Callers subtract the maximum first, in x itself: the difference of two large logits is exact, the difference

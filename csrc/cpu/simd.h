@@ -84,7 +84,6 @@ VK_INLINE void store_partial(T* p, Vec<T> v, int64_t count) {
   std::memcpy(p, &v, count * sizeof(T));
 }
 
-// NaN in `b` wins, so that a NaN logit reaches the output.
 template <class T>
 VK_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)

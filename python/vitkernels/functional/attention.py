@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.ops import attention as _ops
+from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention"]
 
@@ -126,9 +127,10 @@ def attention(
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
-        query, key = normalize(query, "query"), normalize(key, "key")
+        query, key = normalize(op, "query", query), normalize(op, "key", key)
         if additional_keys is not None:
-            additional_keys = normalize(additional_keys, "additional_keys")
+            additional_keys = normalize(op, "additional_keys", additional_keys)
+    refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier)
     scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
     out, lse = _ops.attention(query, key, value, *scores, head_map, is_causal)
     if additional_keys is not None and additional_values is not None:
@@ -140,8 +142,9 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def normalize(t: Tensor, name: str) -> Tensor:
-    """``t`` divided by its Euclidean norm over the last dimension."""
+def normalize(op: str, name: str, t: Tensor) -> Tensor:
+    """``t`` divided by its Euclidean norm over the last dimension. (float16 would hold neither norm nor epsilon.)"""
     if t.layout != torch.strided:
-        raise RuntimeError(f"vitkernels::attention: {name} is a {t.layout} tensor, takes a strided one")
-    return torch.nn.functional.normalize(t, dim=-1)
+        raise RuntimeError(f"{op}: {name} is a {t.layout} tensor, takes a strided one")
+    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+    return torch.nn.functional.normalize(wide, dim=-1).to(t.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vitkernels.functional.attention import normalize
 from vitkernels.ops import attention as _ops
+from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention_varlen"]
 
@@ -106,7 +107,8 @@ def attention_varlen(
     if qk_norm not in (None, "l2"):
         raise RuntimeError(f"vitkernels::attention_varlen: qk_norm is {qk_norm!r}, takes None or 'l2'")
     if qk_norm == "l2":
-        query, key = normalize(query, "query"), normalize(key, "key")
+        query, key = (normalize("vitkernels::attention_varlen", n, t) for n, t in (("query", query), ("key", key)))
+    refuse_forward_mode("attention_varlen", query, key, value, bias, key_bias, multiplier)
     scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, head_map, is_causal)

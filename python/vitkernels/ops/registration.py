@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
 
@@ -42,6 +43,19 @@ def register_no_double_backward(op: str) -> None:
         raise RuntimeError(f"vitkernels::{op}: second derivatives are not implemented")
 
     torch.library.register_autograd(f"vitkernels::{op}", raise_on_double_backward)
+
+
+def _tangent(t: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise where a tensor carries a forward-mode tangent: it would be dropped, which looks like a zero derivative."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(t is not None and _tangent(t) is not None for t in tensors):
+        raise RuntimeError(f"vitkernels::{op}: forward-mode derivatives are not implemented")
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -33,8 +33,8 @@ def attention(
         num_extra = additional_keys.size(1)
         key, value = torch.cat([key, additional_keys], 1), torch.cat([value, additional_values], 1)
     if qk_norm == "l2":
-        query = torch.nn.functional.normalize(query, dim=-1)
-        key = torch.nn.functional.normalize(key, dim=-1)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query, key = (torch.nn.functional.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (query, key))
     if scale is None:
         scale = query.size(-1) ** -0.5
     if isinstance(scale, Tensor):
@@ -50,7 +50,7 @@ def attention(
     if bias is not None:
         own = own + bias.to(q.dtype)
     if key_bias is not None:
-        own = own + key_bias.to(q.dtype).unsqueeze(-2)
+        own = own + key_bias.to(q.dtype).expand(q.size(0), heads, num_own).unsqueeze(-2)
     if is_causal:
         visible = torch.ones(own.shape[-2:], dtype=torch.bool, device=q.device).tril()
         own = own.masked_fill(~visible, -torch.inf)

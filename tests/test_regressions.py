@@ -1,0 +1,122 @@
+"""Faults that were found once, each by the smallest call that shows it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import vitkernels as vk
+from torch.autograd import forward_ad
+from vitkernels._library import isas_supported
+
+
+@pytest.mark.parametrize("longest", [2**63 - 1, 2**31 + 1, -1])
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_k"])
+def test_longest_length_is_bounded(name, longest):
+    q, ends = torch.zeros(40, 2, 8), torch.tensor([0, 10, 40])
+    lengths = {"max_seqlen_q": 30, "max_seqlen_k": 30, name: longest}
+    with pytest.raises(RuntimeError, match=f"vitkernels::attention_varlen: {name} is {longest}, takes 0 to"):
+        vk.attention_varlen(q, q, q, ends, ends, **lengths)
+
+
+def test_forward_mode_is_refused():
+    q = torch.randn(1, 3, 1, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(RuntimeError, match="vitkernels::attention: forward-mode derivatives are not implemented"):
+            vk.attention(dual, q, q)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives are not implemented"):
+        torch.func.jvp(lambda t: vk.attention(t, q, q), (q,), (q,))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_merge_attentions_keeps_nan(parts):
+    lses = [torch.zeros(1, 1, 1) for _ in range(parts)]
+    lses[0][:] = torch.nan
+    out, lse = vk.merge_attentions([torch.ones(1, 1, 1, 3)] * parts, lses)
+    assert out.isnan().all() and lse.isnan().all()
+
+
+NAN_PAYLOADS = """
+import torch, vitkernels as vk
+for dtype, integer in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
+    q, k, v = (torch.randn(1, n, 1, 8, dtype=dtype) for n in (4, 5, 5))
+    plain = vk.attention(q, k, v)
+    for payload in (-1, torch.tensor(torch.nan, dtype=dtype).view(integer).item() + 1):
+        bias = torch.zeros(1, 1, 4, 5, dtype=dtype)
+        bias.view(integer)[0, 0, 1, 2] = payload
+        out = vk.attention(q, k, v, bias=bias)
+        assert out[0, 1].isnan().all(), (dtype, payload)
+        others = [0, 2, 3]
+        assert torch.equal(out[0, others], plain[0, others])
+"""
+
+
+@pytest.mark.parametrize("isa", isas_supported())
+def test_any_nan_stays_nan(isa):
+    command = [sys.executable, "-c", NAN_PAYLOADS]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VITKERNELS_ISA": isa})
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("shape", [(3, 49, 49), (49,), (1, 1), (1,)], ids=str)
+def test_gradient_shared_by_many_windows(shape):
+    """A sum over hundreds of windows rounds no worse than PyTorch's, which adds them pairwise."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(512, 49, 3, 8) for _ in range(4))
+    bias = torch.randn(shape)
+
+    def gradient(function, *tensors):
+        leaf = tensors[-1].clone().requires_grad_()
+        function(*tensors[:3], bias=leaf).backward(grad.to(leaf.dtype))
+        return leaf.grad.double()
+
+    truth = gradient(vk.reference.attention, *(t.double() for t in (q, k, v, bias)))
+    plain = (gradient(vk.reference.attention, q, k, v, bias) - truth).abs().max()
+    ours = (gradient(vk.attention, q, k, v, bias) - truth).abs().max()
+    floor = 1e-6 * max(1.0, truth.abs().max().item())
+    assert ours <= 3 * plain + floor, f"{ours:.2g}, plain PyTorch {plain:.2g}"
+
+
+def test_forward_and_backward_see_the_same_logits():
+    """One more key than full vectors, and logits so large that another rounding of one would show in its gradient."""
+    torch.manual_seed(0)
+    errors = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, grad = (torch.randn(1, 257, 1, 64, generator=generator) * s for s in (12.0, 8.0, 1.0, 1.0))
+
+        def value_gradient(function, dtype, q=q, k=k, v=v, grad=grad):
+            leaf = v.to(dtype, copy=True).requires_grad_()
+            function(q.to(dtype), k.to(dtype), leaf).backward(grad.to(dtype))
+            return leaf.grad.double()
+
+        truth = value_gradient(vk.reference.attention, torch.float64)
+        plain = (value_gradient(vk.reference.attention, torch.float32) - truth).abs().max()
+        errors.append(((value_gradient(vk.attention, torch.float32) - truth).abs().max() / plain).item())
+    assert sorted(errors)[len(errors) // 2] <= 3.0, errors
+
+
+def test_cosine_attention_of_small_and_large_float16():
+    k, v = torch.randn(1, 5, 1, 8).half(), torch.randn(1, 5, 1, 8).half()
+    assert vk.attention(torch.zeros(1, 2, 1, 8).half(), k, v, qk_norm="l2").isfinite().all()
+    q = torch.randn(1, 2, 1, 8)
+    a, b = (vk.attention((q / q.norm() * s).half(), k, v, qk_norm="l2", scale=4.0) for s in (1.0, 5e4))
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_huge_empty_batch_is_cheap():
+    q = torch.zeros(2**40, 0, 1, 1, requires_grad=True)
+    vk.attention(q, q, q).sum().backward()
+    assert q.grad.shape == q.shape
+
+
+def test_out_of_memory_names_the_shape():
+    q = torch.zeros(1, 2, 1, 4).expand(2**44, 2, 1, 4)
+    with pytest.raises(
+        RuntimeError, match=r"vitkernels: cannot allocate a tensor of shape \(17592186044416, 2, 1, 4\)"
+    ):
+        vk.attention(q, q, q)
