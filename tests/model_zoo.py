@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,81 @@ TIMM_MODELS = {
     "deit_tiny_distilled_patch16_224": 64,
     "vit_small_patch14_dinov2": 56,
 }
+# Model -> image size, what makes it small, its attention modules that are replaced, and those that are not.
+TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, int]]] = {
+    "vit_base_patch16_siglip_224": (
+        64, {"depth": 1, "embed_dim": 96, "num_heads": 3, "img_size": 64},
+        {"Attention": 1, "AttentionPoolLatent": 1}, {},
+    ),
+    "vit_base_patch16_xp_224": (
+        64, {"depth": 1, "embed_dim": 96, "num_heads": 3, "img_size": 64}, {"ParallelScalingBlock": 1}, {},
+    ),
+    "vit_dpwee_patch16_reg1_gap_256": (64, {"depth": 1, "img_size": 64}, {"DiffParallelScalingBlock": 1}, {}),
+    "vit_dwee_patch16_reg1_gap_256": (64, {"depth": 1, "img_size": 64}, {"DiffAttention": 1}, {}),
+    "vit_small_patch16_rope_224": (64, {"depth": 1, "img_size": 64}, {"AttentionRope": 1}, {}),
+    "vit_small_patch16_rope_mixed_224": (64, {"depth": 1, "img_size": 64}, {"AttentionRope": 1}, {}),
+    "vit_pe_core_tiny_patch16_384": (
+        64, {"depth": 1, "img_size": 64}, {"AttentionRope": 1, "AttentionPoolLatent": 1}, {},
+    ),
+    "vit_small_patch16_dinov3": (64, {"depth": 1, "img_size": 64}, {"EvaAttention": 1}, {}),
+    "eva_giant_patch14_224": (
+        56, {"depth": 1, "embed_dim": 64, "num_heads": 2, "img_size": 56}, {"EvaAttention": 1}, {},
+    ),
+    "eva02_tiny_patch14_224": (56, {"depth": 1, "img_size": 56}, {"EvaAttention": 1}, {}),
+    "gemma4_vit_167m_enc": (96, {"depth": 1, "embed_dim": 96, "num_heads": 3}, {"Gemma4Attention": 1}, {}),
+    "naflexvit_base_patch16_gap": (64, {"depth": 1, "embed_dim": 96, "num_heads": 3}, {"Attention": 1}, {}),
+    "beit_base_patch16_224": (
+        64, {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64}, {"Attention": 2}, {},
+    ),
+    "vit_relpos_small_patch16_224": (
+        64, {"depth": 1, "embed_dim": 96, "num_heads": 3, "img_size": 64}, {"RelPosAttention": 1}, {},
+    ),
+    "vit_srelpos_small_patch16_224": (
+        64, {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64}, {"RelPosAttention": 2}, {},
+    ),
+    "cait_xxs24_224": (64, {"depth": 1, "img_size": 64}, {"ClassAttn": 2}, {"TalkingHeadAttn": 1}),
+    "xcit_nano_12_p16_224": (64, {"depth": 1}, {"ClassAttn": 2}, {"XCA": 1}),
+    "crossvit_tiny_240": (
+        240, {"depth": ((1, 1, 0),), "embed_dim": (24, 48)}, {"Attention": 2, "CrossAttention": 2}, {},
+    ),
+    "convit_tiny": (64, {"depth": 2, "local_up_to_layer": 1, "img_size": 64}, {"GPSA": 1, "MHSA": 1}, {}),
+    "tnt_s_patch16_224": (64, {"depth": 1, "img_size": 64}, {"Attention": 2}, {}),
+    "pit_ti_224": (64, {"depth": (1, 1, 1), "img_size": 64}, {"Attention": 3}, {}),
+    "hiera_tiny_224": (
+        64, {"embed_dim": 32, "stages": (1, 1, 2, 1), "img_size": 64},
+        {"MaskUnitAttention": 2}, {"MaskUnitAttention": 3},
+    ),
+    "sam2_hiera_tiny": (64, {"embed_dim": 32, "stages": (1, 1, 2, 1)}, {"MultiScaleAttention": 5}, {}),
+    "volo_d1_224": (32, {"img_size": 32}, {"Attention": 14, "ClassAttention": 2}, {"OutlookAttention": 4}),
+    "levit_128s": (128, {"img_size": 128}, {"Attention": 9, "AttentionDownsample": 2}, {}),
+    "levit_conv_128s": (128, {"img_size": 128}, {"Attention": 9, "AttentionDownsample": 2}, {}),
+    "pvt_v2_b0": (64, {"depths": (1, 1, 1, 1)}, {"Attention": 4}, {}),
+    "pvt_v2_b2_li": (64, {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 160, 256)}, {"Attention": 4}, {}),
+    "twins_svt_small": (
+        64, {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "img_size": 64},
+        {"GlobalSubSampleAttn": 4}, {"LocallyGroupedAttn": 4},
+    ),
+    "nextvit_small": (
+        64, {"depths": (1, 1, 5, 1)}, {"EfficientAttention": 3}, {"ConvAttention": 8},
+    ),
+    "efficientformer_l1": (224, {"depths": (1, 1, 1, 2)}, {"Attention": 1}, {}),
+    "efficientformerv2_s0": (
+        64, {"depths": (1, 1, 2, 2), "img_size": 64}, {"Attention2dDownsample": 1}, {"Attention2d": 4},
+    ),
+    "visformer_tiny": (64, {"depth": (1, 1, 1), "img_size": 64}, {"Attention": 2}, {}),
+    "mobilevit_xxs": (64, {}, {"Attention": 9}, {}),
+    "fastvit_sa12": (64, {"layers": (1, 1, 1, 1)}, {"Attention": 1}, {}),
+    "iformer_t": (64, {}, {"SHMA": 5}, {}),
+    "cpubone_nano": (64, {}, {"ConvAttention": 3}, {}),
+    "lowformer_b0": (64, {}, {"ConvAttention": 7}, {}),
+    "mobilenetv4_hybrid_medium": (64, {}, {"MultiQueryAttention2d": 8}, {}),
+    "coatnet_pico_rw_224": (64, {"img_size": 64}, {"Attention2d": 7}, {}),
+    "caformer_s18": (64, {}, {"Attention": 12}, {}),
+    "resnet50_clip": (64, {}, {"AttentionPool2d": 1}, {}),
+    "swin_tiny_patch4_window7_224": (
+        32, {"depths": (1, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 32}, {}, {"WindowAttention": 2},
+    ),
+}  # fmt: skip
 TRANSFORMERS_MODELS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters")
 
 
@@ -34,6 +112,29 @@ def timm_model(name: str = "vit_tiny_patch16_224", **overrides: Any) -> tuple[nn
     options = {"img_size": size, "depth": DEPTH, "num_classes": 10, **overrides}
     model = timm.create_model(name, **options).double().eval()
     return randomised(model), torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def timm_family(name: str) -> tuple[nn.Module, Tensor]:
+    """A small float64 model of ``TIMM_FAMILIES`` in eval mode and a batch of images for it."""
+    import timm
+
+    torch.manual_seed(0)
+    size, options, _, _ = TIMM_FAMILIES[name]
+    model = timm.create_model(name, num_classes=5, **options).double()
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        # Constants and tiny initial values would hide errors. More noise than that, or running statistics that
+        # are not those of the images, and a deep network amplifies the rounding to the size of its output.
+        for parameter in model.parameters():
+            if parameter.dim() < 2 or parameter.std() < 1e-3:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = None
+            norm.reset_running_stats()
+        if norms:
+            model.train()(images)
+    return model.eval(), images
 
 
 def transformers_model(name: str = "ViT", **overrides: Any) -> tuple[nn.Module, Tensor]:
@@ -137,3 +238,12 @@ def add_low_rank(model: nn.Module, is_target: Callable[[str], bool]) -> int:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, LowRankLinear(model.get_submodule(name)))
     return len(targets)
+
+
+def run_python(program: str, *arguments: str) -> None:
+    """Run ``program`` in a fresh process, in the folder of the tests."""
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from model_zoo import (
     assert_policy,
     expect_kernel_calls,
     outputs_and_gradients,
+    run_python,
     timm_model,
 )
 from torch import nn
@@ -124,14 +123,6 @@ def test_pickle_loads_in_a_fresh_process(tmp_path: Path):
         "    assert torch.equal(model(images), expected)\n"
     )
     run_python(program, str(tmp_path))
-
-
-def run_python(program: str, *arguments: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
 
 
 def test_torch_save_and_load():
@@ -258,6 +249,21 @@ def test_device_without_kernels_takes_the_stock_path():
         assert module(x.to("meta")).shape == x.shape
 
 
+class OtherAttention(nn.Linear):
+    """Looks like attention and is none that is known."""
+
+
+@pytest.mark.parametrize("fused_attn", [True, False])
+def test_scale_counts_where_it_does_in_timm(fused_attn):
+    module, x = attention_module()
+    module.scale, module.fused_attn = 0.25, fused_attn
+    stock = outputs_and_gradients(module, x)
+    vk.accelerate(module)
+    with expect_kernel_calls(1):
+        ours = outputs_and_gradients(module, x)
+    assert_close(ours, stock)
+
+
 def test_what_may_compute_something_else_is_left_alone():
     class Scaled(timm_attention.Attention):
         def forward(self, x, attn_mask=None, is_causal=False):
@@ -266,16 +272,14 @@ def test_what_may_compute_something_else_is_left_alone():
     def stock_attention():
         return timm_attention.Attention(8, 2)
 
-    model = nn.ModuleDict({name: stock_attention() for name in ("overridden", "rescaled", "replaced")})
+    model = nn.ModuleDict({name: stock_attention() for name in ("overridden", "replaced")})
     model["subclass"] = Scaled(8, 2)
-    model["other"] = nn.MultiheadAttention(8, 2)
+    model["other"] = OtherAttention(8, 2)
     model["overridden"].forward = lambda x: x
-    model["rescaled"].scale = 0.25
     report = vk.accelerate(model)
     assert [entry.name for entry in report.replaced] == ["replaced"]
     assert {entry.name: entry.reason for entry in report.stock} == {
         "overridden": "its forward is overridden on the instance",
-        "rescaled": "its scale was changed to 0.25",
         "subclass": "a subclass of timm's Attention may compute something else",
         "other": "no fused replacement",
     }
@@ -294,12 +298,12 @@ def test_accelerate_is_idempotent_and_takes_the_module_itself():
 
 def test_report_is_a_table():
     model, _ = timm_model()
-    model.head = nn.MultiheadAttention(192, 3)
+    model.head = OtherAttention(192, 3)
     report = vk.accelerate(model)
     kernels = ", ".join(f"{device}: {state}" for device, state in vk._library.backends().items())
     assert str(report) == (
         "   2 x timm Attention -> vitkernels.attention\n"
-        "   1 x torch MultiheadAttention -> stock (no fused replacement)\n"
+        "   1 x test_integrations_timm OtherAttention -> stock (no fused replacement)\n"
         f"kernels: {kernels}"
     )
 

@@ -23,6 +23,7 @@ struct KeyTile {
     count = num_keys;
     num_last = count % kWidth<T> <= kMostLastKeys ? count % kWidth<T> : 0;
     pack_transposed<T>(keys, stride, count, head_dim, panels);
+    if (num_last == 0) return;
     pack_rows<T>(keys + (count - num_last) * stride, stride, num_last, head_dim, T(1), last_rows, row_stride);
   }
 

@@ -10,10 +10,12 @@ namespace vitkernels::VK_ISA {
 template <class T, class S>
 void pack_rows(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T factor, T* target,
                int64_t target_stride) {
-  for (int64_t r = 0; r < rows; ++r, source += source_stride, target += target_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* from = source + r * source_stride;
+    T* to = target + r * target_stride;
     for (int64_t c = 0; c < columns; c += kWidth<T>) {
       const int64_t count = std::min<int64_t>(columns - c, kWidth<T>);
-      store(target + c, load_widened<T>(source + c, count) * factor);
+      store(to + c, load_widened<T>(from + c, count) * factor);
     }
   }
 }
@@ -22,10 +24,12 @@ void pack_rows(const S* source, int64_t source_stride, int64_t rows, int64_t col
 template <class T, class S>
 void unpack_rows(const T* source, int64_t source_stride, int64_t rows, int64_t columns, T factor, S* target,
                  int64_t target_stride) {
-  for (int64_t r = 0; r < rows; ++r, source += source_stride, target += target_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = source + r * source_stride;
+    S* to = target + r * target_stride;
     for (int64_t c = 0; c < columns; c += kWidth<T>) {
       const int64_t count = std::min<int64_t>(columns - c, kWidth<T>);
-      store_narrowed<T>(target + c, load(source + c) * factor, count);
+      store_narrowed<T>(to + c, load(from + c) * factor, count);
     }
   }
 }

@@ -16,6 +16,7 @@ __all__ = ["accelerate", "register_transformers", "restore"]
 
 # A model of a library has imported these modules of it. Importing them for the user would cost seconds.
 _INTEGRATIONS = {
+    "torch.nn": "vitkernels.integrations.multihead",
     "timm.layers.attention": "vitkernels.integrations.timm",
     "transformers.modeling_utils": "vitkernels.integrations.transformers",
 }
@@ -29,9 +30,13 @@ def accelerate(model: nn.Module) -> Report:
     pickles and compiled versions of the model stay accelerated. ``torch.fx`` traces the stock path, and
     ``torch.jit.script`` needs :func:`restore` first. A second call changes nothing.
 
-    - timm: modules that are exactly ``timm.layers.attention.Attention``.
+    - torch, and so torchvision: ``nn.MultiheadAttention``.
+    - timm: the softmax attention between all tokens of its transformers, hybrids and attention pools. Windows,
+      talking heads and attention between channels stay as they are.
     - transformers: every attention module that goes through ``ALL_ATTENTION_FUNCTIONS`` and is set to
       ``"sdpa"``. The setting lives in the model's config, so a model that shares the config object follows.
+
+    A subclass of a replaced class is left alone, since it may compute something else.
 
     Args:
         model: any module, an attention module itself included.

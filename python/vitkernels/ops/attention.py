@@ -17,12 +17,13 @@ from vitkernels.ops.registration import (
     register_autocast,
     register_no_double_backward,
     statistics_dtype,
+    without_autograd,
 )
 
 __all__ = ["attention", "attention_varlen", "score_arguments"]
 
-attention = torch.ops.vitkernels.attention.default
-attention_varlen = torch.ops.vitkernels.attention_varlen.default
+attention = without_autograd(torch.ops.vitkernels.attention.default)
+attention_varlen = without_autograd(torch.ops.vitkernels.attention_varlen.default)
 
 _SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The arguments behind the packing (csrc/schema.cpp); those of a backward operator end with what is needed.
@@ -47,6 +48,8 @@ def score_arguments(
         number = query.size(-1) ** -0.5 if query.dim() and query.size(-1) else 1.0
     else:
         number = float(scale)
+    if head_scale is None and bias is None and key_bias is None and multiplier is None:
+        return number, None, None, None, None
     terms = {"scale": head_scale, "bias": bias, "key_bias": key_bias, "multiplier": multiplier}
     for name, term in terms.items():
         # A boolean mask would otherwise be added as zeros and ones.
