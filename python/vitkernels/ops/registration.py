@@ -40,7 +40,8 @@ def without_autograd(overload: Callable[..., Any]) -> Callable[..., Any]:
     """``overload`` without the Python part of its gradient where none is recorded: a third of a small call."""
 
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        records = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if records or torch.compiler.is_compiling():
             return overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
