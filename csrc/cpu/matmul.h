@@ -24,7 +24,7 @@ inline constexpr int kTileRows = 6;  // of 16
 #endif
 inline constexpr int kTileVectors = 2;
 
-// Rounding errors grow with the length of a chain: a few hundred steps cost nothing and lose little.
+// Rounding errors grow with the length of a chain; longer depths are cut.
 inline constexpr int64_t kChain = 256;
 
 template <class T>

@@ -20,7 +20,7 @@ void pack_rows(const S* source, int64_t source_stride, int64_t rows, int64_t col
   }
 }
 
-// source [rows, columns] = factor * target [rows, columns], the way back.
+// The way back: target [rows, columns] = factor * source [rows, columns], without the padding.
 template <class T, class S>
 void unpack_rows(const T* source, int64_t source_stride, int64_t rows, int64_t columns, T factor, S* target,
                  int64_t target_stride) {

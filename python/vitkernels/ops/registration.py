@@ -37,7 +37,7 @@ def _castable(argument: object) -> bool:
 
 
 def without_autograd(overload: Callable[..., Any]) -> Callable[..., Any]:
-    """``overload`` without the Python part of its gradient where none is recorded: a third of a small call."""
+    """``overload`` without the Python part of its gradient where none is recorded: small calls notice it."""
 
     def call(*args: Any) -> Any:
         records = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
