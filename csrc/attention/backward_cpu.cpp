@@ -61,9 +61,19 @@ struct TermGradRow {
   }
 };
 
+template <class T, class A, class B>
+T dot_rows(const A* a, const B* b, int64_t count) {
+  Vec<T> sum{};
+  for_each_vector<T>({0, count}, [&](int64_t c, Range lanes) {
+    sum += load_widened<T>(a + c, lanes.end) * load_widened<T>(b + c, lanes.end);
+  });
+  return reduce_add<T>(sum);
+}
+
 template <class S>
 class Backward {
   using T = Compute<S>;
+  using E = Operand<S>;
 
  public:
   Backward(const AttentionBackwardParams& params, void* memory) : p(params), scratch(memory) {}
@@ -107,7 +117,7 @@ class Backward {
         }
         if (p.query_dot) {
           static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
-              dot_with_tensor(p.query.at<const S>(batch, token, head), sum, p.head_dim);
+              dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
         }
         unpack_rows<T>(sum, query_width, 1, p.head_dim, p.score.scale_of<T>(head),
                        p.grad_query.at<S>(batch, token, head), p.grad_query.token_stride);
@@ -127,8 +137,8 @@ class Backward {
     const S* key_rows = p.key.at<const S>(batch, first, kv_head);
     const S* value_rows = p.value.at<const S>(batch, first, kv_head);
     key_tile.pack(key_rows, p.key.token_stride, count);
-    pack_transposed<T>(value_rows, p.value.token_stride, count, p.value_dim, value_panels);
-    pack_rows<T>(key_rows, p.key.token_stride, count, p.head_dim, T(1), key_copy, query_width);
+    pack_transposed(value_rows, p.value.token_stride, count, p.value_dim, value_panels);
+    pack_groups(key_rows, p.key.token_stride, count, p.head_dim, key_groups, query_width);
     std::fill_n(key_gradient, count * query_width, T(0));
     std::fill_n(value_gradient, count * value_width, T(0));
 
@@ -148,49 +158,85 @@ class Backward {
   void block_of_queries(Range rows, Range tile) {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
-    const int64_t count = rows.end - rows.begin;
-    const int64_t width = round_up(seen.end, kWidth<T>);
+    const int64_t count = rows.end - rows.begin, first = sequence.first_query + rows.begin;
+    const int64_t width = round_up(seen.end, kWidth<T>), depth = round_up(count, kGroup<E>);
+    const int64_t key_depth = round_up(seen.end, kGroup<E>);
+    const S* query_rows = p.query.at<const S>(batch, first, head);
+    const S* out_gradient_rows = p.grad_out.at<const S>(batch, first, head);
 
-    pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
-                 p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    pack_rows<T>(p.grad_out.at<const S>(batch, sequence.first_query + rows.begin, head), p.grad_out.token_stride, count,
-                 p.value_dim, T(1), out_gradient, value_width);          // [count, dv]
+    const T scale = p.score.scale_of<T>(head);
+    pack_queries(query_rows, p.query.token_stride, count, p.head_dim, scale, queries, operand_width);  // [count, d]
+    pack_operands(out_gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient,
+                  out_gradient_width);                                   // [count, dv]
     key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
-    matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count, width,
-                     p.value_dim, gradients, logits_stride);  // [count, width]
+    matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
+                     {value_panels, kPanel<E> * kGroup<E>, round_up(p.value_dim, kGroup<E>) * kPanel<E>}, count, width,
+                     round_up(p.value_dim, kGroup<E>), gradients, logits_stride);  // [count, width]
 
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-      differentiate_row(query, visible, seen.end, tile.begin, out_gradient + r * value_width,
+      differentiate_row(query, visible, key_depth, tile.begin, kFoldsScale<E> ? T(1) : scale,
                         logits + r * logits_stride, gradients + r * logits_stride);
     }
 
-    // P^T and dS^T are read in place: a column stride of one.
-    matmul<T, true>({logits, 1, logits_stride}, {out_gradient, value_width, kPanel<T>}, seen.end, value_width, count,
-                    value_gradient, value_width);  // [keys, dv]
-    matmul<T, true>({gradients, 1, logits_stride}, {queries, query_width, kPanel<T>}, seen.end, query_width, count,
-                    key_gradient, query_width);  // [keys, d]
-    matmul<T, true>({gradients, logits_stride, 1}, {key_copy, query_width, kPanel<T>}, count, query_width, seen.end,
-                    query_gradient(split, rows.begin), query_width);  // [count, d]
+    const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] =
+        operands(count, seen.end, scale, query_rows, out_gradient_rows);
+    // P^T and dS^T are read in place: the next row is the next group.
+    matmul<E, true>({probs, kGroup<E>, group_stride}, {out_gradient_groups, value_width * kGroup<E>, panel_stride},
+                    seen.end, value_width, depth, value_gradient, value_width);  // [keys, dv]
+    matmul<E, true>({grads, kGroup<E>, group_stride}, {query_groups, query_width * kGroup<E>, panel_stride}, seen.end,
+                    query_width, depth, key_gradient, query_width);  // [keys, d]
+    matmul<E, true>({grad_rows, logits_stride, kGroup<E>}, {key_groups, query_width * kGroup<E>, panel_stride}, count,
+                    query_width, key_depth, query_gradient(split, rows.begin), query_width);  // [count, d]
+  }
+
+  // What the last three products multiply.
+  struct Operands {
+    const E *probs, *grads;  // P, scale * dS as groups of rows: [count / kGroup, group_stride]
+    const E* grad_rows;      // dS: [count, logits_stride]
+    const E *out_gradient_groups, *query_groups;
+  };
+
+  // Where operands are not of the type of the arithmetic: P and dS rounded and in groups, over what they were.
+  Operands operands(int64_t count, int64_t columns, T scale, const S* query_rows, const S* out_gradient_rows) {
+    if constexpr (kGroup<E> == 1) {
+      return {logits, gradients, gradients, out_gradient, queries};  // the queries hold the scale
+    } else {
+      for (int64_t r = 0; r < count; r += 2) {
+        const bool last = r + 1 == count;
+        T* row = logits + r * logits_stride;
+        narrow_groups(row, last ? nullptr : row + logits_stride, columns, T(1), row);
+        row = gradients + r * logits_stride;
+        narrow_row(row, columns, gradient_rows + r * logits_stride);
+        if (!last) narrow_row(row + logits_stride, columns, gradient_rows + (r + 1) * logits_stride);
+        narrow_groups(row, last ? nullptr : row + logits_stride, columns, scale, row);
+      }
+      pack_groups(query_rows, p.query.token_stride, count, p.head_dim, query_pairs, query_width);
+      pack_groups(out_gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient_pairs, value_width);
+      return {reinterpret_cast<E*>(logits), reinterpret_cast<E*>(gradients), gradient_rows, out_gradient_pairs,
+              query_pairs};
+    }
   }
 
   // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
-  void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, const T* grad_out,
-                         T* logits_row, T* gradient_row) const {
+  void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, T scale, T* logits_row,
+                         T* gradient_row) const {
     const int64_t row = (sequence.first_row + query) * p.heads + head;
     const T lse = static_cast<const T*>(p.lse)[row];
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
-    T delta = dot_with_tensor(p.out.at<const S>(batch, sequence.first_query + query, head), grad_out, p.value_dim);
+    const int64_t token = sequence.first_query + query;
+    T delta =
+        dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
     if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
     // An empty row (lse = -inf) has P = 0: exp(-inf).
     const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
 
     if (p.score.has_terms()) {
-      differentiate_terms(query, visible, first_key, offset, delta, logits_row, gradient_row);
+      differentiate_terms(query, visible, first_key, scale, offset, delta, logits_row, gradient_row);
     } else {
       for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
-        const Vec<T> prob = keep(exp<T>(load(logits_row + c) - offset), lanes, T(0));
+        const Vec<T> prob = keep(exp<T>(load(logits_row + c) * scale - offset), lanes, T(0));
         store(logits_row + c, prob);
         store(gradient_row + c, keep(prob * (load(gradient_row + c) - delta), lanes, T(0)));
       });
@@ -200,14 +246,14 @@ class Backward {
     clear(gradient_row, {0, columns.begin}), clear(gradient_row, {columns.end, width});
   }
 
-  void differentiate_terms(int64_t query, Range visible, int64_t first_key, T offset, T delta, T* logits_row,
+  void differentiate_terms(int64_t query, Range visible, int64_t first_key, T scale, T offset, T delta, T* logits_row,
                            T* gradient_row) const {
     const ScoreRow<T> score(p.score, batch, head, query, first_key);
     const TermGradRow<T> multiplier(p.score.multiplier, batch, head, query, first_key);
     const TermGradRow<T> bias(p.score.bias, batch, head, query, first_key);
     const TermGradRow<T> key_bias(p.score.key_bias, batch, head, query, first_key);
     for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
-      const Vec<T> product = load(logits_row + c);
+      const Vec<T> product = load(logits_row + c) * scale;
       const Vec<T> x = score.apply(product, c, lanes);
       const Vec<T> prob = keep(exp<T>(x - offset), lanes, T(0));
       const Vec<T> grad = prob * (load(gradient_row + c) - delta);
@@ -217,14 +263,6 @@ class Backward {
       store(logits_row + c, prob);
       store(gradient_row + c, keep(grad * score.multiplier.at(c, lanes), lanes, T(0)));
     });
-  }
-
-  // The product of a tensor's row with a padded row of ours.
-  T dot_with_tensor(const S* a, const T* b, int64_t count) const {
-    Vec<T> sum{};
-    for_each_vector<T>({0, count},
-                       [&](int64_t c, Range lanes) { sum += load_widened<T>(a + c, lanes.end) * load(b + c); });
-    return reduce_add<T>(sum);
   }
 
   T* query_gradient(int64_t of_split, int64_t query) const {
@@ -239,16 +277,26 @@ class Backward {
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
-  T* queries = scratch.take<T>(kBackwardQueryBlock * query_width);
-  T* out_gradient = scratch.take<T>(kBackwardQueryBlock * value_width);
+  const int64_t operand_width = round_up(p.head_dim, kOperandWidth<E>);
+  const int64_t out_gradient_width = round_up(p.value_dim, kOperandWidth<E>);
+  const int64_t group_stride = logits_stride * kGroup<E> * (sizeof(T) / sizeof(E));  // of P and dS
+  static constexpr int64_t panel_stride = kPanel<E> * kGroup<E>;
+
+  E* queries = scratch.take<E>(kBackwardQueryBlock * operand_width);
+  E* out_gradient = scratch.take<E>(kBackwardQueryBlock * out_gradient_width);
   T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
   T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  KeyTile<T> key_tile{scratch.take<T>(most_keys * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
-                      query_width};
-  T* value_panels = scratch.take<T>(most_keys * p.value_dim);
-  T* key_copy = scratch.take<T>(most_keys * query_width);
+  KeyTile<E> key_tile{scratch.take<E>(most_keys * round_up(p.head_dim, kGroup<E>)),
+                      scratch.take<E>(kMostLastKeys* operand_width), p.head_dim, operand_width};
+  E* value_panels = scratch.take<E>(most_keys * round_up(p.value_dim, kGroup<E>));
+  E* key_groups = scratch.take<E>(most_keys * query_width);
   T* key_gradient = scratch.take<T>(most_keys * query_width);
   T* value_gradient = scratch.take<T>(most_keys * value_width);
+  // Only where operands are pairs.
+  static constexpr int64_t kPairRows = kGroup<E> == 1 ? 0 : kBackwardQueryBlock;
+  E* gradient_rows = scratch.take<E>(kPairRows * logits_stride);
+  E* query_pairs = scratch.take<E>(kPairRows * query_width);
+  E* out_gradient_pairs = scratch.take<E>(kPairRows * value_width);
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0;
   Sequence sequence;

@@ -22,6 +22,7 @@ namespace {
 template <class S>
 class Forward {
   using T = Compute<S>;
+  using E = Operand<S>;
 
  public:
   Forward(const AttentionParams& params, void* memory) : p(params), scratch(memory) {}
@@ -79,8 +80,8 @@ class Forward {
     const int64_t first = sequence.first_key + tile_keys.begin;
     const int64_t count = tile_keys.end - tile_keys.begin;
     key_tile.pack(p.key.at<const S>(batch, first, kv_head), p.key.token_stride, count);
-    pack_rows<T>(p.value.at<const S>(batch, first, kv_head), p.value.token_stride, count, p.value_dim, T(1), values,
-                 value_width);
+    pack_groups(p.value.at<const S>(batch, first, kv_head), p.value.token_stride, count, p.value_dim, values,
+                value_width);
   }
 
   // Adds what the queries `rows` see in one tile of keys to their sums; `block` holds the sums' rows.
@@ -88,9 +89,10 @@ class Forward {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin;
-    pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
-                 p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    key_tile.multiply(queries, count, seen.end, logits, logits_stride);         // [count, seen]
+    const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
+    pack_queries(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
+                 p.head_dim, scale, queries, query_width);               // [count, d]
+    key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
 
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
     T largest[kTileRows];
@@ -98,24 +100,28 @@ class Forward {
       T* row = logits + r * logits_stride;
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      largest[r] = p.score.has_terms()
-                       ? apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
-                       : row_max(row, visible);
+      largest[r] = p.score.has_terms() ? apply_score(row, visible, left_scale,
+                                                     ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
+                                       : row_max(row, visible, left_scale);
     }
+    // Their terms applied, logits need no factor any more.
+    const T logit_scale = p.score.has_terms() ? T(1) : left_scale;
+    const int64_t depth = round_up(seen.end, kGroup<E>);
     T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      const T factor =
-          exponentiate(logits + r * logits_stride, visible, seen.end, largest[r], states[query - block.begin]);
+      T* row = logits + r * logits_stride;
+      const T factor = exponentiate(row, reinterpret_cast<E*>(row), visible, depth, logit_scale, largest[r],
+                                    states[query - block.begin]);
       if (keys.count > 1 && factor != T(1)) rescale(group_sums + r * value_width, factor);
     }
-    const MatmulA<T> probabilities{logits, logits_stride, 1};
-    const MatmulB<T> value_rows{values, value_width, kPanel<T>};
+    const MatmulA<E> probabilities{reinterpret_cast<const E*>(logits), logits_stride * kGroup<E>, kGroup<E>};
+    const MatmulB<E> value_rows{values, value_width * kGroup<E>, kPanel<E> * kGroup<E>};
     if (keys.count > 1) {
-      matmul<T, true>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);  // [count, dv]
+      matmul<E, true>(probabilities, value_rows, count, value_width, depth, group_sums, value_width);  // [count, dv]
     } else {
-      matmul<T, false>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);
+      matmul<E, false>(probabilities, value_rows, count, value_width, depth, group_sums, value_width);
     }
   }
 
@@ -141,16 +147,16 @@ class Forward {
   const int64_t tasks_of_entry = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
   const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
   const int64_t most_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
-  const int64_t query_width = round_up(p.head_dim, kWidth<T>);
+  const int64_t query_width = round_up(p.head_dim, kOperandWidth<E>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   // Rows an odd number of vectors apart do not compete for the same cache set.
   const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
-  T* queries = scratch.take<T>(kTileRows * query_width);
-  T* logits = scratch.take<T>(kTileRows * logits_stride);
-  KeyTile<T> key_tile{scratch.take<T>(most_keys * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
-                      query_width};
-  T* values = scratch.take<T>(most_keys * value_width);
+  E* queries = scratch.take<E>(kTileRows * query_width);
+  T* logits = scratch.take<T>(kTileRows * logits_stride);  // then the exponentials, as operands
+  KeyTile<E> key_tile{scratch.take<E>(most_keys * round_up(p.head_dim, kGroup<E>)),
+                      scratch.take<E>(kMostLastKeys* query_width), p.head_dim, query_width};
+  E* values = scratch.take<E>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_queries);
 

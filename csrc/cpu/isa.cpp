@@ -19,6 +19,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -28,13 +31,20 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(VITKERNELS_HAS_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+#endif
+
 // Best first. The compiler's check includes the operating system's part (saved registers).
 const Candidate* candidates(int* count) {
   static const Candidate list[] = {
 #if defined(VITKERNELS_HAS_AVX512)
-      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&avx512::kernels, has_avx512()},
 #endif
 #if defined(VITKERNELS_HAS_AVX2)
       {&avx2::kernels,
