@@ -83,6 +83,7 @@ class Backward {
   int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * query_width * int64_t(sizeof(T)); }
 
   void run(int64_t begin, int64_t end) {
+    const TileScope tiles_of_thread;
     for (int64_t task = begin; task < end; ++task) {
       split = task % p.splits;
       const int64_t head_group = task / p.splits % p.head_groups();
@@ -159,8 +160,8 @@ class Backward {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin, first = sequence.first_query + rows.begin;
-    const int64_t width = round_up(seen.end, kWidth<T>), depth = round_up(count, kGroup<E>);
-    const int64_t key_depth = round_up(seen.end, kGroup<E>);
+    const int64_t width = round_up(seen.end, kWidth<T>), depth = padded_depth<E>(count);
+    const int64_t key_depth = padded_depth<E>(seen.end);
     const S* query_rows = p.query.at<const S>(batch, first, head);
     const S* out_gradient_rows = p.grad_out.at<const S>(batch, first, head);
 
@@ -170,8 +171,8 @@ class Backward {
                   out_gradient_width);                                   // [count, dv]
     key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
     matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
-                     {value_panels, kPanel<E> * kGroup<E>, round_up(p.value_dim, kGroup<E>) * kPanel<E>}, count, width,
-                     round_up(p.value_dim, kGroup<E>), gradients, logits_stride);  // [count, width]
+                     {value_panels, kPanel<E> * kGroup<E>, padded_depth<E>(p.value_dim) * kPanel<E>}, count, width,
+                     padded_depth<E>(p.value_dim), gradients, logits_stride);  // [count, width]
 
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
@@ -181,7 +182,7 @@ class Backward {
     }
 
     const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] =
-        operands(count, seen.end, scale, query_rows, out_gradient_rows);
+        operands(count, key_depth, scale, query_rows, out_gradient_rows);
     // P^T and dS^T are read in place: the next row is the next group.
     matmul<E, true>({probs, kGroup<E>, group_stride}, {out_gradient_groups, value_width * kGroup<E>, panel_stride},
                     seen.end, value_width, depth, value_gradient, value_width);  // [keys, dv]
@@ -203,14 +204,13 @@ class Backward {
     if constexpr (kGroup<E> == 1) {
       return {logits, gradients, gradients, out_gradient, queries};  // the queries hold the scale
     } else {
-      for (int64_t r = 0; r < count; r += 2) {
-        const bool last = r + 1 == count;
-        T* row = logits + r * logits_stride;
-        narrow_groups(row, last ? nullptr : row + logits_stride, columns, T(1), row);
-        row = gradients + r * logits_stride;
-        narrow_row(row, columns, gradient_rows + r * logits_stride);
-        if (!last) narrow_row(row + logits_stride, columns, gradient_rows + (r + 1) * logits_stride);
-        narrow_groups(row, last ? nullptr : row + logits_stride, columns, scale, row);
+      const auto row_of = [&](T* rows, int64_t r) { return r < count ? rows + r * logits_stride : nullptr; };
+      for (int64_t r = 0; r < padded_depth<E>(count); r += 2) {
+        const T *first = row_of(gradients, r), *second = row_of(gradients, r + 1);
+        if (first) narrow_row(first, columns, gradient_rows + r * logits_stride);
+        if (second) narrow_row(second, columns, gradient_rows + (r + 1) * logits_stride);
+        narrow_groups(first, second, columns, scale, gradients + r * logits_stride);
+        narrow_groups(row_of(logits, r), row_of(logits, r + 1), columns, T(1), logits + r * logits_stride);
       }
       pack_groups(query_rows, p.query.token_stride, count, p.head_dim, query_pairs, query_width);
       pack_groups(out_gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient_pairs, value_width);
@@ -282,18 +282,20 @@ class Backward {
   const int64_t group_stride = logits_stride * kGroup<E> * (sizeof(T) / sizeof(E));  // of P and dS
   static constexpr int64_t panel_stride = kPanel<E> * kGroup<E>;
 
-  E* queries = scratch.take<E>(kBackwardQueryBlock * operand_width);
-  E* out_gradient = scratch.take<E>(kBackwardQueryBlock * out_gradient_width);
-  T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
-  T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  KeyTile<E> key_tile{scratch.take<E>(most_keys * round_up(p.head_dim, kGroup<E>)),
+  static constexpr int64_t block_rows = padded_depth<E>(kBackwardQueryBlock);
+
+  E* queries = scratch.take<E>(block_rows * operand_width);
+  E* out_gradient = scratch.take<E>(block_rows * out_gradient_width);
+  T* logits = scratch.take<T>(block_rows * logits_stride);     // then P
+  T* gradients = scratch.take<T>(block_rows * logits_stride);  // dP, then dS
+  KeyTile<E> key_tile{scratch.take<E>(most_keys * padded_depth<E>(p.head_dim)),
                       scratch.take<E>(kMostLastKeys* operand_width), p.head_dim, operand_width};
-  E* value_panels = scratch.take<E>(most_keys * round_up(p.value_dim, kGroup<E>));
+  E* value_panels = scratch.take<E>(most_keys * padded_depth<E>(p.value_dim));
   E* key_groups = scratch.take<E>(most_keys * query_width);
   T* key_gradient = scratch.take<T>(most_keys * query_width);
   T* value_gradient = scratch.take<T>(most_keys * value_width);
   // Only where operands are pairs.
-  static constexpr int64_t kPairRows = kGroup<E> == 1 ? 0 : kBackwardQueryBlock;
+  static constexpr int64_t kPairRows = kGroup<E> == 1 ? 0 : block_rows;
   E* gradient_rows = scratch.take<E>(kPairRows * logits_stride);
   E* query_pairs = scratch.take<E>(kPairRows * query_width);
   E* out_gradient_pairs = scratch.take<E>(kPairRows * value_width);

@@ -30,6 +30,7 @@ class Forward {
   int64_t scratch_size() const { return scratch.size(); }
 
   void run(int64_t begin, int64_t end) {
+    const TileScope tiles;
     batch = p.first_task ? std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1
                          : begin / tasks_of_entry;
     start_sequence();
@@ -64,7 +65,7 @@ class Forward {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
       if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
       pack(tile, tile_keys);
-      const int64_t groups = divide_up(count, kTileRows);
+      const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
                       tile_keys);
@@ -95,7 +96,7 @@ class Forward {
     key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
 
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
-    T largest[kTileRows];
+    T largest[kRowGroup<E>];
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
       const int64_t query = rows.begin + r;
@@ -106,7 +107,7 @@ class Forward {
     }
     // Their terms applied, logits need no factor any more.
     const T logit_scale = p.score.has_terms() ? T(1) : left_scale;
-    const int64_t depth = round_up(seen.end, kGroup<E>);
+    const int64_t depth = padded_depth<E>(seen.end);
     T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
@@ -152,9 +153,9 @@ class Forward {
   // Rows an odd number of vectors apart do not compete for the same cache set.
   const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
-  E* queries = scratch.take<E>(kTileRows * query_width);
-  T* logits = scratch.take<T>(kTileRows * logits_stride);  // then the exponentials, as operands
-  KeyTile<E> key_tile{scratch.take<E>(most_keys * round_up(p.head_dim, kGroup<E>)),
+  E* queries = scratch.take<E>(kRowGroup<E> * query_width);
+  T* logits = scratch.take<T>(kRowGroup<E> * logits_stride);  // then the exponentials, as operands
+  KeyTile<E> key_tile{scratch.take<E>(most_keys * padded_depth<E>(p.head_dim)),
                       scratch.take<E>(kMostLastKeys* query_width), p.head_dim, query_width};
   E* values = scratch.take<E>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);

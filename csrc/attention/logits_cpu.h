@@ -47,7 +47,7 @@ struct KeyTile {
   // logits [rows, seen] = queries [rows, d] keys^T. The columns up to the next full vector are scratch.
   void multiply(const E* queries, int64_t rows, int64_t seen, T* logits, int64_t logits_stride) const {
     const int64_t width = seen == count && num_last > 0 ? count - num_last : round_up(seen, kWidth<T>);
-    const int64_t depth = round_up(head_dim, kGroup<E>);
+    const int64_t depth = padded_depth<E>(head_dim);
     matmul<E, false>({queries, row_stride, kGroup<E>}, {panels, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width,
                      depth, logits, logits_stride);
     for (int64_t key = width; key < seen; ++key) {

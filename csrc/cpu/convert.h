@@ -22,11 +22,6 @@ VK_INLINE float widen(Float16 x) {
   return float_of(sign | rebiased << 23 | fraction << 13);
 }
 
-VK_INLINE void narrow(float x, BFloat16* p) {
-  const uint32_t to_nearest_even = 0x7fff + ((bits_of(x) >> 16) & 1);
-  p->bits = x != x ? 0x7fc0 : uint16_t((bits_of(x) + to_nearest_even) >> 16);
-}
-
 VK_INLINE void narrow(float x, Float16* p) {
   const uint16_t sign = uint16_t(bits_of(x) >> 16 & 0x8000);
   const uint32_t magnitude = bits_of(x) & 0x7fffffff;

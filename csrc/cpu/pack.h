@@ -59,8 +59,8 @@ void pack_operands(const S* source, int64_t source_stride, int64_t rows, int64_t
   }
 }
 
-// target [rows / kGroup, width, kGroup] = source [rows, columns]: rows as the depth of a product. What fills up the last
-// group and the last vector is zero.
+// target [padded rows / kGroup, width, kGroup] = source [rows, columns]: rows as the depth of a product. The padding of
+// rows is zero, and so are columns up to the next full vector.
 template <class E, class S>
 void pack_groups(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target, int64_t width) {
   if constexpr (kGroup<E> == 1) {
@@ -84,16 +84,17 @@ VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, in
   transpose<T>(square);
 #pragma GCC unroll 16
   for (int i = 0; i < kN; ++i) {
-    if (kFullColumns || i * kGroup<E> < columns) store(reinterpret_cast<T*>(panel) + i * kPanel<E>, square[i]);
+    if (kFullColumns || i * kGroup<E> < padded_depth<E>(columns))
+      store(reinterpret_cast<T*>(panel) + i * kPanel<E>, square[i]);
   }
 }
 
-// target = source^T in panels of kPanel source rows: [rows / kPanel, columns / kGroup, kPanel, kGroup]. What fills up the
-// last group is zero; the padding up to the next full vector of rows repeats the last row.
+// target = source^T in panels of kPanel source rows: [rows / kPanel, padded columns / kGroup, kPanel, kGroup]. The
+// padding of columns is zero; the padding up to the next full vector of rows repeats the last row.
 template <class E, class S>
 void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target) {
   constexpr int64_t kN = kWidth<Sum<E>>;
-  const int64_t depth = round_up(columns, kGroup<E>);
+  const int64_t depth = padded_depth<E>(columns);
   for (int64_t r = 0; r < rows; r += kN) {
     E* panel = target + r / kPanel<E> * depth * kPanel<E> + r % kPanel<E> * kGroup<E>;
     for (int64_t c = 0; c < columns; c += kOperandWidth<E>) {

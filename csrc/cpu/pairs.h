@@ -1,8 +1,8 @@
 // Pairs of bfloat16, for CPUs that multiply them two at a time: a lane of a float32 vector holds the bits of a pair.
 #pragma once
 
-#include "cpu/arithmetic.h"
 #include "cpu/convert.h"
+#include "cpu/matmul_operands.h"
 
 #if defined(__AVX512BF16__)
 
@@ -24,14 +24,15 @@ VK_INLINE Vec<float> interleave(Vec<float> a, Vec<float> b) {
   return _mm512_castsi512_ps(both);
 }
 
-// pack_groups (pack.h) for pairs: target [rows / 2, width, 2].
+// pack_groups (pack.h) for pairs: target [padded rows / 2, width, 2].
 inline void pack_pairs(const BFloat16* source, int64_t source_stride, int64_t rows, int64_t columns, BFloat16* target,
                        int64_t width) {
-  for (int64_t r = 0; r < rows; r += 2) {
+  const auto load_row = [&](int64_t r, int64_t c) {
+    return r < rows ? load_pairs(source + r * source_stride + c, columns - c) : Vec<float>{};
+  };
+  for (int64_t r = 0; r < padded_depth<BFloat16>(rows); r += 2) {
     for (int64_t c = 0; c < columns; c += 32) {
-      const BFloat16* first = source + r * source_stride + c;
-      const Vec<float> a = load_pairs(first, columns - c);
-      const Vec<float> b = r + 1 < rows ? load_pairs(first + source_stride, columns - c) : Vec<float>{};
+      const Vec<float> a = load_row(r, c), b = load_row(r + 1, c);
       float* to = reinterpret_cast<float*>(target + r * width + c * 2);
       store(to, interleave<false>(a, b));
       if (c + 16 < width) store(to + 16, interleave<true>(a, b));
@@ -53,10 +54,10 @@ inline void narrow_row(const float* row, int64_t columns, BFloat16* target) {
   for (int64_t c = 0; c < columns; c += kWidth<float>) narrow(load(row + c), target + c);
 }
 
-// Two rows (or one, and zeros) times `factor` as one row of pairs, which may lie where the first row is.
+// Two rows (null: zeros) times `factor` as one row of pairs, which may lie where the first row is.
 inline void narrow_groups(const float* first, const float* second, int64_t columns, float factor, float* target) {
   for (int64_t c = 0; c < columns; c += kWidth<float>) {
-    const Vec<float> a = load(first + c), b = second ? load(second + c) : Vec<float>{};
+    const Vec<float> a = first ? load(first + c) : Vec<float>{}, b = second ? load(second + c) : Vec<float>{};
     store(target + c, narrow_pairs(a * factor, b * factor));
   }
 }
