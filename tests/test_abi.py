@@ -64,7 +64,8 @@ def test_code_stays_in_its_instruction_set(isa):
         pytest.skip(f"no objects in {OBJECTS}")
     weak = [line for o in objects for line in lines("nm", "--demangle", str(o)) if re.search(r" [WVu] ", line)]
     assert weak, "no weak symbol at all: templates would be some"
-    assert not [line for line in weak if f"vitkernels::{isa}::" not in line]
+    runtime = "DW.ref.__gxx_personality_v0"  # data: the C++ runtime's handler of exceptions
+    assert not [line for line in weak if f"vitkernels::{isa}::" not in line and runtime not in line]
 
 
 def test_wheel_is_for_every_python():
