@@ -84,6 +84,13 @@ struct RowState {
   T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
 
+// What a row's exponents are taken relative to, so that they are probabilities. An empty row (lse = -inf) has P = 0:
+// exp(-inf).
+template <class T>
+VK_INLINE T exponent_offset(T lse) {
+  return lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
+}
+
 // logits[visible] in place, with the terms applied; returns their maximum.
 template <class T>
 VK_INLINE T apply_score(T* logits, Range visible, const ScoreRow<T>& score) {
@@ -110,6 +117,14 @@ VK_INLINE void clear(T* row, Range columns) {
   if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, T(0));
 }
 
+// The columns below `width` that are not visible.
+template <class T>
+VK_INLINE void clear_outside(T* row, Range visible, int64_t width) {
+  if (visible.empty()) return clear(row, {0, width});
+  clear(row, {0, visible.begin});
+  clear(row, {visible.end, width});
+}
+
 // logits[visible] become exponentials, the other columns below `width` zero. Returns the factor by which
 // what was accumulated before must be multiplied.
 template <class T>
@@ -123,12 +138,7 @@ VK_INLINE T exponentiate(T* logits, Range visible, int64_t width, T largest, Row
     store(logits + column, p);
     sum += p;
   });
-  if (visible.empty()) {
-    clear(logits, {0, width});
-  } else {
-    clear(logits, {0, visible.begin});
-    clear(logits, {visible.end, width});
-  }
+  clear_outside(logits, visible, width);
   const T factor = was_max == kMinusInfinity<T> ? T(0) : exp<T>(broadcast(before - offset))[0];
   state.sum = state.sum * factor + reduce_add<T>(sum);
   return factor;
