@@ -113,7 +113,7 @@ class Transposed {
   Scratch scratch;
   const Axis axis = p.pattern.axis[0];
   const Tiling keys = transposed_keys(p);
-  const bool is_narrow = p.value_dim <= kWidth<T> / 2;
+  const bool is_narrow = p.value_dim <= kFewColumns;
   const int64_t block_rows = is_narrow ? kTileRows : kBackwardQueryBlock;
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
