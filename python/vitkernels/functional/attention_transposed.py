@@ -69,17 +69,17 @@ def attention_transposed(
     Source: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens" (2024), where the
     map of a cross-attention is used in both directions.
     """
-    op = "vitkernels::attention_transposed"
+    op = "attention_transposed"
     if qk_norm not in (None, "l2"):
-        raise RuntimeError(f"{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
+        raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
         query, key = normalize(op, "query", query), normalize(op, "key", key)
-    refuse_forward_mode("attention_transposed", query, key, value_q, lse, query_weight, bias, key_bias, multiplier)
+    refuse_forward_mode(op, query, key, value_q, lse, query_weight, bias, key_bias, multiplier)
     if query_weight is not None:
-        _attention_ops.check_floating("attention_transposed", "query_weight", query_weight)
+        _attention_ops.check_floating(op, "query_weight", query_weight)
         query_weight = query_weight.to(statistics_dtype(query.dtype))
-    scores = _attention_ops.score_arguments("attention_transposed", query, scale, bias, key_bias, multiplier)
+    scores = _attention_ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
     out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, head_map, is_causal)
     return out

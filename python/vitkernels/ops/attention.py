@@ -59,7 +59,7 @@ def score_arguments(
 
 
 def check_floating(op: str, name: str, term: Tensor) -> None:
-    """Raise unless ``term`` can be converted: a boolean mask would be taken for zeros and ones."""
+    """Raise unless ``term`` has a dtype of ours: a boolean mask would be taken for zeros and ones."""
     if term.dtype not in _SCORE_DTYPES:
         raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype")
 
