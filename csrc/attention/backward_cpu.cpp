@@ -103,7 +103,7 @@ class Backward {
       const int64_t row = (sequence.first_row + query) * p.heads + head;
       // delta = dO.O - dlse, so that dS = P * (dP - delta).
       T delta = dot_with_tensor<T>(p.out.at<const S>(batch, sequence.first_query + query, head),
-                                out_gradient + r * value_width, p.value_dim);
+                                   out_gradient + r * value_width, p.value_dim);
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
       differentiate_row(p.score, {batch, head, query, tile.begin, visible, seen.end}, static_cast<const T*>(p.lse)[row],
                         delta, logits + r * logits_stride, gradients + r * logits_stride);

@@ -81,7 +81,8 @@ class Transposed {
     key_tile.multiply(queries, count, width, prob, logits_stride);  // [count, width]
     for (int64_t query = rows.begin; query < rows.end; ++query, prob += logits_stride) {
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-      const T offset = exponent_offset(static_cast<const T*>(p.lse)[(batch * p.num_queries() + query) * p.heads + head]);
+      const T offset =
+          exponent_offset(static_cast<const T*>(p.lse)[(batch * p.num_queries() + query) * p.heads + head]);
       if (p.score.has_terms()) {
         const ScoreRow<T> score(p.score, batch, head, query, tile.begin);
         exponentiate(prob, visible, offset,

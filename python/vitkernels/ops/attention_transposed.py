@@ -33,7 +33,8 @@ def _check_devices(op: str, tensors: tuple[Any, ...], **others: Tensor) -> None:
 def _fake(*args: Any) -> Tensor:
     _check_devices("attention_transposed", args)
     query, key, value_q = args[:3]
-    return query.new_empty((*key.shape[:2], *value_q.shape[2:]))
+    out: Tensor = query.new_empty((*key.shape[:2], *value_q.shape[2:]))
+    return out
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
