@@ -16,6 +16,34 @@
 namespace vitkernels::VK_ISA {
 namespace {
 
+// A few vectors of add_weighted_rows.
+template <class T, int kVectors>
+VK_INLINE void add_weighted_vectors(const T* weights, int64_t weight_stride, const T* rows, int64_t row_stride,
+                                    int64_t count, T* sums) {
+  Vec<T> sum[kVectors] = {};
+  for (int64_t r = 0; r < count; ++r, weights += weight_stride, rows += row_stride) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] += broadcast(*weights) * load(rows + v * kWidth<T>);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) store(sums + v * kWidth<T>, load(sums + v * kWidth<T>) + sum[v]);
+}
+
+// sums [columns] += weights^T rows [count, columns], up to the next full vector of columns. A matrix product of one row
+// would wait for its additions; here enough of them are independent.
+template <class T>
+void add_weighted_rows(const T* weights, int64_t weight_stride, const T* rows, int64_t row_stride, int64_t count,
+                       int64_t columns, T* sums) {
+  constexpr int kVectors = 4;
+  int64_t c = 0;
+  for (; c + kVectors * kWidth<T> <= columns; c += kVectors * kWidth<T>) {
+    add_weighted_vectors<T, kVectors>(weights, weight_stride, rows + c, row_stride, count, sums + c);
+  }
+  for (; c < columns; c += kWidth<T>) {
+    add_weighted_vectors<T, 1>(weights, weight_stride, rows + c, row_stride, count, sums + c);
+  }
+}
+
 template <class S>
 class Transposed {
   using T = Compute<S>;
@@ -65,8 +93,10 @@ class Transposed {
     }
     pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);  // [count, dv]
     if (is_narrow) {
-      matmul<T, true>({values, 1, value_width}, {probabilities, logits_stride, kPanel<T>}, p.value_dim,
-                      round_up(seen.end, kWidth<T>), count, sums, sums_stride);  // [dv, keys]
+      for (int64_t c = 0; c < p.value_dim; ++c) {
+        add_weighted_rows(values + c, value_width, probabilities, logits_stride, count, seen.end,
+                          sums + c * sums_stride);  // [dv, keys]
+      }
     } else {
       matmul<T, true>({probabilities, 1, logits_stride}, {values, value_width, kPanel<T>}, seen.end, value_width, count,
                       sums, sums_stride);  // [keys, dv]
