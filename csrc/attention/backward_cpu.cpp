@@ -6,69 +6,14 @@
 // A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
 // gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order.
 
-#include <cmath>
-#include <limits>
-
-#include "attention/attention.h"
+#include "attention/differentiate_cpu.h"
 #include "attention/logits_cpu.h"
-#include "attention/softmax_cpu.h"
-#include "attention/tiles_cpu.h"
 #include "cpu/kernels.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
 
 namespace vitkernels::VK_ISA {
 namespace {
-
-// The gradient of a score term along one row of the logits.
-template <class T>
-struct TermGradRow {
-  T* data = nullptr;
-  double* sums = nullptr;  // instead of data, where an element sums many rows
-  int64_t stride;          // 0 or 1
-
-  TermGradRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key)
-      : stride(term.grad_strides.key) {
-    if (!term.grad) return;
-    const int64_t offset = term.grad_strides.offset(batch, head, query, first_key);
-    if (term.grad_is_double) {
-      sums = static_cast<double*>(term.grad) + offset;
-    } else {
-      data = static_cast<T*>(term.grad) + offset;
-    }
-  }
-
-  VK_INLINE void add(Vec<T> grad, int64_t column, Range lanes) const {
-    if (data) add_to(data, grad, column, lanes);
-    if (sums) add_to(sums, grad, column, lanes);
-  }
-
- private:
-  template <class Sum>
-  VK_INLINE void add_to(Sum* target, Vec<T> grad, int64_t column, Range lanes) const {
-    const Vec<T> inside = keep(grad, lanes, T(0));
-    if (stride == 0) {
-      *target += reduce_add<T>(inside);
-      return;
-    }
-    T values[kWidth<T>];
-    store(values, inside);
-    if (lanes.end == kWidth<T>) {
-      for (int i = 0; i < kWidth<T>; ++i) target[column + i] += values[i];
-    } else {
-      for (int i = 0; i < lanes.end; ++i) target[column + i] += values[i];
-    }
-  }
-};
-
-template <class T, class A, class B>
-T dot_rows(const A* a, const B* b, int64_t count) {
-  Vec<T> sum{};
-  for_each_vector<T>({0, count}, [&](int64_t c, Range lanes) {
-    sum += load_widened<T>(a + c, lanes.end) * load_widened<T>(b + c, lanes.end);
-  });
-  return reduce_add<T>(sum);
-}
 
 template <class S>
 class Backward {
@@ -83,23 +28,12 @@ class Backward {
   int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * query_width * int64_t(sizeof(T)); }
 
   void run(int64_t begin, int64_t end) {
-    const TileScope tiles_of_thread;
-    for (int64_t task = begin; task < end; ++task) {
-      split = task % p.splits;
-      const int64_t head_group = task / p.splits % p.head_groups();
-      const int64_t batch_group = task / p.splits / p.head_groups();
-      const Range batches = p.batch_is_shared ? Range{0, p.batch} : Range{batch_group, batch_group + 1};
-      const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
-      for (batch = batches.begin; batch < batches.end; ++batch) {
-        start_sequence();
-        const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
-        for (kv_head = kv_heads.begin; kv_head < kv_heads.end; ++kv_head) {
-          for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            tile_of_keys({tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)});
-          }
-        }
-      }
-    }
+    const TileScope tiles;
+    for_each_key_tile(p, begin, end, [&](int64_t of_batch, int64_t of_kv_head, int64_t of_split, Range tile) {
+      batch = of_batch, kv_head = of_kv_head, split = of_split;
+      start_sequence();
+      tile_of_keys(tile);
+    });
   }
 
   // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale.
@@ -111,11 +45,7 @@ class Backward {
       for (int64_t query = 0; query < axis.num_queries; ++query) {
         const int64_t token = sequence.first_query + query;
         T* sum = query_gradient(0, query);
-        for (int64_t s = 1; s < p.splits; ++s) {
-          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
-            store(sum + c, load(sum + c) + load(sum + s * part + c));
-          }
-        }
+        sum_splits(sum, query_width, p.splits, part);
         if (p.query_dot) {
           static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
               dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
@@ -130,7 +60,6 @@ class Backward {
   void start_sequence() {
     sequence = p.sequence(batch);
     axis = sequence.axis;
-    keys = backward_keys(axis);
   }
 
   void tile_of_keys(Range tile) {
@@ -177,8 +106,14 @@ class Backward {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-      differentiate_row(query, visible, key_depth, tile.begin, kFoldsScale<E> ? T(1) : scale,
-                        logits + r * logits_stride, gradients + r * logits_stride);
+      const int64_t token = sequence.first_query + query, row = (sequence.first_row + query) * p.heads + head;
+      // delta = dO.O - dlse, so that dS = P * (dP - delta).
+      T delta =
+          dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
+      if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
+      differentiate_row(p.score, {batch, head, query, tile.begin, visible, key_depth}, kFoldsScale<E> ? T(1) : scale,
+                        static_cast<const T*>(p.lse)[row], delta, logits + r * logits_stride,
+                        gradients + r * logits_stride);
     }
 
     const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] =
@@ -219,52 +154,6 @@ class Backward {
     }
   }
 
-  // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
-  void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, T scale, T* logits_row,
-                         T* gradient_row) const {
-    const int64_t row = (sequence.first_row + query) * p.heads + head;
-    const T lse = static_cast<const T*>(p.lse)[row];
-    // delta = dO.O - dlse, so that dS = P * (dP - delta).
-    const int64_t token = sequence.first_query + query;
-    T delta =
-        dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
-    if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
-    // An empty row (lse = -inf) has P = 0: exp(-inf).
-    const T offset = lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
-
-    if (p.score.has_terms()) {
-      differentiate_terms(query, visible, first_key, scale, offset, delta, logits_row, gradient_row);
-    } else {
-      for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
-        const Vec<T> prob = keep(exp<T>(load(logits_row + c) * scale - offset), lanes, T(0));
-        store(logits_row + c, prob);
-        store(gradient_row + c, keep(prob * (load(gradient_row + c) - delta), lanes, T(0)));
-      });
-    }
-    const Range columns = visible.empty() ? Range{0, 0} : visible;
-    clear(logits_row, {0, columns.begin}), clear(logits_row, {columns.end, width});
-    clear(gradient_row, {0, columns.begin}), clear(gradient_row, {columns.end, width});
-  }
-
-  void differentiate_terms(int64_t query, Range visible, int64_t first_key, T scale, T offset, T delta, T* logits_row,
-                           T* gradient_row) const {
-    const ScoreRow<T> score(p.score, batch, head, query, first_key);
-    const TermGradRow<T> multiplier(p.score.multiplier, batch, head, query, first_key);
-    const TermGradRow<T> bias(p.score.bias, batch, head, query, first_key);
-    const TermGradRow<T> key_bias(p.score.key_bias, batch, head, query, first_key);
-    for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
-      const Vec<T> product = load(logits_row + c) * scale;
-      const Vec<T> x = score.apply(product, c, lanes);
-      const Vec<T> prob = keep(exp<T>(x - offset), lanes, T(0));
-      const Vec<T> grad = prob * (load(gradient_row + c) - delta);
-      multiplier.add(grad * product, c, lanes);
-      bias.add(grad, c, lanes);
-      key_bias.add(grad, c, lanes);
-      store(logits_row + c, prob);
-      store(gradient_row + c, keep(grad * score.multiplier.at(c, lanes), lanes, T(0)));
-    });
-  }
-
   T* query_gradient(int64_t of_split, int64_t query) const {
     const int64_t row = (of_split * p.heads + head) * p.num_rows() + sequence.first_row + query;
     return static_cast<T*>(p.grad_query_parts) + row * query_width;
@@ -303,7 +192,6 @@ class Backward {
   int64_t batch = 0, head = 0, kv_head = 0, split = 0;
   Sequence sequence;
   Axis axis;
-  Tiling keys{};
 };
 
 }  // namespace

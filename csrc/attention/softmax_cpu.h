@@ -85,6 +85,13 @@ struct RowState {
   T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
 
+// What a row's exponents are taken relative to, so that they are probabilities. An empty row (lse = -inf) has P = 0:
+// exp(-inf).
+template <class T>
+VK_INLINE T exponent_offset(T lse) {
+  return lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
+}
+
 // Products become logits in place: logits[visible] with the terms applied; returns their maximum. `scale` is what the
 // products still lack.
 template <class T>
@@ -112,6 +119,14 @@ VK_INLINE void clear(E* row, Range columns) {
   if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, E{});
 }
 
+// The columns below `width` that are not visible.
+template <class T>
+VK_INLINE void clear_outside(T* row, Range visible, int64_t width) {
+  if (visible.empty()) return clear(row, {0, width});
+  clear(row, {0, visible.begin});
+  clear(row, {visible.end, width});
+}
+
 // probabilities[visible] become exponentials of the logits, the other columns below `width` zero; they may lie where
 // the logits are. Returns the factor by which what was accumulated before must be multiplied.
 template <class E, class T>
@@ -126,12 +141,7 @@ VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64
     store_narrowed<T>(probabilities + column, p, kWidth<T>);
     sum += p;
   });
-  if (visible.empty()) {
-    clear(probabilities, {0, width});
-  } else {
-    clear(probabilities, {0, visible.begin});
-    clear(probabilities, {visible.end, width});
-  }
+  clear_outside(probabilities, visible, width);
   const T factor = was_max == kMinusInfinity<T> ? T(0) : exp<T>(broadcast(before - offset))[0];
   state.sum = state.sum * factor + reduce_add<T>(sum);
   return factor;
