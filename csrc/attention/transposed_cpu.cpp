@@ -47,6 +47,7 @@ void add_weighted_rows(const T* weights, int64_t weight_stride, const T* rows, i
 template <class S>
 class Transposed {
   using T = Compute<S>;
+  using E = Operand<S>;  // of the first product; the second has float32 probabilities
 
  public:
   Transposed(const AttentionTransposedParams& params, void* memory) : p(params), scratch(memory) {}
@@ -55,6 +56,7 @@ class Transposed {
 
   // Heads that share keys follow one another, so that a tile is packed once for them.
   void run(int64_t begin, int64_t end) {
+    const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
       batch = task / p.heads / keys.count;
       head = task % p.heads;
@@ -84,7 +86,7 @@ class Transposed {
   void block_of_queries(Range rows, Range tile) {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
-    const int64_t count = rows.end - rows.begin, groups = divide_up(count, kTileRows);
+    const int64_t count = rows.end - rows.begin, groups = divide_up(count, kRowGroup<E>);
     // A group's logits are in the first-level cache when their exponentials are taken.
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = count * group / groups;
@@ -106,8 +108,9 @@ class Transposed {
   // P of some rows: their columns up to the first full vector that ends at `width` or later.
   void group_of_rows(Range rows, Range tile, int64_t width, T* prob) {
     const int64_t count = rows.end - rows.begin;
-    pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
-                 p.score.scale_of<T>(head), queries, query_width);  // [count, d]
+    const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
+    pack_queries(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim, scale, queries,
+                 query_width);                                      // [count, d]
     key_tile.multiply(queries, count, width, prob, logits_stride);  // [count, width]
     for (int64_t query = rows.begin; query < rows.end; ++query, prob += logits_stride) {
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
@@ -116,9 +119,9 @@ class Transposed {
       if (p.score.has_terms()) {
         const ScoreRow<T> score(p.score, batch, head, query, tile.begin);
         exponentiate(prob, visible, offset,
-                     [&](Vec<T> x, int64_t column, Range lanes) { return score.apply(x, column, lanes); });
+                     [&](Vec<T> x, int64_t column, Range lanes) { return score.apply(x * left_scale, column, lanes); });
       } else {
-        exponentiate(prob, visible, offset, [](Vec<T> x, int64_t, Range) { return x; });
+        exponentiate(prob, visible, offset, [&](Vec<T> x, int64_t, Range) { return x * left_scale; });
       }
       clear_outside(prob, visible, round_up(width, kWidth<T>));
     }
@@ -145,17 +148,17 @@ class Transposed {
   const Axis axis = p.pattern.axis[0];
   const Tiling keys = transposed_keys(p);
   const bool is_narrow = p.value_dim <= kFewColumns;
-  const int64_t block_rows = is_narrow ? kTileRows : kBackwardQueryBlock;
-  const int64_t query_width = round_up(p.head_dim, kWidth<T>);
+  const int64_t block_rows = is_narrow ? kRowGroup<E> : kBackwardQueryBlock;
+  const int64_t query_width = round_up(p.head_dim, kOperandWidth<E>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   const int64_t logits_stride = (keys.size / kWidth<T> | 1) * kWidth<T>;
   const int64_t sums_stride = is_narrow ? keys.size : value_width;
 
-  T* queries = scratch.take<T>(kTileRows * query_width);
+  E* queries = scratch.take<E>(kRowGroup<E> * query_width);
   T* values = scratch.take<T>(block_rows * value_width);
   T* probabilities = scratch.take<T>(block_rows * logits_stride);
-  KeyTile<T> key_tile{scratch.take<T>(keys.size * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
-                      query_width};
+  KeyTile<E> key_tile{scratch.take<E>(keys.size * padded_depth<E>(p.head_dim)),
+                      scratch.take<E>(kMostLastKeys* query_width), p.head_dim, query_width};
   T* sums = scratch.take<T>(is_narrow ? p.value_dim * keys.size : keys.size * value_width);
 
   int64_t batch = 0, head = 0;
