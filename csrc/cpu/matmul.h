@@ -7,7 +7,7 @@
 
 namespace vitkernels::VK_ISA {
 
-// Rows that share what a row of tiles reads of B: a good number to go through together.
+// Rows of A that one pass over B serves: callers that choose how many rows they take choose these.
 template <class E>
 inline constexpr int kRowGroup = kByTiles<E> ? 2 * kTileSize : kTileRows;
 
