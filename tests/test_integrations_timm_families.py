@@ -27,6 +27,7 @@ from model_zoo import (
     timm_model,
 )
 from torch import nn
+from vitkernels.integrations.swap import path_of
 
 timm = pytest.importorskip("timm")
 families = pytest.importorskip("vitkernels.integrations.timm.families")
@@ -55,7 +56,7 @@ def test_family_agrees(name):
 def test_tables_are_true():
     for name, (path, forward) in families.FUSED.items():
         fused = getattr(families, name)
-        assert families.path_of(fused.stock_class) == path
+        assert path_of(fused.stock_class) == path
         assert (
             inspect.signature(forward.attend).parameters.keys()
             == inspect.signature(fused.stock_class.forward).parameters.keys()
@@ -66,7 +67,7 @@ def test_tables_are_true():
         assert {name for name in read if not hasattr(forward, name)} <= set(forward.attributes)
     for path in families.LEFT:
         module, _, name = path.rpartition(".")
-        assert families.path_of(getattr(__import__(module, fromlist=[name]), name)) == path
+        assert path_of(getattr(__import__(module, fromlist=[name]), name)) == path
 
 
 def layers():

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from typing import Any
-
+from vitkernels.integrations.swap import Fused, Swaps
 from vitkernels.integrations.timm import bias, cross, feature_map, rope, self_attention
-from vitkernels.integrations.timm.forward import Fused
 
-__all__ = ["FUSED", "LEFT", "family_of", "path_of"]
+__all__ = ["FUSED", "LEFT", "SWAPS"]
 
 #: Name of the accelerated class -> timm's class, and the forward that goes before it.
 FUSED: dict[str, tuple[str, type[Fused]]] = {
@@ -97,31 +93,5 @@ LEFT = {
     "timm.models.xcit.XCA": _CHANNELS,
 }
 
-_NAMES = {path: name for name, (path, _) in FUSED.items()}
-
-
-def path_of(cls: type) -> str:
-    """Module and name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def family_of(stock_class: type) -> type[Fused] | None:
-    """The accelerated class of one of timm's."""
-    name = _NAMES.get(path_of(stock_class))
-    return None if name is None else _fused_class(name)
-
-
-@cache
-def _fused_class(name: str) -> type[Fused]:
-    path, forward = FUSED[name]
-    module, _, stock = path.rpartition(".")
-    stock_class = getattr(import_module(module), stock)
-    return type(name, (forward, stock_class), {"__module__": __name__, "stock_class": stock_class})
-
-
-def __getattr__(name: str) -> Any:
-    # The accelerated classes are made when they are needed, by unpickling too: not every version of timm has all
-    # of theirs.
-    if name in FUSED:
-        return _fused_class(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+SWAPS = Swaps(__name__, FUSED, LEFT)
+__getattr__ = SWAPS.getattr
