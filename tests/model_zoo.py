@@ -69,6 +69,12 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
         64, {"embed_dim": 32, "stages": (1, 1, 2, 1), "img_size": 64},
         {"MaskUnitAttention": 2}, {"MaskUnitAttention": 3},
     ),
+    "mvitv2_tiny": (64, {"img_size": 64}, {"MultiScaleAttention": 10}, {}),
+    "samvit_base_patch16_224": (
+        80, {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 80, "window_size": 3,
+             "global_attn_indexes": (1,)},
+        {"Attention": 2}, {},
+    ),
     "sam2_hiera_tiny": (64, {"embed_dim": 32, "stages": (1, 1, 2, 1)}, {"MultiScaleAttention": 5}, {}),
     "volo_d1_224": (32, {"img_size": 32}, {"Attention": 14, "ClassAttention": 2}, {"OutlookAttention": 4}),
     "levit_128s": (128, {"img_size": 128}, {"Attention": 9, "AttentionDownsample": 2}, {}),
@@ -201,6 +207,8 @@ def output_of(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Tensor:
     """The features or logits of a model of either library."""
     torch.manual_seed(1)  # for the model that masks patches at random
     out = model(*inputs, **kwargs)
+    if isinstance(out, tuple):  # of a module
+        out = out[0]
     if isinstance(out, Tensor):
         return out
     return out.logits if "logits" in out else out.last_hidden_state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitkernels.integrations.swap import Fused, Swaps
-from vitkernels.integrations.timm import bias, cross, feature_map, rope, self_attention
+from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, rope, self_attention
 
 __all__ = ["FUSED", "LEFT", "SWAPS"]
 
@@ -42,11 +42,13 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedLowFormerConvAttention": ("timm.models.lowformer.ConvAttention", feature_map.StridedMapAttention),
     "FusedMetaFormerAttention": ("timm.models.metaformer.Attention", self_attention.PackedAttention),
     "FusedMultiQueryAttention2d": ("timm.layers.attention2d.MultiQueryAttention2d", feature_map.MultiQueryAttention),
+    "FusedMultiScaleAttention": ("timm.models.mvitv2.MultiScaleAttention", decomposed.PooledAttention),
     "FusedNextVitAttention": ("timm.models.nextvit.EfficientAttention", cross.ReducedKeysAttention),
     "FusedParallelScalingBlock": ("timm.models.vision_transformer.ParallelScalingBlock", self_attention.ParallelBlock),
     "FusedPvtAttention": ("timm.models.pvt_v2.Attention", cross.PooledKeysAttention),
     "FusedRelPosAttention": ("timm.models.vision_transformer_relpos.RelPosAttention", bias.RelativePositionAttention),
     "FusedRotAttentionPool2d": ("timm.layers.attention_pool2d.RotAttentionPool2d", cross.RotaryPooling),
+    "FusedSamAttention": ("timm.models.vision_transformer_sam.Attention", decomposed.WindowOrGlobalAttention),
     "FusedSimPool1d": ("timm.layers.other_pool.SimPool1d", cross.SimplePooling),
     "FusedSimPool2d": ("timm.layers.other_pool.SimPool2d", cross.SimplePooling),
     "FusedTntAttention": ("timm.models.tnt.Attention", self_attention.UnequalDimsAttention),
@@ -77,7 +79,6 @@ LEFT = {
     "timm.models.gcvit.WindowAttentionGlobal": _WINDOWS,
     "timm.models.maxxvit.AttentionCl": _WINDOWS,
     "timm.models.mobilevit.LinearSelfAttention": _NOT_SOFTMAX,
-    "timm.models.mvitv2.MultiScaleAttention": _QUERY_POSITIONS,
     "timm.models.mvitv2.MultiScaleAttentionPoolFirst": _QUERY_POSITIONS,
     "timm.models.nest.Attention": _WINDOWS,
     "timm.models.nextvit.ConvAttention": _NOT_SOFTMAX,
@@ -88,7 +89,6 @@ LEFT = {
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": _WINDOWS,
     "timm.models.tiny_vit.Attention": _WINDOWS,
     "timm.models.twins.LocallyGroupedAttn": _WINDOWS,
-    "timm.models.vision_transformer_sam.Attention": _QUERY_POSITIONS,
     "timm.models.volo.OutlookAttention": _NOT_SOFTMAX,
     "timm.models.xcit.XCA": _CHANNELS,
 }
