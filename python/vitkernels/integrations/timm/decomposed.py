@@ -89,15 +89,13 @@ class PooledAttention(Fused):
         """``t (B, N, heads, d)`` on a coarser grid, and the size of that."""
         if pool is not None:
             first, pixels = t.tensor_split([int(self.has_cls_token)], dim=1)
-            feature_map = torch.unflatten(pixels.transpose(1, 2), 2, tuple(size))  # [B, H, y, x, d]
-            pooled = pool(feature_map.flatten(0, 1).permute(0, 3, 1, 2).contiguous())  # [BH, d, y, x]
+            pooled = pool(pixels.permute(0, 2, 3, 1).reshape(-1, t.size(-1), *size))  # [BH, d, y, x]
             size = list(pooled.shape[2:])
             pixels = torch.unflatten(pooled.flatten(2), 0, (t.size(0), -1)).permute(0, 3, 1, 2)  # [B, N, H, d]
             t = torch.cat((first, pixels), dim=1)
         if norm is not None:
             t = norm(t)
-        # The kernel takes a unit last stride, and a convolution leaves the pixels there.
-        return t if t.stride(-1) == 1 else t.contiguous(), size
+        return t, size
 
 
 class WindowOrGlobalAttention(Fused):
