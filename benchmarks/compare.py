@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.registry import Inputs
 
@@ -31,8 +33,12 @@ def relative_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> fl
 
 
 def upcast(inputs: Inputs) -> Inputs:
-    """The same values in float32."""
-    return {
-        name: value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
-        for name, value in inputs.items()
-    }
+    """The same values in float32, those inside a model too."""
+    half = (torch.float16, torch.bfloat16)
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, nn.Module) and any(p.dtype in half for p in value.parameters()):
+            return copy.deepcopy(value).float()
+        return value.float() if isinstance(value, Tensor) and value.dtype in half else value
+
+    return {name: converted(value) for name, value in inputs.items()}

@@ -27,6 +27,8 @@ class Effort:
     """Short calls are repeated until one measured time is at least this long."""
     matmul_size: int
     copy_bytes: int
+    clock: Callable[[], float] = perf_counter
+    """``process_time``, with one thread, on a machine that others use at the same time."""
 
 
 FULL = Effort(7, 31, seconds=4.0, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
@@ -55,14 +57,16 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
-def batch(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+def batch(
+    call: Callable[[], Any], repeats: int, device: torch.device, clock: Callable[[], float] = perf_counter
+) -> float:
     """Seconds per call, of ``repeats`` calls."""
     synchronize(device)
-    start = perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
     synchronize(device)
-    return (perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _calibrate(call: Callable[[], Any], batch_seconds: float, device: torch.device) -> int:
@@ -93,7 +97,7 @@ def interleave(calls: dict[str, Callable[[], Any]], effort: Effort, device: torc
             for name in order:
                 if repeats[name] > 1:
                     calls[name]()
-                times[name].append(batch(calls[name], repeats[name], device))
+                times[name].append(batch(calls[name], repeats[name], device, effort.clock))
             rounds += 1
     finally:
         gc.enable()

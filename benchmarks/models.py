@@ -6,6 +6,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import vitkernels as vk
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Target, Unavailable, register
 
 _DIM, _DEPTH = 384, 12  # of ViT-S
-_PARAMETERS = 12 * _DEPTH * _DIM**2  # in the matmuls of the blocks: 4 in attention, 8 in the MLP
+_ALL_DTYPES = ("float32", "bfloat16", "float16")
+_LAYER_SCALE = 1e-2  # vectors of a constant up to this are the initial values of layer scales
 _schemas: list[torch.library.Library] = []
 
 
@@ -50,15 +52,30 @@ def _dinov2() -> nn.Module:
     return transformers.Dinov2Model(config)
 
 
-def _vit_small() -> nn.Module:
-    return _import("timm").create_model("vit_small_patch16_224")
+def _timm(name: str) -> Callable[[], nn.Module]:
+    return lambda: _import("timm").create_model(name)
+
+
+def show_attention(model: nn.Module) -> nn.Module:
+    """Change initial values that would hide the attention and its errors: layer scales, factors of zero."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            low, high = parameter.aminmax()
+            if parameter.dim() == 1 and 0.0 < low == high <= _LAYER_SCALE:
+                parameter.fill_(1.0)
+            elif parameter.dim() > 1 and low == high == 0.0:
+                nn.init.normal_(parameter, std=0.02)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine and not module.weight.any():
+                module.weight.fill_(1.0)
+    return model
 
 
 def _inputs(model: Callable[[], nn.Module], batch: int, pixels: int) -> Callable[[torch.dtype, torch.device], Inputs]:
     def make(dtype: torch.dtype, device: torch.device) -> Inputs:
         torch.manual_seed(0)
         image = torch.randn(batch, 3, pixels, pixels)
-        return {"model": model().eval().to(device, dtype), "image": image.to(device, dtype)}
+        return {"model": show_attention(model()).eval().to(device, dtype), "image": image.to(device, dtype)}
 
     return make
 
@@ -108,31 +125,71 @@ def _backward(change: Callable[[nn.Module], nn.Module]) -> Callable[[Inputs], Ca
     return prepare
 
 
-def _entry(mode: str, name: str, model: Callable[[], nn.Module], batch: int, pixels: int, patch: int) -> Entry:
+@dataclass(frozen=True)
+class _Work:
+    """Operations of the forward pass for one image, and the numbers in the weights."""
+
+    linear: float
+    attention: float
+    parameters: float
+
+    @classmethod
+    def of_vit_small(cls, pixels: int, patch: int) -> _Work:
+        tokens = (pixels // patch) ** 2 + 1
+        parameters = 12 * _DEPTH * _DIM**2 + 3 * patch**2 * _DIM  # in a block 4 of attention, 8 of the MLP
+        return cls(2.0 * tokens * parameters, 4.0 * _DEPTH * tokens**2 * _DIM, parameters)
+
+
+def _entry(
+    mode: str,
+    name: str,
+    model: Callable[[], nn.Module],
+    batch: int,
+    pixels: int,
+    work: _Work,
+    dtypes: tuple[str, ...] = ("float32",),
+) -> Entry:
     backward = mode == "backward"
     wrap = _backward if backward else _forward
-    tokens = (pixels // patch) ** 2 + 1
-    embedding = 3 * patch**2 * _DIM
-    linear = 2.0 * batch * tokens * (_PARAMETERS + embedding)
-    attention = 4.0 * batch * _DEPTH * tokens**2 * _DIM
+    linear, attention = batch * work.linear, batch * work.attention
     return Entry(
         name=f"models/{mode}/{name}-b{batch}-{pixels}",
         inputs=_inputs(model, batch, pixels),
         peers=(Peer(OURS, wrap(_accelerated)), Peer("stock", wrap(_stock))),
         # Backward: each linear layer again for its input and its weight, attention as five products for two.
         flops=3 * linear + 3.5 * attention if backward else linear + attention,
-        elements=(3 if backward else 1) * (_PARAMETERS + embedding) + batch * 3 * pixels**2,
+        elements=(3 if backward else 1) * work.parameters + batch * 3 * pixels**2,
+        dtypes=dtypes,
     )
 
 
-_DINOV2_224 = _entry("forward", "dinov2-s14", _dinov2, 1, 224, 14)
-_DINOV2_518 = _entry("forward", "dinov2-s14", _dinov2, 1, 518, 14)
+_DINOV2_224 = _entry("forward", "dinov2-s14", _dinov2, 1, 224, _Work.of_vit_small(224, 14))
+_DINOV2_518 = _entry("forward", "dinov2-s14", _dinov2, 1, 518, _Work.of_vit_small(518, 14), _ALL_DTYPES)
+_VIT, _VIT_WORK = _timm("vit_small_patch16_224"), _Work.of_vit_small(224, 16)
+_VIT_224 = _entry("forward", "timm-vit-s16", _VIT, 8, 224, _VIT_WORK, _ALL_DTYPES)
 
 register(
     _DINOV2_224,
     _DINOV2_518,
-    _entry("forward", "timm-vit-s16", _vit_small, 8, 224, 16),
-    _entry("backward", "timm-vit-s16", _vit_small, 8, 224, 16),
+    _VIT_224,
+    _entry("backward", "timm-vit-s16", _VIT, 8, 224, _VIT_WORK),
     Target("DINOv2 ViT-S/14 forward, 224 pixels", (_DINOV2_224.name,), each_at_least=1.03),
     Target("DINOv2 ViT-S/14 forward, 518 pixels", (_DINOV2_518.name,), each_at_least=1.06),
-)
+    *(
+        Target(f"ViT-S/16 and DINOv2 ViT-S/14 at 518 pixels, {d}", (_VIT_224.name, _DINOV2_518.name), dtype=d,
+               each_at_least=1.0)
+        for d in _ALL_DTYPES
+    ),
+)  # fmt: skip
+
+# The smallest of families whose attention has few tokens, or is not fused in timm. Operations as
+# torch.utils.flop_counter counts them.
+for _label, _name, _pixels, _work in (
+    ("LeViT-128S", "levit_128s", 224, _Work(0.61e9, 0.0, 7.7e6)),
+    ("EfficientFormer-L1", "efficientformer_l1", 224, _Work(2.58e9, 0.0, 12.2e6)),
+    ("CrossViT-Ti", "crossvit_tiny_240", 240, _Work(2.58e9, 0.0, 7.0e6)),
+):
+    _small = _entry(
+        "forward", f"timm-{_name.replace('_', '-')}", _timm(_name), 8, _pixels, _work, ("float32", "bfloat16")
+    )
+    register(_small, Target(f"{_label} forward", (_small.name,), each_at_least=1.1))

@@ -6,7 +6,9 @@ import argparse
 import fnmatch
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
+from time import process_time
 
 import torch
 
@@ -27,6 +29,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCE), help="instead of each entry's own")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch finds)")
+    parser.add_argument("--cpu-time", action="store_true", help="not the wall clock; for one thread on a busy machine")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder of the JSON file and the plots")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
     parser.add_argument("--quick", action="store_true", help="small entries, few rounds: the figures mean little")
@@ -53,6 +56,8 @@ def _measure(arguments: argparse.Namespace, selected: list[tuple[Entry, str]]) -
     rows: list[Row] = []
     crashed: list[str] = []
     effort = QUICK if arguments.quick else FULL
+    if arguments.cpu_time:
+        effort = replace(effort, clock=process_time)
     options = {"flex"} if arguments.flex else set()
     for entry, dtype in selected:
         try:

@@ -69,6 +69,12 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
         64, {"embed_dim": 32, "stages": (1, 1, 2, 1), "img_size": 64},
         {"MaskUnitAttention": 2}, {"MaskUnitAttention": 3},
     ),
+    "mvitv2_tiny": (64, {"img_size": 64}, {"MultiScaleAttention": 10}, {}),
+    "samvit_base_patch16_224": (
+        80, {"depth": 2, "embed_dim": 48, "num_heads": 2, "img_size": 80, "window_size": 3,
+             "global_attn_indexes": (1,)},
+        {"Attention": 2}, {},
+    ),
     "sam2_hiera_tiny": (64, {"embed_dim": 32, "stages": (1, 1, 2, 1)}, {"MultiScaleAttention": 5}, {}),
     "volo_d1_224": (32, {"img_size": 32}, {"Attention": 14, "ClassAttention": 2}, {"OutlookAttention": 4}),
     "levit_128s": (128, {"img_size": 128}, {"Attention": 9, "AttentionDownsample": 2}, {}),
@@ -100,7 +106,34 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
         32, {"depths": (1, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 32}, {}, {"WindowAttention": 2},
     ),
 }  # fmt: skip
-TRANSFORMERS_MODELS = ("ViT", "DeiT", "Dinov2", "Dinov2WithRegisters")
+# Models whose attention goes through the registry, with the options that the tests want of them.
+TRANSFORMERS_MODELS: dict[str, dict[str, Any]] = {
+    "ViT": {}, "DeiT": {}, "Dinov2": {}, "Dinov2WithRegisters": {}, "IJepa": {},
+    "Beit": {"use_relative_position_bias": True},
+    "DINOv3ViT": {"num_register_tokens": 2},
+    "CLIPVision": {},
+    "SiglipVision": {"vision_use_head": False},
+    "ViTMAE": {"mask_ratio": 0.5},
+}  # fmt: skip
+# Models whose attention does not, and the classes of it that are replaced.
+TRANSFORMERS_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "Cvt": (
+        {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}, {"CvtSelfAttention": 6},
+    ),
+    "Pvt": (
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4]},
+        {"PvtEfficientSelfAttention": 4},
+    ),
+    "PvtV2": (
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4]},
+        {"PvtV2SelfAttention": 4},
+    ),
+    "PvtV2 linear": (
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4],
+         "linear_attention": True},
+        {"PvtV2SelfAttention": 4},
+    ),
+}  # fmt: skip
 
 
 def timm_model(name: str = "vit_tiny_patch16_224", **overrides: Any) -> tuple[nn.Module, Tensor]:
@@ -144,11 +177,22 @@ def transformers_model(name: str = "ViT", **overrides: Any) -> tuple[nn.Module, 
     torch.manual_seed(0)
     options = {
         "hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96,
-        "image_size": 32, "patch_size": 8, **overrides,
+        "image_size": 32, "patch_size": 8, **TRANSFORMERS_MODELS[name], **overrides,
     }  # fmt: skip
     config = getattr(transformers, f"{name}Config")(**options)
     model = getattr(transformers, f"{name}Model")(config).double().eval()
     return randomised(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+
+def transformers_family(name: str) -> tuple[nn.Module, Tensor]:
+    """A small float64 classifier of ``TRANSFORMERS_FAMILIES`` in eval mode and a batch of images for it."""
+    import transformers
+
+    torch.manual_seed(0)
+    options, library_name = TRANSFORMERS_FAMILIES[name][0], name.partition(" ")[0]
+    config = getattr(transformers, f"{library_name}Config")(image_size=64, num_labels=5, **options)
+    model = getattr(transformers, f"{library_name}ForImageClassification")(config).double().eval()
+    return randomised(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -161,8 +205,13 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def output_of(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> Tensor:
     """The features or logits of a model of either library."""
+    torch.manual_seed(1)  # for the model that masks patches at random
     out = model(*inputs, **kwargs)
-    return out if isinstance(out, Tensor) else out.last_hidden_state
+    if isinstance(out, tuple):  # of a module
+        out = out[0]
+    if isinstance(out, Tensor):
+        return out
+    return out.logits if "logits" in out else out.last_hidden_state
 
 
 def outputs_and_gradients(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from model_zoo import (
     timm_model,
 )
 from torch import nn
+from vitkernels.integrations.swap import path_of
 
 timm = pytest.importorskip("timm")
 families = pytest.importorskip("vitkernels.integrations.timm.families")
@@ -55,7 +56,7 @@ def test_family_agrees(name):
 def test_tables_are_true():
     for name, (path, forward) in families.FUSED.items():
         fused = getattr(families, name)
-        assert families.path_of(fused.stock_class) == path
+        assert path_of(fused.stock_class) == path
         assert (
             inspect.signature(forward.attend).parameters.keys()
             == inspect.signature(fused.stock_class.forward).parameters.keys()
@@ -66,7 +67,7 @@ def test_tables_are_true():
         assert {name for name in read if not hasattr(forward, name)} <= set(forward.attributes)
     for path in families.LEFT:
         module, _, name = path.rpartition(".")
-        assert families.path_of(getattr(__import__(module, fromlist=[name]), name)) == path
+        assert path_of(getattr(__import__(module, fromlist=[name]), name)) == path
 
 
 def layers():
@@ -74,7 +75,9 @@ def layers():
     from timm.layers import attention, attention2d, attention_pool, attention_pool2d, diff_attention, other_pool
     from timm.models.beit import Attention as BeitAttention
     from timm.models.eva import EvaAttention
+    from timm.models.mvitv2 import MultiScaleAttention
     from timm.models.vision_transformer_relpos import RelPosAttention
+    from timm.models.vision_transformer_sam import Attention as SamAttention
 
     torch.manual_seed(0)
     double = {"dtype": torch.float64}
@@ -100,7 +103,30 @@ def layers():
     einsum.einsum = True
     pool = {"num_heads": 3, "out_features": 5, **double}
     simple = {"num_heads": 3, **double}
+
+    def multiscale(**options):
+        pools = {"kernel_q": (3, 3), "kernel_kv": (3, 3), "stride_q": (2, 2), "stride_kv": (4, 4)}
+        return MultiScaleAttention(24, 30, (8, 8), num_heads=3, **pools, **options, **double)
+
+    def rotary_embedding():
+        from timm.layers import RotaryEmbeddingCat
+
+        return RotaryEmbeddingCat(8, in_pixels=False, feat_shape=(3, 4))
+
     return {
+        "pooled": (multiscale(has_cls_token=True), [normal(2, 65, 24)], {"feat_size": [8, 8]}),
+        "pooled, no positions": (
+            multiscale(has_cls_token=False, rel_pos_type="", residual_pooling=False, mode="max"),
+            [normal(2, 64, 24)], {"feat_size": [8, 8]},
+        ),
+        "decomposed": (
+            SamAttention(24, 3, qk_norm=True, use_rel_pos=True, input_size=(3, 4), **double),
+            [pixels.permute(0, 2, 3, 1).contiguous()], {},
+        ),
+        "decomposed, tables of another size": (
+            SamAttention(24, 3, use_rel_pos=True, input_size=(5, 7), **double), [normal(2, 3, 4, 24)], {},
+        ),
+        "map with rope": (SamAttention(24, 3, rope=rotary_embedding(), **double), [normal(2, 3, 4, 24)], {}),
         "difference": (diff_attention.DiffAttention(24, 3, dual_lambda=True, **double), [tokens], {}),
         "masked difference": (diff_attention.DiffAttention(24, 3, **double), [tokens], {"attn_mask": visible}),
         "grouped keys": (grouped, [tokens], {"rope": normal(10, 16), "attn_mask": visible}),

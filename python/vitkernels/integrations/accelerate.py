@@ -35,6 +35,7 @@ def accelerate(model: nn.Module) -> Report:
       talking heads and attention between channels stay as they are.
     - transformers: every attention module that goes through ``ALL_ATTENTION_FUNCTIONS`` and is set to
       ``"sdpa"``. The setting lives in the model's config, so a model that shares the config object follows.
+      Beside these the modules of CvT, PVT and PVTv2, which compute on their own.
 
     A subclass of a replaced class is left alone, since it may compute something else.
 
@@ -49,8 +50,9 @@ def accelerate(model: nn.Module) -> Report:
     """
     _check(model, "accelerate")
     entries = {entry.name: entry for library in _loaded() for entry in library.replace(model)}
+    inside = tuple(f"{name}." if name else "" for name, entry in entries.items() if entry.status == "replaced")
     for name, module in model.named_modules():
-        if name not in entries and _looks_like_attention(module):
+        if name not in entries and not name.startswith(inside) and _looks_like_attention(module):
             entries[name] = Entry(name, kind_of(module), "stock", "no fused replacement")
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     return Report(sorted(entries.values(), key=lambda entry: order[entry.name]), backends())

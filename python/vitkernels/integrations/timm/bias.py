@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import map_of, split_last, tokens_of
-from vitkernels.integrations.timm.forward import Fused, packed_projection, scale_of
+from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.timm.forward import packed_projection, scale_of
 
 __all__ = [
     "BeitAttention",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import split_last, tokens_of
-from vitkernels.integrations.timm.forward import Fused, packed_projection, scale_of
+from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.timm.forward import packed_projection, scale_of
 from vitkernels.integrations.timm.rope import rotate
 from vitkernels.nn.masks import mask_terms
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from typing import Any
+from vitkernels.integrations.swap import Fused, Swaps
+from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, rope, self_attention
 
-from vitkernels.integrations.timm import bias, cross, feature_map, rope, self_attention
-from vitkernels.integrations.timm.forward import Fused
-
-__all__ = ["FUSED", "LEFT", "family_of", "path_of"]
+__all__ = ["FUSED", "LEFT", "SWAPS"]
 
 #: Name of the accelerated class -> timm's class, and the forward that goes before it.
 FUSED: dict[str, tuple[str, type[Fused]]] = {
@@ -46,11 +42,13 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedLowFormerConvAttention": ("timm.models.lowformer.ConvAttention", feature_map.StridedMapAttention),
     "FusedMetaFormerAttention": ("timm.models.metaformer.Attention", self_attention.PackedAttention),
     "FusedMultiQueryAttention2d": ("timm.layers.attention2d.MultiQueryAttention2d", feature_map.MultiQueryAttention),
+    "FusedMultiScaleAttention": ("timm.models.mvitv2.MultiScaleAttention", decomposed.PooledAttention),
     "FusedNextVitAttention": ("timm.models.nextvit.EfficientAttention", cross.ReducedKeysAttention),
     "FusedParallelScalingBlock": ("timm.models.vision_transformer.ParallelScalingBlock", self_attention.ParallelBlock),
     "FusedPvtAttention": ("timm.models.pvt_v2.Attention", cross.PooledKeysAttention),
     "FusedRelPosAttention": ("timm.models.vision_transformer_relpos.RelPosAttention", bias.RelativePositionAttention),
     "FusedRotAttentionPool2d": ("timm.layers.attention_pool2d.RotAttentionPool2d", cross.RotaryPooling),
+    "FusedSamAttention": ("timm.models.vision_transformer_sam.Attention", decomposed.WindowOrGlobalAttention),
     "FusedSimPool1d": ("timm.layers.other_pool.SimPool1d", cross.SimplePooling),
     "FusedSimPool2d": ("timm.layers.other_pool.SimPool2d", cross.SimplePooling),
     "FusedTntAttention": ("timm.models.tnt.Attention", self_attention.UnequalDimsAttention),
@@ -81,7 +79,6 @@ LEFT = {
     "timm.models.gcvit.WindowAttentionGlobal": _WINDOWS,
     "timm.models.maxxvit.AttentionCl": _WINDOWS,
     "timm.models.mobilevit.LinearSelfAttention": _NOT_SOFTMAX,
-    "timm.models.mvitv2.MultiScaleAttention": _QUERY_POSITIONS,
     "timm.models.mvitv2.MultiScaleAttentionPoolFirst": _QUERY_POSITIONS,
     "timm.models.nest.Attention": _WINDOWS,
     "timm.models.nextvit.ConvAttention": _NOT_SOFTMAX,
@@ -92,36 +89,9 @@ LEFT = {
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": _WINDOWS,
     "timm.models.tiny_vit.Attention": _WINDOWS,
     "timm.models.twins.LocallyGroupedAttn": _WINDOWS,
-    "timm.models.vision_transformer_sam.Attention": _QUERY_POSITIONS,
     "timm.models.volo.OutlookAttention": _NOT_SOFTMAX,
     "timm.models.xcit.XCA": _CHANNELS,
 }
 
-_NAMES = {path: name for name, (path, _) in FUSED.items()}
-
-
-def path_of(cls: type) -> str:
-    """Module and name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def family_of(stock_class: type) -> type[Fused] | None:
-    """The accelerated class of one of timm's."""
-    name = _NAMES.get(path_of(stock_class))
-    return None if name is None else _fused_class(name)
-
-
-@cache
-def _fused_class(name: str) -> type[Fused]:
-    path, forward = FUSED[name]
-    module, _, stock = path.rpartition(".")
-    stock_class = getattr(import_module(module), stock)
-    return type(name, (forward, stock_class), {"__module__": __name__, "stock_class": stock_class})
-
-
-def __getattr__(name: str) -> Any:
-    # The accelerated classes are made when they are needed, by unpickling too: not every version of timm has all
-    # of theirs.
-    if name in FUSED:
-        return _fused_class(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+SWAPS = Swaps(__name__, FUSED, LEFT)
+__getattr__ = SWAPS.getattr

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import map_of, split_last, tokens_of
-from vitkernels.integrations.timm.forward import Fused, scale_of
+from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.timm.forward import scale_of
 from vitkernels.nn.masks import mask_terms
 
 __all__ = [

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.timm.forward import Fused, packed_projection, scale_of
+from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.timm.forward import packed_projection, scale_of
 from vitkernels.integrations.timm.self_attention import gated_output
 from vitkernels.nn.masks import mask_terms
 

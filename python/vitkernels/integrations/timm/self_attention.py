@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.timm.forward import Fused, scale_of
+from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.timm.forward import scale_of
 from vitkernels.nn.masks import mask_terms
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""transformers: the attention function ``"vitkernels"``, and models switched to it.
+"""The attention function ``"vitkernels"``, and models switched to it.
 
 Importing this module registers the function and its mask.
 """

@@ -1,0 +1,165 @@
+"""Modules whose class is swapped for one that computes softmax attention with the kernels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
+from vitkernels.integrations.report import Entry, kind_of
+
+__all__ = ["Fused", "Swaps", "path_of"]
+
+
+class Fused(nn.Module):
+    """First base of an accelerated module's class; the other one is the library's.
+
+    A subclass writes ``attend``: the library's forward, its arguments included, with the kernel inside.
+    """
+
+    #: The library's class.
+    stock_class: ClassVar[type[nn.Module]]
+    #: The name of its forward's first argument, the input.
+    input_name: ClassVar[str]
+    #: What ``attend`` reads of the module. The library may rename it, and then the module is left alone.
+    attributes: ClassVar[tuple[str, ...]] = ()
+    #: The dropout of the attention weights, which the kernel does not have.
+    dropout_attribute: ClassVar[str] = "attn_drop"
+    #: When ``attend`` takes the stock path.
+    condition: ClassVar[str] = ""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def attend(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x: Tensor = args[0] if args else kwargs[self.input_name]
+        if x.dtype not in KERNEL_DTYPES.get(x.device.type, ()) or (self.training and self.dropout_of(self) > 0.0):
+            return super().forward(*args, **kwargs)
+        return self.attend(*args, **kwargs)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's forward."""
+        return super().forward(*args, **kwargs)
+
+    @classmethod
+    def dropout_of(cls, module: nn.Module) -> float:
+        """The rate of ``dropout_attribute``, 0 if there is none."""
+        return float(getattr(getattr(module, cls.dropout_attribute, None), "p", 0.0))
+
+    @staticmethod
+    def obstacle(module: nn.Module) -> str:
+        """Why ``attend`` cannot stand for ``module``, or nothing."""
+        return ""
+
+
+class Swaps:
+    """The accelerated classes of one library.
+
+    The state is the stock class's, so a change of ``__class__`` in either direction is all there is to do.
+
+    Args:
+        module: where pickles look for the accelerated classes by name.
+        fused: name of the accelerated class -> path of the library's class, and the forward that goes before it.
+        left: path of a class of the library -> why it is left alone.
+    """
+
+    def __init__(
+        self, module: str, fused: Mapping[str, tuple[str, type[Fused]]], left: Mapping[str, str] | None = None
+    ) -> None:
+        self.module, self.fused, self.left = module, fused, left or {}
+        self._classes: dict[str, type[Fused]] = {}
+
+    def replace(self, model: nn.Module) -> list[Entry]:
+        """Swap the class of every attention module of ``model`` that has an accelerated one."""
+        entries = []
+        for name, module in model.named_modules():
+            stock_class = _stock_class(module)
+            fused = self.family_of(stock_class)
+            reason = _obstacle(module, fused) if fused else self._reason(stock_class)
+            if reason:
+                entries.append(Entry(name, kind_of(module), "stock", reason))
+            elif fused:
+                module.__class__ = fused
+                reasons = [*conditions(module, fused.dropout_of(module)), *filter(None, [fused.condition])]
+                kind = f"{stock_class.__module__.partition('.')[0]} {stock_class.__name__}"
+                entries.append(Entry(name, kind, "replaced", "; ".join(reasons)))
+        return entries
+
+    def restore(self, model: nn.Module) -> None:
+        """Give every accelerated module its stock class again."""
+        for module in model.modules():
+            stock_class, current = _stock_class(module), type(module)
+            if self.family_of(stock_class) is current:
+                module.__class__ = stock_class
+
+    def family_of(self, stock_class: type) -> type[Fused] | None:
+        """The accelerated class of one of the library's."""
+        name = self._names.get(path_of(stock_class))
+        return None if name is None else self.fused_class(name)
+
+    def fused_class(self, name: str) -> type[Fused]:
+        """The accelerated class called ``name``; made when it is needed, since the library may not have its base."""
+        if name not in self._classes:
+            path, forward = self.fused[name]
+            module, _, stock = path.rpartition(".")
+            stock_class = getattr(import_module(module), stock)
+            input_name = list(inspect.signature(forward.attend).parameters)[1]
+            body = {"__module__": self.module, "stock_class": stock_class, "input_name": input_name}
+            self._classes[name] = type(name, (forward, stock_class), body)
+        return self._classes[name]
+
+    def getattr(self, name: str) -> Any:
+        """The ``__getattr__`` of ``module``, for pickles that name a class before it was needed."""
+        if name in self.fused:
+            return self.fused_class(name)
+        raise AttributeError(f"module {self.module!r} has no attribute {name!r}")
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return {path: name for name, (path, _) in self.fused.items()}
+
+    def _reason(self, cls: type[nn.Module]) -> str:
+        if path_of(cls) in self.left:
+            return self.left[path_of(cls)]
+        for base in cls.__mro__[1:]:
+            if self.family_of(base) is not None:
+                return f"a subclass of {_owner(base)} may compute something else"
+        return ""
+
+
+def path_of(cls: type) -> str:
+    """Module and name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _owner(cls: type) -> str:
+    library = cls.__module__.partition(".")[0]
+    return f"{library}'{'' if library.endswith('s') else 's'} {cls.__name__}"
+
+
+def _stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, or the one that it had before the swap."""
+    stock_class: type[nn.Module] = vars(type(module)).get("stock_class", type(module))
+    return stock_class
+
+
+def _obstacle(module: nn.Module, fused: type[Fused]) -> str:
+    """Why ``module``, whose class or stock class has ``fused`` for it, must keep the library's forward."""
+    if "forward" in module.__dict__:
+        return "its forward is overridden on the instance"
+    stock_class = fused.stock_class
+    missing = [name for name in fused.attributes if not hasattr(module, name)]
+    if missing:
+        return f"this version of {_owner(stock_class)} has no {', '.join(missing)}"
+    theirs, ours = (list(inspect.signature(f).parameters) for f in (stock_class.forward, fused.attend))
+    if theirs != ours:
+        return f"this version of {_owner(stock_class)} takes {', '.join(theirs[1:])}"
+    return fused.obstacle(module)
