@@ -9,7 +9,10 @@ namespace {
 using torch::stable::parallel_for;
 
 using Forward = std::tuple<Tensor, Tensor>;
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of query, key, value and the score terms, in the order of the arguments.
+using Backward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using VarlenBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward run_forward(const AttentionArguments& args) {
   Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
@@ -54,11 +57,10 @@ struct WantedTerm {
   int64_t rank;
 };
 
-// Gradients of the score terms, and what they mean for the order of the work.
+// Gradients of the score terms, and what they mean for how the work is cut.
 std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, const std::vector<WantedTerm>& terms,
                                            const Tensor& like) {
   std::vector<Tensor> grads;
-  params.splits = 0;
   for (const WantedTerm& t : terms) {
     if (!t.wanted || !t.tensor) {
       grads.push_back(empty_as(like, {0}, like.scalar_type()));
@@ -70,7 +72,6 @@ std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, cons
     // One value for all keys: the splits would write to the same place.
     if (t.term.grad_strides.key == 0) params.splits = 1;
   }
-  if (params.splits == 0) params.splits = backward_splits(params);
   return grads;
 }
 
@@ -81,6 +82,7 @@ struct BackwardArguments {
   const Tensor& out;
   const Tensor& lse;
   bool need_head_scale, need_bias, need_key_bias, need_multiplier;
+  WantedOnGrid need_on_grid = {};
 
   void check(const Checker& checker, const AttentionArguments& args) const {
     for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
@@ -119,12 +121,16 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   params.grad_query = token_tensor(grad_query);
   params.grad_key = token_tensor(grad_key);
   params.grad_value = token_tensor(grad_value);
+  params.splits = 0;
   std::vector<Tensor> score_grads =
       attach_score_gradients(params,
                              {{params.score.bias, args.score.bias, from.need_bias, 4},
                               {params.score.key_bias, args.score.key_bias, from.need_key_bias, 3},
                               {params.score.multiplier, args.score.multiplier, from.need_multiplier, 4}},
                              lse);
+  GridGradients grid_gradients(args.on_grid, from.need_on_grid, params);
+  if (params.splits == 0) params.splits = backward_splits(params);
+  grid_gradients.allocate(params, lse);
 
   const Kernels& kernels = vitkernels::kernels();
   const bool want_head_scale = from.need_head_scale && args.score.head_scale;
@@ -147,26 +153,49 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   }
   for (Tensor& grad : score_grads) grad = torch::stable::to(grad, statistics);
   const Tensor grad_head_scale = want_head_scale ? sum_head_scale(args, query_dot) : none();
-  return {grad_query, grad_key, grad_value, grad_head_scale, score_grads[0], score_grads[1], score_grads[2]};
+  const std::vector<Tensor> on_grid = grid_gradients.finish(params, lse);
+  return {grad_query,     grad_key,   grad_value, grad_head_scale, score_grads[0], score_grads[1],
+          score_grads[2], on_grid[0], on_grid[1], on_grid[2],      on_grid[3],     on_grid[4]};
 }
 
 Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                       OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                      OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
-  return run_forward(
-      {Checker("attention"), query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal});
+                      OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
+                      OptionalTensor depth_bias, OptionalTensor height_bias, OptionalTensor width_bias,
+                      int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
+  const GridArguments on_grid{bias_table, multiplier_table, {depth_bias, height_bias, width_bias}, num_prefix_tokens};
+  return run_forward({Checker("attention"),
+                      query,
+                      key,
+                      value,
+                      {scale, head_scale, bias, key_bias, multiplier, on_grid},
+                      head_map,
+                      is_causal});
 }
 
 Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query, const Tensor& key,
                                 const Tensor& value, const Tensor& out, const Tensor& lse, double scale,
                                 OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                                OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
-                                bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier) {
+                                OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
+                                OptionalTensor depth_bias, OptionalTensor height_bias, OptionalTensor width_bias,
+                                int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal,
+                                bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier,
+                                bool need_bias_table, bool need_multiplier_table, bool need_depth_bias,
+                                bool need_height_bias, bool need_width_bias) {
   const Checker checker("attention_backward");
-  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
-                                is_causal);
-  const BackwardArguments from{grad_out,        grad_lse,  out,           lse,
-                               need_head_scale, need_bias, need_key_bias, need_multiplier};
+  const GridArguments on_grid{bias_table, multiplier_table, {depth_bias, height_bias, width_bias}, num_prefix_tokens};
+  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid},
+                                head_map, is_causal);
+  const BackwardArguments from{
+      grad_out,
+      grad_lse,
+      out,
+      lse,
+      need_head_scale,
+      need_bias,
+      need_key_bias,
+      need_multiplier,
+      {need_bias_table, need_multiplier_table, need_depth_bias, need_height_bias, need_width_bias}};
   from.check(checker, args);
   return run_backward(args, from);
 }
@@ -185,20 +214,28 @@ Forward attention_varlen_cpu(const Tensor& query, const Tensor& key, const Tenso
                       Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}});
 }
 
-Backward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
-                                       const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
-                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
-                                       int64_t max_seqlen_k, double scale, OptionalTensor head_scale,
-                                       OptionalTensor bias, OptionalTensor key_bias, OptionalTensor multiplier,
-                                       OptionalTensor head_map, bool is_causal, bool need_head_scale, bool need_bias,
-                                       bool need_key_bias, bool need_multiplier) {
+// Packed sequences have no grid.
+template <std::size_t... kIndex>
+VarlenBackward first_of(const Backward& grads, std::index_sequence<kIndex...>) {
+  return {std::get<kIndex>(grads)...};
+}
+
+VarlenBackward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
+                                             const Tensor& key, const Tensor& value, const Tensor& out,
+                                             const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                             OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
+                                             bool need_head_scale, bool need_bias, bool need_key_bias,
+                                             bool need_multiplier) {
   const Checker checker("attention_varlen_backward");
   const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
                                 is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k});
   const BackwardArguments from{grad_out,        grad_lse,  out,           lse,
                                need_head_scale, need_bias, need_key_bias, need_multiplier};
   from.check(checker, args);
-  return run_backward(args, from);
+  const Backward grads = run_backward(args, from);
+  return first_of(grads, std::make_index_sequence<std::tuple_size_v<VarlenBackward>>());
 }
 
 }  // namespace

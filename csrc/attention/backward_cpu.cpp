@@ -4,12 +4,14 @@
 //   S = Q K^T, dP = dO V^T, then with P = exp(S - lse) and dS = P * (dP - delta):
 //   dV += P^T dO, dK += dS^T Q, dQ += dS K.
 // A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
-// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order.
+// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order. To a
+// table by offset, all keys contribute: a task has a part of that gradient to itself.
 
 #include <cmath>
 #include <limits>
 
 #include "attention/attention.h"
+#include "attention/grid_cpu.h"
 #include "attention/logits_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "attention/tiles_cpu.h"
@@ -61,6 +63,23 @@ struct TermGradRow {
   }
 };
 
+// The gradients of all terms but those of the grid along one row.
+template <class T>
+struct ScoreGradRow {
+  TermGradRow<T> multiplier, bias, key_bias;
+
+  ScoreGradRow(const Score& s, int64_t batch, int64_t head, int64_t query, int64_t first_key)
+      : multiplier(s.multiplier, batch, head, query, first_key),
+        bias(s.bias, batch, head, query, first_key),
+        key_bias(s.key_bias, batch, head, query, first_key) {}
+
+  VK_INLINE void add(Vec<T> grad, Vec<T> product, int64_t column, Range lanes) const {
+    multiplier.add(grad * product, column, lanes);
+    bias.add(grad, column, lanes);
+    key_bias.add(grad, column, lanes);
+  }
+};
+
 template <class S>
 class Backward {
   using T = Compute<S>;
@@ -77,7 +96,9 @@ class Backward {
       split = task % p.splits;
       const int64_t head_group = task / p.splits % p.head_groups();
       const int64_t batch_group = task / p.splits / p.head_groups();
-      const Range batches = p.batch_is_shared ? Range{0, p.batch} : Range{batch_group, batch_group + 1};
+      const int64_t batch_groups = p.batch_groups();
+      const Range batches{p.batch * batch_group / batch_groups, p.batch * (batch_group + 1) / batch_groups};
+      part = batch_group * p.splits + split;
       const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
       for (batch = batches.begin; batch < batches.end; ++batch) {
         start_sequence();
@@ -177,7 +198,7 @@ class Backward {
 
   // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
   void differentiate_row(int64_t query, Range visible, int64_t width, int64_t first_key, const T* grad_out,
-                         T* logits_row, T* gradient_row) const {
+                         T* logits_row, T* gradient_row) {
     const int64_t row = (sequence.first_row + query) * p.heads + head;
     const T lse = static_cast<const T*>(p.lse)[row];
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
@@ -201,21 +222,35 @@ class Backward {
   }
 
   void differentiate_terms(int64_t query, Range visible, int64_t first_key, T offset, T delta, T* logits_row,
-                           T* gradient_row) const {
-    const ScoreRow<T> score(p.score, batch, head, query, first_key);
-    const TermGradRow<T> multiplier(p.score.multiplier, batch, head, query, first_key);
-    const TermGradRow<T> bias(p.score.bias, batch, head, query, first_key);
-    const TermGradRow<T> key_bias(p.score.key_bias, batch, head, query, first_key);
+                           T* gradient_row) {
+    const ScoreGradRow<T> gradients(p.score, batch, head, query, first_key);
+    if (!p.score.on_grid.any()) {
+      const ScoreRow<T> score(p.score, batch, head, query, first_key);
+      differentiate_score(score, visible, offset, delta, logits_row, gradient_row,
+                          [&](auto... at) { gradients.add(at...); });
+      return;
+    }
+    const GridScoreRow<T> score = grid_row.expand(batch, head, query, first_key, visible);
+    differentiate_score(score, visible, offset, delta, logits_row, gradient_row,
+                        [&](Vec<T> grad, Vec<T> product, int64_t c, Range lanes) {
+                          gradients.add(grad, product * score.multiplier.at(c, lanes), c, lanes);
+                          grid_row.set_gradient(score, grad, product, c, lanes);
+                        });
+    grid_row.add_gradient(part, batch, head);
+  }
+
+  // Calls add_gradient(grad, product, column, lanes) with every vector of dS.
+  template <class Row, class Function>
+  VK_INLINE void differentiate_score(const Row& score, Range visible, T offset, T delta, T* logits_row, T* gradient_row,
+                                     Function&& add_gradient) const {
     for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
       const Vec<T> product = load(logits_row + c);
       const Vec<T> x = score.apply(product, c, lanes);
       const Vec<T> prob = keep(exp<T>(x - offset), lanes, T(0));
       const Vec<T> grad = prob * (load(gradient_row + c) - delta);
-      multiplier.add(grad * product, c, lanes);
-      bias.add(grad, c, lanes);
-      key_bias.add(grad, c, lanes);
+      add_gradient(grad, product, c, lanes);
       store(logits_row + c, prob);
-      store(gradient_row + c, keep(grad * score.multiplier.at(c, lanes), lanes, T(0)));
+      store(gradient_row + c, keep(grad * score.factor(c, lanes), lanes, T(0)));
     });
   }
 
@@ -249,8 +284,9 @@ class Backward {
   T* key_copy = scratch.take<T>(most_keys * query_width);
   T* key_gradient = scratch.take<T>(most_keys * query_width);
   T* value_gradient = scratch.take<T>(most_keys * value_width);
+  GridRow<T> grid_row{p.score, most_keys, true, scratch};
 
-  int64_t batch = 0, head = 0, kv_head = 0, split = 0;
+  int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   Sequence sequence;
   Axis axis;
   Tiling keys{};

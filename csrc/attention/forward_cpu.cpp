@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "attention/attention.h"
+#include "attention/grid_cpu.h"
 #include "attention/logits_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "attention/tiles_cpu.h"
@@ -98,9 +99,7 @@ class Forward {
       T* row = logits + r * logits_stride;
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      largest[r] = p.score.has_terms()
-                       ? apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
-                       : row_max(row, visible);
+      largest[r] = p.score.has_terms() ? apply_terms(row, visible, query, tile_keys.begin) : row_max(row, visible);
     }
     T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
     for (int64_t r = 0; r < count; ++r) {
@@ -117,6 +116,13 @@ class Forward {
     } else {
       matmul<T, false>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);
     }
+  }
+
+  T apply_terms(T* row, Range visible, int64_t query, int64_t first_key) {
+    if (p.score.on_grid.any()) {
+      return apply_score(row, visible, grid_row.expand(batch, head, query, first_key, visible));
+    }
+    return apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, first_key));
   }
 
   void rescale(T* row, T factor) const {
@@ -153,6 +159,7 @@ class Forward {
   T* values = scratch.take<T>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_queries);
+  GridRow<T> grid_row{p.score, most_keys, false, scratch};
 
   int64_t batch = 0, head = 0;
   Sequence sequence;

@@ -1,7 +1,7 @@
 // What is done to a logit: scale, multiplier, bias. Host and device, no torch.
 #pragma once
 
-#include "attention/pattern.h"
+#include "attention/grid.h"
 
 namespace vitkernels {
 
@@ -21,15 +21,36 @@ struct ScoreTerm {
   ScoreStrides strides;
   void* grad = nullptr;         // null: not wanted
   bool grad_is_double = false;  // it sums many rows; else each element is written once
-  ScoreStrides grad_strides;
+  ScoreStrides grad_strides = {};
+};
+
+// A table by offset, for each head (or one for all): its entries reversed, then some that are read but not used.
+struct TableTerm {
+  const void* data = nullptr;
+  int64_t head_stride = 0;
+  double* grad = nullptr;  // [parts, heads, grad_stride], reversed as well; every task has a part of its own
+  int64_t grad_part_stride = 0, grad_stride = 0;
+};
+
+// Terms by the places of query and key on a grid.
+struct GridTerms {
+  Grid grid;
+  TableTerm multiplier, bias;
+  // Of each query that has a place, by its offset from the key on one axis: [batch, heads, tokens, offsets].
+  ScoreTerm axis_bias[kMaxAxes];
+
+  VK_HOST_DEVICE bool has_axis_bias() const { return axis_bias[0].data || axis_bias[1].data || axis_bias[2].data; }
+  VK_HOST_DEVICE bool has_bias() const { return bias.data || has_axis_bias(); }
+  VK_HOST_DEVICE bool any() const { return multiplier.data || has_bias(); }
 };
 
 struct Score {
   double scale = 1.0;
   const void* head_scale = nullptr;  // [heads], or none
   ScoreTerm multiplier, bias, key_bias;
+  GridTerms on_grid = {};
 
-  VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data; }
+  VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data || on_grid.any(); }
 
   template <class T>
   VK_HOST_DEVICE T scale_of(int64_t head) const {
@@ -37,7 +58,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias. V is a number on the GPU and a vector on the CPU.
+// logit = (scale * q.k) * multiplier + bias + key_bias; the grid's multiplier and bias join the others. V is a number on the GPU and a vector on the CPU.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;

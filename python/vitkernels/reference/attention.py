@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from vitkernels.reference.grid import by_offset, relative_logits
 
 __all__ = ["attention"]
 
@@ -18,6 +22,10 @@ def attention(
     bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     multiplier: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    multiplier_table: Tensor | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
+    num_prefix_tokens: int = 0,
     head_map: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -45,8 +53,14 @@ def attention(
     v = value[:, :, head_map].transpose(1, 2)  # [B, H, Nk, Dv]
     logits = q @ k.transpose(-1, -2) * scale  # [B, H, Nq, Nk]
     own = logits[..., :num_own]
+    if multiplier_table is not None:
+        own = own * by_offset(multiplier_table, num_prefix_tokens, 1.0).to(q.dtype)
     if multiplier is not None:
         own = own * multiplier.to(q.dtype)
+    if bias_table is not None:
+        own = own + by_offset(bias_table, num_prefix_tokens, 0.0).to(q.dtype)
+    if rel_pos is not None:
+        own = own + relative_logits(q, rel_pos, num_prefix_tokens)
     if bias is not None:
         own = own + bias.to(q.dtype)
     if key_bias is not None:
