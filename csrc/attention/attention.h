@@ -70,8 +70,9 @@ struct AttentionBackwardParams : AttentionParams {
   bool heads_are_shared = false;   // likewise for the heads
   int64_t most_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups where each costs memory
   int64_t splits = 1;
-  void* grad_query_parts = nullptr;  // [splits, heads, rows, padded head_dim], zero at first
-  void* query_dot = nullptr;         // [heads, rows]: q.dq before scaling (gradient of the scale), or null
+  void* grad_query_parts = nullptr;      // [splits, heads, rows, padded head_dim], zero at first
+  void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query has no scale; or null
+  void* query_dot = nullptr;             // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 
   VK_HOST_DEVICE int64_t batch_groups() const {
     return batch_is_shared ? 1 : batch < most_batch_groups ? batch : most_batch_groups;

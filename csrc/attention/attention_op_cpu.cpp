@@ -137,7 +137,10 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   const int64_t part_elements = kernels.attention_backward_parts(params) / int64_t(lse.element_size());
   const Tensor parts = zeros_as(lse, {part_elements}, statistics);
   const Tensor query_dot = want_head_scale ? empty_as(lse, {args.heads, params.num_rows()}, statistics) : none();
+  const bool has_rel_pos = params.score.on_grid.has_rel_pos();
+  const Tensor rel_parts = zeros_as(lse, {has_rel_pos ? part_elements : 0}, statistics);
   params.grad_query_parts = parts.mutable_data_ptr();
+  params.grad_rel_query_parts = has_rel_pos ? rel_parts.mutable_data_ptr() : nullptr;
   params.query_dot = want_head_scale ? query_dot.mutable_data_ptr() : nullptr;
 
   // An empty tensor may claim any batch size.
@@ -161,9 +164,10 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
 Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                       OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
                       OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
-                      OptionalTensor depth_bias, OptionalTensor height_bias, OptionalTensor width_bias,
+                      OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
                       int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
-  const GridArguments on_grid{bias_table, multiplier_table, {depth_bias, height_bias, width_bias}, num_prefix_tokens};
+  const GridArguments on_grid{
+      bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
   return run_forward({Checker("attention"),
                       query,
                       key,
@@ -177,13 +181,14 @@ Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
                                 const Tensor& value, const Tensor& out, const Tensor& lse, double scale,
                                 OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
                                 OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
-                                OptionalTensor depth_bias, OptionalTensor height_bias, OptionalTensor width_bias,
-                                int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal,
-                                bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier,
-                                bool need_bias_table, bool need_multiplier_table, bool need_depth_bias,
-                                bool need_height_bias, bool need_width_bias) {
+                                OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
+                                OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
+                                bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias,
+                                bool need_multiplier, bool need_bias_table, bool need_multiplier_table,
+                                bool need_rel_pos_depth, bool need_rel_pos_height, bool need_rel_pos_width) {
   const Checker checker("attention_backward");
-  const GridArguments on_grid{bias_table, multiplier_table, {depth_bias, height_bias, width_bias}, num_prefix_tokens};
+  const GridArguments on_grid{
+      bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
   const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid},
                                 head_map, is_causal);
   const BackwardArguments from{
@@ -195,7 +200,7 @@ Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
       need_bias,
       need_key_bias,
       need_multiplier,
-      {need_bias_table, need_multiplier_table, need_depth_bias, need_height_bias, need_width_bias}};
+      {need_bias_table, need_multiplier_table, need_rel_pos_depth, need_rel_pos_height, need_rel_pos_width}};
   from.check(checker, args);
   return run_backward(args, from);
 }

@@ -112,31 +112,42 @@ class Backward {
     }
   }
 
-  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale.
+  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale where the query had it.
   void finish(int64_t begin, int64_t end) {
-    const int64_t part = p.heads * p.num_rows() * query_width;
     for (int64_t pair = begin; pair < end; ++pair) {
       batch = pair / p.heads, head = pair % p.heads;
       start_sequence();
       for (int64_t query = 0; query < axis.num_queries; ++query) {
         const int64_t token = sequence.first_query + query;
-        T* sum = query_gradient(0, query);
-        for (int64_t s = 1; s < p.splits; ++s) {
-          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
-            store(sum + c, load(sum + c) + load(sum + s * part + c));
-          }
-        }
+        T* sum = sum_of_splits(query, p.grad_query_parts);
         if (p.query_dot) {
           static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
               dot_with_tensor(p.query.at<const S>(batch, token, head), sum, p.head_dim);
         }
-        unpack_rows<T>(sum, query_width, 1, p.head_dim, p.score.scale_of<T>(head),
-                       p.grad_query.at<S>(batch, token, head), p.grad_query.token_stride);
+        T scale = p.score.scale_of<T>(head);
+        if (p.grad_rel_query_parts) {
+          const T* relative = sum_of_splits(query, p.grad_rel_query_parts);
+          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
+            store(sum + c, load(sum + c) * scale + load(relative + c));
+          }
+          scale = T(1);
+        }
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, p.grad_query.at<S>(batch, token, head),
+                       p.grad_query.token_stride);
       }
     }
   }
 
  private:
+  T* sum_of_splits(int64_t query, void* parts) const {
+    T* sum = query_gradient(0, query, parts);
+    for (int64_t s = 1; s < p.splits; ++s) {
+      const T* added = query_gradient(s, query, parts);
+      for (int64_t c = 0; c < query_width; c += kWidth<T>) store(sum + c, load(sum + c) + load(added + c));
+    }
+    return sum;
+  }
+
   void start_sequence() {
     sequence = p.sequence(batch);
     axis = sequence.axis;
@@ -180,6 +191,10 @@ class Backward {
     matmul<T, false>({out_gradient, value_width, 1}, {value_panels, kPanel<T>, p.value_dim * kPanel<T>}, count, width,
                      p.value_dim, gradients, logits_stride);  // [count, width]
 
+    if (p.score.on_grid.any()) {
+      grid_row.start_block(head, rows, tile);
+      grid_row.start_rows(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, rows, tile);
+    }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
@@ -194,6 +209,9 @@ class Backward {
                     key_gradient, query_width);  // [keys, d]
     matmul<T, true>({gradients, logits_stride, 1}, {key_copy, query_width, kPanel<T>}, count, query_width, seen.end,
                     query_gradient(split, rows.begin), query_width);  // [count, d]
+    if (p.grad_rel_query_parts) {
+      grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, p.grad_rel_query_parts), query_width);
+    }
   }
 
   // S, dP -> P, dS of one row, in place; gradients of the score terms on the way.
@@ -230,13 +248,13 @@ class Backward {
                           [&](auto... at) { gradients.add(at...); });
       return;
     }
-    const GridScoreRow<T> score = grid_row.expand(batch, head, query, first_key, visible);
+    const GridScoreRow<T> score = grid_row.expand(batch, query, first_key, visible);
     differentiate_score(score, visible, offset, delta, logits_row, gradient_row,
                         [&](Vec<T> grad, Vec<T> product, int64_t c, Range lanes) {
                           gradients.add(grad, product * score.multiplier.at(c, lanes), c, lanes);
                           grid_row.set_gradient(score, grad, product, c, lanes);
                         });
-    grid_row.add_gradient(part, batch, head);
+    grid_row.add_gradient(part);
   }
 
   // Calls add_gradient(grad, product, column, lanes) with every vector of dS.
@@ -263,8 +281,11 @@ class Backward {
   }
 
   T* query_gradient(int64_t of_split, int64_t query) const {
+    return query_gradient(of_split, query, p.grad_query_parts);
+  }
+  T* query_gradient(int64_t of_split, int64_t query, void* parts) const {
     const int64_t row = (of_split * p.heads + head) * p.num_rows() + sequence.first_row + query;
-    return static_cast<T*>(p.grad_query_parts) + row * query_width;
+    return static_cast<T*>(parts) + row * query_width;
   }
 
   const AttentionBackwardParams& p;
@@ -284,7 +305,7 @@ class Backward {
   T* key_copy = scratch.take<T>(most_keys * query_width);
   T* key_gradient = scratch.take<T>(most_keys * query_width);
   T* value_gradient = scratch.take<T>(most_keys * value_width);
-  GridRow<T> grid_row{p.score, most_keys, true, scratch};
+  GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, most_keys, true}, scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   Sequence sequence;

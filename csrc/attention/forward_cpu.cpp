@@ -64,6 +64,7 @@ class Forward {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
       if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
       pack(tile, tile_keys);
+      if (p.score.on_grid.any()) grid_row.start_block(head, rows, tile_keys);
       const int64_t groups = divide_up(count, kTileRows);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
@@ -93,6 +94,10 @@ class Forward {
                  p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
     key_tile.multiply(queries, count, seen.end, logits, logits_stride);         // [count, seen]
 
+    if (p.score.on_grid.any()) {
+      grid_row.start_rows(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, rows, tile_keys);
+    }
+
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
     T largest[kTileRows];
     for (int64_t r = 0; r < count; ++r) {
@@ -120,7 +125,7 @@ class Forward {
 
   T apply_terms(T* row, Range visible, int64_t query, int64_t first_key) {
     if (p.score.on_grid.any()) {
-      return apply_score(row, visible, grid_row.expand(batch, head, query, first_key, visible));
+      return apply_score(row, visible, grid_row.expand(batch, query, first_key, visible));
     }
     return apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, first_key));
   }
@@ -159,7 +164,7 @@ class Forward {
   T* values = scratch.take<T>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_queries);
-  GridRow<T> grid_row{p.score, most_keys, false, scratch};
+  GridRow<T> grid_row{p.score, {p.head_dim, most_queries, kTileRows, most_keys, false}, scratch};
 
   int64_t batch = 0, head = 0;
   Sequence sequence;

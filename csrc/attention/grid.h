@@ -32,12 +32,25 @@ struct Grid {
     return (key.at[0] * num_offsets(1) + key.at[1]) * num_offsets(2) + key.at[2];
   }
   VK_HOST_DEVICE int64_t query_entry(const Place& query) const {
-    return key_entry({{size[0] - 1 - query.at[0], size[1] - 1 - query.at[1], size[2] - 1 - query.at[2]}});
+    return key_entry({{first_entry(0, query), first_entry(1, query), first_entry(2, query)}});
   }
 
-  VK_HOST_DEVICE int64_t offset(int axis, const Place& query, const Place& key) const {
-    return query.at[axis] - key.at[axis] + size[axis] - 1;
+  // The coordinates on one axis that consecutive tokens have.
+  VK_HOST_DEVICE Range coordinates(int axis, Range tokens) const {
+    int64_t inner = 1;
+    for (int later = axis + 1; later < kMaxAxes; ++later) inner *= size[later];
+    const int64_t first = tokens.begin / inner, last = (tokens.end - 1) / inner;
+    if (first / size[axis] != last / size[axis]) return {0, size[axis]};
+    return {first % size[axis], last % size[axis] + 1};
   }
+
+  // The entries of one axis' reversed table that pairs of these tokens have. That of a pair is
+  // key.at[axis] + first_entry(axis, query).
+  VK_HOST_DEVICE Range entries(int axis, Range queries, Range keys) const {
+    const Range u = coordinates(axis, queries), v = coordinates(axis, keys);
+    return {v.begin + size[axis] - u.end, v.end - 1 + size[axis] - u.begin};
+  }
+  VK_HOST_DEVICE int64_t first_entry(int axis, const Place& query) const { return size[axis] - 1 - query.at[axis]; }
 
   // Calls f(token, count, place) for the stretches of consecutive tokens that differ on the last axis only.
   template <class Function>

@@ -10,7 +10,7 @@ namespace vitkernels {
 
 struct GridArguments {
   OptionalTensor bias_table = {}, multiplier_table = {};  // (heads or 1, 2 n - 1 for each axis)
-  std::array<OptionalTensor, kMaxAxes> axis_bias = {};    // depth, height, width: (B, tokens, heads, 2 n - 1)
+  std::array<OptionalTensor, kMaxAxes> rel_pos = {};      // depth, height, width: (2 n - 1, d) or (heads, 2 n - 1, d)
   int64_t num_prefix_tokens = 0;
 };
 
@@ -32,15 +32,17 @@ class GridScore {
   void find_grid(const Checker& checker, int64_t num_tokens);
   void check_table(const Checker& checker, const char* name, const OptionalTensor& table, const Tensor& query,
                    ScalarType statistics) const;
+  void check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const;
 
   Grid grid;
-  OptionalTensor bias_entries, multiplier_entries;  // [heads or 1, entries and padding], reversed
+  OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], reversed
+  std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], reversed
 };
 
 // The gradients of these terms, and the memory of their sums.
 class GridGradients {
  public:
-  // Says how the work must be cut; `splits` stays 0 where the terms do not care.
+  // Says how the work is to be cut.
   GridGradients(const GridScore& score, const WantedOnGrid& wanted, AttentionBackwardParams& params);
 
   // Once the number of tasks is known.
@@ -50,12 +52,9 @@ class GridGradients {
   std::vector<Tensor> finish(const AttentionBackwardParams& params, const Tensor& like) const;
 
  private:
-  Tensor finish_table(const Tensor& table, const Tensor& sums, const AttentionBackwardParams& params) const;
-
   const GridScore& score;
   WantedOnGrid wanted;
-  OptionalTensor bias_sums, multiplier_sums;  // [parts, heads, entries and padding], reversed
-  std::array<OptionalTensor, kMaxAxes> axis_gradients;
+  std::array<OptionalTensor, 2 + kMaxAxes> sums;  // [parts, heads, ...]: of the tables in float64
 };
 
 }  // namespace vitkernels

@@ -1,6 +1,7 @@
 // Score terms by place on a grid, on the CPU: expanded along one row of the logits, and their gradients gathered from it.
 #pragma once
 
+#include "attention/rel_pos_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "cpu/scratch.h"
 
@@ -21,19 +22,18 @@ struct GridScoreRow {
 };
 
 // sums[0, count) += values[0, count). Whole vectors: zeros are added behind.
-template <class T>
-VK_INLINE void add_to_sums(double* sums, const T* values, int64_t count) {
-  constexpr int64_t kN = kWidth<double>;
+template <class Sum, class T>
+VK_INLINE void add_to_sums(Sum* sums, const T* values, int64_t count) {
+  constexpr int64_t kN = kWidth<Sum>;
   for (int64_t c = 0; c < count; c += kN) {
-    Vec<double> added;
-    if constexpr (std::is_same_v<T, double>) {
+    Vec<Sum> added;
+    if constexpr (std::is_same_v<T, Sum>) {
       added = load(values + c);
     } else {
-      typedef float Half __attribute__((vector_size(kVectorBytes / 2), aligned(alignof(float)), may_alias));
-      added = __builtin_convertvector(*reinterpret_cast<const Half*>(values + c), Vec<double>);
+      typedef T Part __attribute__((vector_size(kN * sizeof(T)), aligned(alignof(T)), may_alias));
+      added = __builtin_convertvector(*reinterpret_cast<const Part*>(values + c), Vec<Sum>);
     }
-    if (count - c < kN) added = keep_first<double>(added, count - c, 0.0);
-    store(sums + c, load(sums + c) + added);
+    store(sums + c, load(sums + c) + (count - c < kN ? keep_first<Sum>(added, count - c, Sum(0)) : added));
   }
 }
 
@@ -51,20 +51,37 @@ VK_INLINE T sum_of(const T* values, int64_t count) {
 template <class T>
 class GridRow {
  public:
-  GridRow(const Score& score, int64_t most_keys, bool with_gradients, Scratch& scratch) : score(score) {
+  GridRow(const Score& score, const typename RelativeLogits<T>::Sizes& sizes, Scratch& scratch)
+      : score(score), relative(score.on_grid, sizes, scratch) {
     if (!terms.any()) return;
-    const int64_t columns = round_up(most_keys, kWidth<T>) + kWidth<T>;  // and the rest of a vector behind
+    const int64_t columns = round_up(sizes.most_keys, kWidth<T>) + kWidth<T>;  // and the rest of a vector behind
     if (terms.multiplier.data) multiplier = scratch.take<T>(columns);
     if (terms.has_bias()) bias = scratch.take<T>(columns);
-    if (terms.axis_bias[kLast].data) last_axis = scratch.take<T>(grid.size[kLast] + kWidth<T>);
-    if (!with_gradients) return;
+    if (!sizes.with_gradients) return;
     if (terms.multiplier.data) multiplier_gradient = scratch.take<T>(columns);
     bias_gradient = scratch.take<T>(columns);
-    if (terms.axis_bias[kLast].data) last_axis_gradient = scratch.take<T>(grid.size[kLast]);
+  }
+
+  // Before a block of queries meets a tile of keys.
+  void start_block(int64_t of_head, Range block, Range tile) {
+    head = of_head;
+    if (terms.has_rel_pos() && !on_grid(block).empty() && !on_grid(tile).empty()) {
+      relative.pack(head, on_grid(block), on_grid(tile));
+    }
+  }
+
+  // Before rows of it are expanded; `queries` points to the first one.
+  template <class S>
+  void start_rows(const S* queries, int64_t query_stride, Range rows, Range tile) {
+    const Range placed = on_grid(rows);
+    has_relative = terms.has_rel_pos() && !placed.empty() && !on_grid(tile).empty();
+    if (!has_relative) return;
+    relative.multiply(queries + (placed.begin + grid.num_prefix - rows.begin) * query_stride, query_stride, placed,
+                      on_grid(tile));
   }
 
   // All terms of a query along the keys first_key + visible.
-  GridScoreRow<T> expand(int64_t batch, int64_t head, int64_t query, int64_t first_key, Range visible) {
+  GridScoreRow<T> expand(int64_t batch, int64_t query, int64_t first_key, Range visible) {
     first_column = grid.num_prefix - first_key;
     token = query - grid.num_prefix;
     keys = relative_to(visible, first_column);
@@ -75,8 +92,11 @@ class GridRow {
     if (bias) fill(bias, others, T(0));
     if (!keys.empty()) {
       place = grid.place(token);
-      if (multiplier) expand_into(multiplier, entries(terms.multiplier, head), {});
-      if (bias) expand_into(bias, entries(terms.bias, head), axis_rows(batch, head));
+      const T* none[kMaxAxes] = {};
+      const T* rows[kMaxAxes] = {};
+      for (int axis = 0; axis < kMaxAxes; ++axis) rows[axis] = relative.row(axis, token, place);
+      if (multiplier) expand_into(multiplier, terms.multiplier, none);
+      if (bias) expand_into(bias, terms.bias, rows);
     }
     return {ScoreRow<T>(score, batch, head, query, first_key), TermRow<T>(multiplier, &kOne<T>),
             TermRow<T>(bias, &kZero<T>)};
@@ -89,67 +109,49 @@ class GridRow {
   }
 
   // Adds the gradient of that row to those of the terms.
-  void add_gradient(int64_t part, int64_t batch, int64_t head) {
+  void add_gradient(int64_t part) const {
     if (keys.empty()) return;
-    add_to_table(terms.multiplier, multiplier_gradient, part, head);
-    add_to_table(terms.bias, bias_gradient, part, head);
+    add_to_table(terms.multiplier, multiplier_gradient, part);
+    add_to_table(terms.bias, bias_gradient, part);
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      const ScoreTerm& term = terms.axis_bias[axis];
-      if (!term.grad) continue;
-      T* row = static_cast<T*>(term.grad) + term.grad_strides.offset(batch, head, token, 0);
-      if (axis == kLast) {
-        add_to_last_axis(row);
-      } else {
-        for_each_run([&](const T* gradient, int64_t count, const Place& key) {
-          row[grid.offset(axis, place, key)] += sum_of(gradient, count);
-        });
-      }
+      T* sums = relative.gradient_row(axis, token, place);
+      if (!sums) continue;
+      grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
+        const T* gradient = bias_gradient + first_column + first;
+        if (axis == kLast) {
+          add_to_sums(sums + key.at[kLast], gradient, count);
+        } else {
+          sums[key.at[axis]] += sum_of(gradient, count);
+        }
+      });
     }
+  }
+
+  // After the last of the rows. `query_gradient` is that of the first one, without the scale.
+  void finish_rows(int64_t part, Range rows, T* query_gradient, int64_t query_width) const {
+    if (!has_relative) return;
+    const int64_t first = on_grid(rows).begin + grid.num_prefix - rows.begin;
+    relative.add_gradients(part, head, query_gradient + first * query_width);
   }
 
  private:
   static constexpr int kLast = kMaxAxes - 1;
 
-  struct AxisRows {
-    const T* row[kMaxAxes] = {};  // of the query, by offset
-  };
-
-  AxisRows axis_rows(int64_t batch, int64_t head) {
-    AxisRows rows;
-    for (int axis = 0; axis < kMaxAxes; ++axis) {
-      const ScoreTerm& term = terms.axis_bias[axis];
-      if (term.data) rows.row[axis] = static_cast<const T*>(term.data) + term.strides.offset(batch, head, token, 0);
-    }
-    if (rows.row[kLast]) {
-      const T* from = rows.row[kLast] + last_offset();
-      const Range columns = on_last_axis();
-      for (int64_t c = columns.begin; c < columns.end; ++c) last_axis[c] = from[-c];
-    }
-    return rows;
-  }
-
-  int64_t last_offset() const { return place.at[kLast] + grid.size[kLast] - 1; }  // from the key at 0
-
-  // The last coordinates of `keys`.
-  Range on_last_axis() const {
-    const int64_t size = grid.size[kLast], first = keys.begin % size, count = keys.end - keys.begin;
-    return first + count <= size ? Range{first, first + count} : Range{0, size};
-  }
-
-  const T* entries(const TableTerm& table, int64_t head) const {
-    if (!table.data) return nullptr;
-    return static_cast<const T*>(table.data) + head * table.head_stride + grid.query_entry(place);
+  Range on_grid(Range tokens) const {
+    return {std::max<int64_t>(tokens.begin - grid.num_prefix, 0), tokens.end - grid.num_prefix};
   }
 
   // Whole vectors: what a run writes too much, the next one overwrites.
-  void expand_into(T* target, const T* table, const AxisRows& rows) const {
+  void expand_into(T* target, const TableTerm& term, const T* const (&rows)[kMaxAxes]) const {
+    const T* table = static_cast<const T*>(term.data);
+    if (table) table += head * term.head_stride + grid.query_entry(place);
     grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
       T* to = target + first_column + first;
       const T* from = table ? table + grid.key_entry(key) : nullptr;
-      const T* along = rows.row[kLast] ? last_axis + key.at[kLast] : nullptr;
+      const T* along = rows[kLast] ? rows[kLast] + key.at[kLast] : nullptr;
       T same = 0;
       for (int axis = 0; axis < kLast; ++axis) {
-        if (rows.row[axis]) same += rows.row[axis][grid.offset(axis, place, key)];
+        if (rows[axis]) same += rows[axis][key.at[axis]];
       }
       for (int64_t c = 0; c < count; c += kWidth<T>) {
         Vec<T> sum = from ? load(from + c) : Vec<T>{};
@@ -159,29 +161,12 @@ class GridRow {
     });
   }
 
-  template <class Function>
-  VK_INLINE void for_each_run(Function&& f) const {
-    grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
-      f(bias_gradient + first_column + first, count, key);
-    });
-  }
-
-  void add_to_table(const TableTerm& table, const T* gradient, int64_t part, int64_t head) const {
-    if (!table.grad) return;
-    double* sums = table.grad + part * table.grad_part_stride + head * table.grad_stride + grid.query_entry(place);
+  void add_to_table(const TableTerm& term, const T* gradient, int64_t part) const {
+    if (!term.grad) return;
+    double* sums = term.grad + part * term.grad_part_stride + head * term.grad_head_stride + grid.query_entry(place);
     grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
       add_to_sums(sums + grid.key_entry(key), gradient + first_column + first, count);
     });
-  }
-
-  void add_to_last_axis(T* row) const {
-    const Range columns = on_last_axis();
-    fill(last_axis_gradient, columns, T(0));
-    for_each_run([&](const T* gradient, int64_t count, const Place& key) {
-      T* to = last_axis_gradient + key.at[kLast];
-      for (int64_t c = 0; c < count; ++c) to[c] += gradient[c];
-    });
-    for (int64_t c = columns.begin; c < columns.end; ++c) row[last_offset() - c] += last_axis_gradient[c];
   }
 
   VK_INLINE static void fill(T* row, Range columns, T value) {
@@ -191,8 +176,10 @@ class GridRow {
   const Score& score;
   const GridTerms& terms = score.on_grid;
   const Grid& grid = terms.grid;
+  RelativeLogits<T> relative;
   T *multiplier = nullptr, *bias = nullptr, *multiplier_gradient = nullptr, *bias_gradient = nullptr;  // [columns]
-  T *last_axis = nullptr, *last_axis_gradient = nullptr;  // [size of the last axis]: of the query, by key
+  int64_t head = 0;
+  bool has_relative = false;  // the rows have products
 
   // Of the row that was expanded last.
   int64_t token = 0, first_column = 0;  // the query; the column of the first key with a place

@@ -21,26 +21,34 @@ struct ScoreTerm {
   ScoreStrides strides;
   void* grad = nullptr;         // null: not wanted
   bool grad_is_double = false;  // it sums many rows; else each element is written once
-  ScoreStrides grad_strides = {};
+  ScoreStrides grad_strides;
 };
 
 // A table by offset, for each head (or one for all): its entries reversed, then some that are read but not used.
 struct TableTerm {
   const void* data = nullptr;
   int64_t head_stride = 0;
-  double* grad = nullptr;  // [parts, heads, grad_stride], reversed as well; every task has a part of its own
-  int64_t grad_part_stride = 0, grad_stride = 0;
+  double* grad = nullptr;  // [parts, heads, entries and padding], reversed as well; every task has a part of its own
+  int64_t grad_part_stride = 0, grad_head_stride = 0;
+};
+
+// Embeddings of the offsets on one axis, whose product with the query is added: [heads or 1, offsets, row_stride], the
+// offsets reversed, the rows padded with zeros.
+struct RelPosTerm {
+  const void* data = nullptr;
+  int64_t head_stride = 0, row_stride = 0;
+  void* grad = nullptr;  // [parts, heads, offsets, row_stride], like the table's
+  int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
 // Terms by the places of query and key on a grid.
 struct GridTerms {
   Grid grid;
   TableTerm multiplier, bias;
-  // Of each query that has a place, by its offset from the key on one axis: [batch, heads, tokens, offsets].
-  ScoreTerm axis_bias[kMaxAxes];
+  RelPosTerm rel_pos[kMaxAxes];
 
-  VK_HOST_DEVICE bool has_axis_bias() const { return axis_bias[0].data || axis_bias[1].data || axis_bias[2].data; }
-  VK_HOST_DEVICE bool has_bias() const { return bias.data || has_axis_bias(); }
+  VK_HOST_DEVICE bool has_rel_pos() const { return rel_pos[0].data || rel_pos[1].data || rel_pos[2].data; }
+  VK_HOST_DEVICE bool has_bias() const { return bias.data || has_rel_pos(); }
   VK_HOST_DEVICE bool any() const { return multiplier.data || has_bias(); }
 };
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from vitkernels.functional.merge_attentions import merge_attentions
-from vitkernels.functional.rel_pos import axis_biases
+from vitkernels.functional.rel_pos import by_axis
 from vitkernels.ops import attention as _ops
 from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention"]
 
-_NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, depth_bias, height_bias, width_bias
+_NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, rel_pos_depth, rel_pos_height, rel_pos_width
 
 
 @overload
@@ -112,8 +112,7 @@ def attention(
         multiplier_table: likewise, :math:`M`: multiplied to the scaled product of query and key, as ``multiplier``.
         rel_pos: :math:`R^a`, for each axis an embedding of its offsets, ``(2 n - 1, d)`` or ``(heads, 2 n - 1, d)``,
             whose product with the query is added to the logits. The query is not scaled (but normalised, with
-            ``qk_norm``); where a paper scales it, multiply the tables with ``scale``. The products take
-            ``B Nq heads sum(2 n - 1)`` numbers of memory: with one axis only, that is quadratic in ``Nq``.
+            ``qk_norm``); where a paper scales it, multiply the tables with ``scale``.
         num_prefix_tokens: how many of the first tokens (class token, registers) have no place on the grid: for their
             rows and columns, tables have bias 0 and multiplier 1.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
@@ -166,7 +165,7 @@ def attention(
             additional_keys = normalize(op, "additional_keys", additional_keys)
     refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier, bias_table, multiplier_table)
     scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
-    on_grid = _on_grid(query, bias_table, multiplier_table, rel_pos, num_prefix_tokens)
+    on_grid = _on_grid(query, bias_table, multiplier_table, rel_pos)
     out, lse = _ops.attention(query, key, value, *scores, *on_grid, num_prefix_tokens, head_map, is_causal)
     if additional_keys is not None and additional_values is not None:
         number, head_scale = scores[0], scores[1]
@@ -183,14 +182,13 @@ def _on_grid(
     bias_table: Tensor | None,
     multiplier_table: Tensor | None,
     rel_pos: Sequence[Tensor] | None,
-    num_prefix_tokens: int,
 ) -> Sequence[Tensor | None]:
     """The operator's terms by place on a grid."""
     if bias_table is None and multiplier_table is None and rel_pos is None:
         return _NOT_ON_GRID
     op = "attention"
     tables = {"bias_table": bias_table, "multiplier_table": multiplier_table}
-    return [*_ops.in_statistics_dtype(op, query, tables), *axis_biases(op, query, rel_pos, num_prefix_tokens)]
+    return [*_ops.in_statistics_dtype(op, query, tables), *by_axis(op, query, rel_pos)]
 
 
 def normalize(op: str, name: str, t: Tensor) -> Tensor:
