@@ -228,7 +228,7 @@ class Backward {
     if (p.score.has_terms()) {
       differentiate_terms(query, visible, first_key, offset, delta, logits_row, gradient_row);
     } else {
-      for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
+      for_each_vector<T>(visible, [&](int64_t c, Range lanes) VK_BODY {
         const Vec<T> prob = keep(exp<T>(load(logits_row + c) - offset), lanes, T(0));
         store(logits_row + c, prob);
         store(gradient_row + c, keep(prob * (load(gradient_row + c) - delta), lanes, T(0)));
@@ -239,8 +239,8 @@ class Backward {
     clear(gradient_row, {0, columns.begin}), clear(gradient_row, {columns.end, width});
   }
 
-  void differentiate_terms(int64_t query, Range visible, int64_t first_key, T offset, T delta, T* logits_row,
-                           T* gradient_row) {
+  VK_WHOLE void differentiate_terms(int64_t query, Range visible, int64_t first_key, T offset, T delta, T* logits_row,
+                                    T* gradient_row) {
     const ScoreGradRow<T> gradients(p.score, batch, head, query, first_key);
     if (!p.score.on_grid.any()) {
       const ScoreRow<T> score(p.score, batch, head, query, first_key);

@@ -63,7 +63,7 @@ class GridRow {
   }
 
   // Before a block of queries meets a tile of keys.
-  void start_block(int64_t of_head, Range block, Range tile) {
+  VK_NOINLINE void start_block(int64_t of_head, Range block, Range tile) {
     head = of_head;
     if (terms.has_rel_pos() && !on_grid(block).empty() && !on_grid(tile).empty()) {
       relative.pack(head, on_grid(block), on_grid(tile));
@@ -72,7 +72,7 @@ class GridRow {
 
   // Before rows of it are expanded; `queries` points to the first one.
   template <class S>
-  void start_rows(const S* queries, int64_t query_stride, Range rows, Range tile) {
+  VK_NOINLINE void start_rows(const S* queries, int64_t query_stride, Range rows, Range tile) {
     const Range placed = on_grid(rows);
     has_relative = terms.has_rel_pos() && !placed.empty() && !on_grid(tile).empty();
     if (!has_relative) return;
@@ -81,7 +81,7 @@ class GridRow {
   }
 
   // All terms of a query along the keys first_key + visible.
-  GridScoreRow<T> expand(int64_t batch, int64_t query, int64_t first_key, Range visible) {
+  VK_NOINLINE GridScoreRow<T> expand(int64_t batch, int64_t query, int64_t first_key, Range visible) {
     first_column = grid.num_prefix - first_key;
     token = query - grid.num_prefix;
     keys = relative_to(visible, first_column);
@@ -109,7 +109,7 @@ class GridRow {
   }
 
   // Adds the gradient of that row to those of the terms.
-  void add_gradient(int64_t part) const {
+  VK_NOINLINE void add_gradient(int64_t part) const {
     if (keys.empty()) return;
     add_to_table(terms.multiplier, multiplier_gradient, part);
     add_to_table(terms.bias, bias_gradient, part);
@@ -128,7 +128,7 @@ class GridRow {
   }
 
   // After the last of the rows. `query_gradient` is that of the first one, without the scale.
-  void finish_rows(int64_t part, Range rows, T* query_gradient, int64_t query_width) const {
+  VK_NOINLINE void finish_rows(int64_t part, Range rows, T* query_gradient, int64_t query_width) const {
     if (!has_relative) return;
     const int64_t first = on_grid(rows).begin + grid.num_prefix - rows.begin;
     relative.add_gradients(part, head, query_gradient + first * query_width);
