@@ -34,7 +34,7 @@ ATTENTION_ERRORS = [
     ({"num_prefix_tokens": 1}, "num_prefix_tokens is 1, takes 0 without a table by offset"),
     (
         GRID | {"bias_table": tokens(4, 5, 4)},
-        "bias_table has shape (4, 5, 4), takes 1 or 4 (heads), then an odd number 2 n - 1 for each of one to three axes",
+        "bias_table has shape (4, 5, 4), takes 1 or 4 (heads), then an odd number 2 n - 1 for each of one to three",
     ),
     (GRID | {"bias_table": tokens(3, 13)}, "bias_table has shape (3, 13), takes 1 or 4 (heads)"),
     (
