@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 # No two dimensions share a length by chance (heads are at most 4): one that two tensors have must agree.
-SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31}
+SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31, "z": 2, "y": 4, "x": 7}
 CALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [
     *CALL_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,

@@ -6,6 +6,7 @@ for a call in some dtype, at the row's own sizes (hostile ones) or at small ones
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 Fill = Callable[[torch.Generator, tuple[int, ...], torch.dtype], Tensor]
 
 # Upper bounds of a small call's sizes.
-SMALL = {"b": 2, "q": 4, "k": 6, "d": 5, "v": 3, "a": 3, "n": 3, "t": 5, "u": 7}
-GROWING = "bqkantu"
+SMALL = {"b": 2, "q": 4, "k": 6, "d": 5, "v": 3, "a": 3, "n": 3, "t": 5, "u": 7, "z": 2, "y": 2, "x": 3}
+GROWING = "bqkantuzyx"
 
 
 def normal(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -137,6 +138,15 @@ def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
     return Input(axes, fill, statistics=True, **options)
 
 
+def on_grid(sizes: Mapping[str, int]) -> dict[str, int]:
+    """What follows from a grid of ``z``, ``y``, ``x`` tokens behind ``p`` others: tokens, and offsets (capitals)."""
+    axes = {a: sizes[a] for a in "zyx" if a in sizes}
+    if not axes:
+        return {}
+    tokens = math.prod(axes.values()) + sizes["p"]
+    return {"q": tokens, "k": tokens} | {a.upper(): 2 * n - 1 for a, n in axes.items()}
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Sample:
     operator: str
@@ -155,7 +165,8 @@ class Sample:
 
     def call(self, dtype: torch.dtype, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> Call:
         generator = torch.Generator().manual_seed(seed)
-        at = {**self.sizes, **(sizes or {})}
+        at = {**self.sizes, **{a: n for a, n in (sizes or {}).items() if a in self.sizes}}
+        at |= on_grid(at)
 
         def make(argument: Any) -> Any:
             if isinstance(argument, list):
@@ -180,9 +191,11 @@ DATA = {"query": "bqhd", "key": "bkgd", "value": "bkgv"}
 
 def attention(
     id: str, *, b: int = 2, q: int = 17, k: int = 33, h: int = 3, g: int | None = None, d: int = 16, v: int = 24,
-    tags: str = "", **arguments: Any,
+    grid: tuple[int, ...] = (), tags: str = "", **arguments: Any,
 ) -> Sample:  # fmt: skip
     sizes = {"b": b, "q": q, "k": k, "h": h, "g": h if g is None else g, "d": d, "v": v, "a": 5}
+    if grid:
+        sizes |= {"p": arguments.get("num_prefix_tokens", 0), **dict(zip("zyx"[-len(grid) :], grid, strict=True))}
     data = {name: Input(axes) for name, axes in DATA.items()}
     return Sample("attention", id, {**data, "return_lse": True, **arguments}, sizes, frozenset(tags.split()))
 
@@ -218,6 +231,10 @@ def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", *
     return Sample("merge_attentions", id, arguments, at, frozenset(tags.split()))
 
 
+def rel_pos(axes: int, heads: str = "") -> list[Input]:
+    return [statistic(f"{heads}{a}d") for a in "ZYX"[-axes:]]
+
+
 # Around the kernels' tiles: 84 and 224 queries, 320 and 768 keys; around vectors and register tiles.
 TOKENS = [
     (1, 1), (1, 2), (2, 1), (1, 801), (15, 16), (16, 15), (17, 31), (31, 33), (49, 49), (84, 320), (85, 321),
@@ -227,6 +244,11 @@ HEAD_DIMS = [
     (1, 1), (2, 3), (7, 16), (16, 130), (24, 1), (33, 300), (64, 64), (80, 7), (96, 96), (111, 111), (256, 256),
 ]  # fmt: skip
 NO_GRADIENT = {name: Input(axes, learns=False) for name, axes in DATA.items()}
+TABLES = [
+    ("hX", (1,)), ("1X", (17,)), ("hX", (333,)), ("hYX", (7, 7)), ("1YX", (1, 19)), ("hYX", (13, 2)), ("hYX", (19, 43)),
+    ("hZYX", (2, 7, 7)), ("1ZYX", (4, 1, 5)),
+]  # fmt: skip
+MAP = Input("h", uneven_map, dtype=torch.int64)
 BIASES = ["bhqk", "1hqk", "b1qk", "11qk", "hqk", "qk", "k", "bhq1", "1h1k", "b11k", "bh11", "q1", "1"]
 
 SAMPLES = [
@@ -281,6 +303,35 @@ SAMPLES = [
         "additional-only", k=0, h=4, g=2, qk_norm="l2", tags="mixed",
         additional_keys=Input("bagd"), additional_values=Input("bagv"),
     ),
+    *(attention(f"bias-table-{axes}", grid=grid, bias_table=statistic(axes)) for axes, grid in TABLES),
+    *(attention(f"multiplier-table-{axes}", grid=grid, multiplier_table=statistic(axes)) for axes, grid in TABLES[::2]),
+    attention("bias-table", grid=(14, 14), b=9, bias_table=statistic("hYX"), tags="core linear-memory"),
+    attention("bias-table-prefix", grid=(5, 7), bias_table=statistic("1YX"), num_prefix_tokens=3, tags="core"),
+    attention("bias-table-grouped", grid=(31, 33), h=4, g=2, bias_table=statistic("hYX"), num_prefix_tokens=1),
+    attention("bias-table-head-map", grid=(5, 3), h=4, g=3, bias_table=statistic("hYX"), head_map=MAP),
+    attention("bias-table-causal", grid=(801,), bias_table=statistic("1X"), is_causal=True),
+    attention("bias-table-fixed", grid=(6, 5), bias_table=statistic("hYX", learns=False)),
+    attention("bias-table-expanded", grid=(6, 5), bias_table=statistic("1YX", expand="hYX")),
+    attention("bias-table-masked", grid=(7, 9), bias_table=statistic("hYX", masked)),
+    attention("bias-table-float16", grid=(7, 9), bias_table=statistic("1YX", dtype=torch.float16)),
+    attention("tables", grid=(4, 6), bias_table=statistic("hYX"), multiplier_table=statistic("1YX"), tags="core"),
+    attention(
+        "tables-shared-query", grid=(3, 5), b=3, query=Input("1qhd"), bias_table=statistic("1YX"),
+        multiplier_table=statistic("hYX"), num_prefix_tokens=1, scale=statistic("h", positive),
+    ),
+    attention("rel-pos-1", grid=(33,), rel_pos=rel_pos(1), tags="linear-memory"),
+    attention("rel-pos-2", grid=(5, 7), rel_pos=rel_pos(2)),
+    attention("rel-pos-3", grid=(3, 4, 5), rel_pos=rel_pos(3)),
+    attention("rel-pos-heads", grid=(5, 7), rel_pos=rel_pos(2, "h"), num_prefix_tokens=2, tags="core"),
+    attention("rel-pos-causal", grid=(401,), rel_pos=rel_pos(1, "h"), is_causal=True),
+    attention("rel-pos-long", grid=(30, 31), h=4, g=2, rel_pos=rel_pos(2), qk_norm="l2", tags="mixed linear-memory"),
+    attention(
+        "all-terms-on-grid", grid=(5, 9), h=4, g=2, num_prefix_tokens=1, tags="core", is_causal=True,
+        scale=statistic("h", positive), multiplier=statistic("b1qk"), bias=statistic("1hqk"), key_bias=statistic("bhk"),
+        bias_table=statistic("1YX"), multiplier_table=statistic("hYX"), rel_pos=rel_pos(2),
+        additional_keys=Input("bagd"), additional_values=Input("bagv"),
+    ),
+    attention("bias-table-no-batch", b=0, grid=(3, 4), bias_table=statistic("hYX"), rel_pos=rel_pos(2)),
     attention("large-logits", query=Input("bqhd", times(30.0)), key=Input("bkgd", times(30.0))),
     attention(
         "huge-logits", d=64, k=801, tags="beyond-lse", query=Input("bqhd", times(1e4)), key=Input("bkgd", times(1e4))

@@ -13,6 +13,7 @@ def tokens(*shape, dtype=torch.float32):
 
 QKV = {"query": tokens(2, 5, 4, 8), "key": tokens(2, 7, 2, 8), "value": tokens(2, 7, 2, 3)}
 TRANSPOSED = {"query": QKV["query"], "key": QKV["key"], "value_q": tokens(2, 5, 4, 3), "lse": tokens(2, 5, 4)}
+GRID = {"query": tokens(2, 7, 4, 8)}
 PARTS = {"outs": [tokens(2, 5, 3)] * 2, "lses": [tokens(2, 5)] * 2}
 
 ATTENTION_ERRORS = [
@@ -31,6 +32,29 @@ ATTENTION_ERRORS = [
     ({"bias": tokens(5, 6)}, "bias has shape (5, 6), takes one that broadcasts to (2, 4, 5, 7) = (B, heads, Nq, Nk)"),
     ({"bias": tokens(5, 7, dtype=torch.bool)}, "bias is torch.bool, takes a floating dtype"),
     ({"key_bias": tokens(1, 2, 4, 7)}, "key_bias has shape (1, 2, 4, 7), takes one that broadcasts to (2, 4, 7)"),
+    ({"bias_table": tokens(4, 13)}, "key has 7 tokens, takes query's 5 with a table by offset"),
+    ({"num_prefix_tokens": 1}, "num_prefix_tokens is 1, takes 0 without a table by offset"),
+    (
+        GRID | {"bias_table": tokens(4, 5, 4)},
+        "bias_table has shape (4, 5, 4), takes 1 or 4 (heads), then an odd number 2 n - 1 for each of one to three",
+    ),
+    (GRID | {"bias_table": tokens(3, 13)}, "bias_table has shape (3, 13), takes 1 or 4 (heads)"),
+    (
+        GRID | {"multiplier_table": tokens(1, 5, 3)},
+        "multiplier_table is of a grid of 1 x 3 x 2 tokens, takes one of 7 = query's 7 less num_prefix_tokens",
+    ),
+    (GRID | {"bias_table": tokens(1, 13), "num_prefix_tokens": 7}, "num_prefix_tokens is 7, takes 0 to less than"),
+    (
+        GRID | {"bias_table": tokens(1, 13), "multiplier_table": tokens(1, 3, 13)},
+        "multiplier_table has shape (1, 3, 13), of 2 tokens on an axis that has 1 in bias_table",
+    ),
+    (GRID | {"bias_table": tokens(1, 13, dtype=torch.int64)}, "bias_table is torch.int64, takes a floating dtype"),
+    (GRID | {"rel_pos": tokens(13, 8)}, "rel_pos is Tensor, takes a sequence of one table for each of one to three"),
+    (GRID | {"rel_pos": []}, "rel_pos has 0 tables, takes a sequence of one table for each of one to three axes"),
+    (
+        GRID | {"rel_pos": [tokens(13, 7)]},
+        "rel_pos_width has shape (13, 7), takes (2 n - 1, 8) or (4, 2 n - 1, 8) = (heads, offsets, d)",
+    ),
     ({"head_map": torch.tensor([0, 1, 2, 0])}, "head_map[2] is 2, takes 0 to 1"),
     ({"head_map": torch.tensor([0, 1])}, "head_map has shape (2), takes (4)"),
     ({"head_map": tokens(4)}, "head_map is float32, takes int64 or int32"),

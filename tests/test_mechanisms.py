@@ -68,20 +68,39 @@ def offset_index(height, width):
 # Terms of the logit
 
 
-def test_gaussian_mixture_mask():
-    squared = torch.cdist(grid(4, 5), grid(4, 5)).square()  # [N, N]
+def by_offset(function, height, width):
+    """A table ``(..., 2 height - 1, 2 width - 1)`` from a function of the vertical and the horizontal offset."""
+    return function(torch.arange(1 - height, height)[:, None], torch.arange(1 - width, width))
 
-    def mask(alpha, sigma):  # [H, K] each -> [H, N, N]
-        return (alpha[..., None, None] * torch.exp(-squared / (2 * sigma[..., None, None] ** 2))).sum(1)
+
+def test_gaussian_mixture_mask():
+    def mixture(alpha, sigma, squared):  # [H, K] each, distances [...] -> [H, ...]
+        return torch.einsum("hk,hk...->h...", alpha, torch.exp(-squared / (2 * sigma[..., None, None] ** 2)))
 
     def ours(q, k, v, alpha, sigma):
-        return vk.attention(q, k, v, multiplier=mask(alpha, sigma))
+        squared = by_offset(lambda dy, dx: dy**2 + dx**2, 4, 5).to(alpha.dtype)  # [7, 9]
+        return vk.attention(q, k, v, multiplier_table=mixture(alpha, sigma, squared))
 
     def formula(q, k, v, alpha, sigma):
-        return weigh(dots(q, k) / 8**0.5 * mask(alpha, sigma), v)
+        squared = torch.cdist(grid(4, 5), grid(4, 5)).square().to(alpha.dtype)  # [N, N]
+        return weigh(dots(q, k) / 8**0.5 * mixture(alpha, sigma, squared), v)
 
     qkv = [tokens(2, 20, 2, 8) for _ in range(3)]
     agree(ours, formula, *qkv, tokens(2, 5), 1 + tokens(2, 5).sigmoid())
+
+
+def test_gaussian_mixture_mask_beside_a_class_token():
+    squared = torch.cdist(grid(4, 5), grid(4, 5)).square()  # [N, N]
+
+    def ours(q, k, v, sigma):
+        table = by_offset(lambda dy, dx: torch.exp(-(dy**2 + dx**2) / (2 * sigma[:, None, None] ** 2)), 4, 5)
+        return vk.attention(q, k, v, multiplier_table=table, num_prefix_tokens=1)
+
+    def formula(q, k, v, sigma):
+        mask = F.pad(torch.exp(-squared / (2 * sigma[:, None, None] ** 2)), (1, 0, 1, 0), value=1.0)
+        return weigh(dots(q, k) / 8**0.5 * mask, v)
+
+    agree(ours, formula, *(tokens(2, 21, 2, 8) for _ in range(3)), 1 + tokens(2).sigmoid())
 
 
 def test_temperature():
@@ -104,11 +123,16 @@ def test_temperature_of_query_and_value():
     agree(ours, formula, *(tokens(2, 13, 2, 8) for _ in range(3)), tokens(2, 13), tokens(2, 13))
 
 
+def unsigned(table, height, width):
+    """The table by offset of one that knows absolute offsets only: ``(H, height * width)``."""
+    return table[:, by_offset(lambda dy, dx: dy.abs() * width + dx.abs(), height, width)]
+
+
 def test_bias_by_distance_with_wide_values():
     index = offset_index(7, 7)
 
     def ours(q, k, v, table):
-        return vk.attention(q, k, v, bias=table[:, index])
+        return vk.attention(q, k, v, bias_table=unsigned(table, 7, 7))
 
     def formula(q, k, v, table):
         return weigh(dots(q, k) / 8**0.5 + table[:, index], v)
@@ -116,22 +140,49 @@ def test_bias_by_distance_with_wide_values():
     agree(ours, formula, tokens(2, 49, 2, 8), tokens(2, 49, 2, 8), tokens(2, 49, 2, 32), tokens(2, 49))
 
 
-def test_two_softmaxes_over_one_value():
-    coordinates = grid(3, 4)
-    delta = coordinates[:, None] - coordinates
-    r = torch.cat([delta, delta.square().sum(-1, keepdim=True)], -1)  # [N, N, 3]
+def test_relative_attention():
+    def ours(q, k, v, embedding):  # [H, N, d], by distance
+        signed = F.pad(embedding, (0, 0, embedding.size(1) - 1, 0))  # no key lies ahead
+        return vk.attention(q, k, v, rel_pos=[signed / 8**0.5], is_causal=True)
 
-    def position(weight):  # [H, 3] -> [H, N, N]
-        return torch.einsum("ijr,hr->hij", r.to(weight.dtype), weight)
+    def formula(q, k, v, embedding):
+        distance = torch.arange(19)[:, None] - torch.arange(19)
+        relative = torch.einsum("bihd,hijd->bhij", q, embedding[:, distance.clamp(min=0)])
+        logits = (dots(q, k) + relative) / 8**0.5
+        return weigh(logits.masked_fill(distance < 0, -torch.inf), v)
+
+    agree(ours, formula, *(tokens(2, 19, 2, 8) for _ in range(3)), tokens(2, 19, 8))
+
+
+def test_decomposed_relative_positions():
+    y, x = grid(4, 5).long().unbind(-1)
+
+    def ours(q, k, v, rows, columns):
+        return vk.attention(q, k, v, rel_pos=[rows, columns], num_prefix_tokens=1)
+
+    def formula(q, k, v, rows, columns):
+        embedding = rows[y[:, None] - y + 3] + columns[x[:, None] - x + 4]  # [N, N, d]
+        relative = torch.einsum("bihd,ijd->bhij", q[:, 1:], embedding)
+        return weigh(dots(q, k) / 8**0.5 + F.pad(relative, (1, 0, 1, 0)), v)
+
+    agree(ours, formula, *(tokens(2, 21, 2, 8) for _ in range(3)), tokens(7, 8), tokens(9, 8))
+
+
+def test_two_softmaxes_over_one_value():
+    def position(dy, dx, weight):  # offsets [...], [H, 3] -> [H, ...]
+        r = torch.stack([*torch.broadcast_tensors(dy, dx), dy**2 + dx**2], -1)
+        return torch.einsum("...r,hr->h...", r.to(weight.dtype), weight)
 
     def ours(q, k, v, weight, gate):
         content = vk.attention(q, k, v)
-        local = vk.attention(torch.zeros_like(q), k, v, bias=position(weight))
+        table = by_offset(lambda dy, dx: position(dy, dx, weight), 3, 4)
+        local = vk.attention(torch.zeros_like(q), k, v, bias_table=table)
         return torch.lerp(content, local, gate.sigmoid()[:, None])
 
     def formula(q, k, v, weight, gate):
         g = gate.sigmoid()[:, None, None]
-        p = (1 - g) * (dots(q, k) / 8**0.5).softmax(-1) + g * position(weight).softmax(-1)
+        dy, dx = (grid(3, 4)[:, None] - grid(3, 4)).unbind(-1)  # [N, N]
+        p = (1 - g) * (dots(q, k) / 8**0.5).softmax(-1) + g * position(dy, dx, weight).softmax(-1)
         return torch.einsum("bhij,bjhd->bihd", p, v)
 
     agree(ours, formula, *(tokens(2, 12, 2, 8) for _ in range(3)), tokens(2, 3), tokens(2))
@@ -159,18 +210,37 @@ def test_single_head_on_part_of_the_channels():
     agree(lambda x: vk.attention(*split(x)), lambda x: plain(*split(x)), tokens(2, 49, 1, 40))
 
 
+def heads_by_importance(importance, num_heads):
+    """``(kv_heads,)`` -> ``(num_heads,)``: how many query heads a key head serves is proportional to its importance.
+
+    A share is rounded such that all add up. Nothing is read back from the device, and every shape is known.
+    """
+    ends = (importance.cumsum(0) * (num_heads / importance.sum())).round()  # [kv_heads]
+    ends[-1] = num_heads
+    return torch.searchsorted(ends, torch.arange(num_heads, device=ends.device, dtype=ends.dtype), right=True)
+
+
 def test_uneven_query_groups():
-    groups = [3, 0, 1, 2]  # query heads per kv head
-    head_map = torch.arange(4).repeat_interleave(torch.tensor(groups))
+    groups = [3, 0, 1, 2]  # query heads per kv head, from the norms of the keys
 
     def ours(q, k, v):
-        return vk.attention(q, k, v, head_map=head_map)
+        weight = torch.tensor(groups).to(k.dtype) + 0.1 * k.detach().square().mean((0, 1, 3)).tanh()
+        return vk.attention(q, k, v, head_map=heads_by_importance(weight, 6))
 
     def formula(q, k, v):
         parts = zip(q.split(groups, 2), k.split(1, 2), v.split(1, 2), strict=True)
         return torch.cat([plain(a, b.expand_as(a), c.expand_as(a)) for a, b, c in parts], 2)
 
     agree(ours, formula, tokens(2, 9, 6, 8), tokens(2, 9, 4, 8), tokens(2, 9, 4, 8))
+
+
+def test_uneven_query_groups_without_a_host():
+    """On the meta device a value cannot be read: the head map is made of device operations alone."""
+    importance = torch.tensor([0.9, 0.0, 0.4, 0.7])
+    assert heads_by_importance(importance, 6).tolist() == [0, 0, 0, 2, 3, 3]
+    assert heads_by_importance(importance.to("meta"), 6).shape == (6,)
+    compiled = torch.compile(heads_by_importance, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(importance, 6), heads_by_importance(importance, 6))
 
 
 def test_class_token_queries_the_other_branch():
@@ -213,7 +283,7 @@ def test_keys_of_earlier_blocks():
     index = offset_index(4, 4)
 
     def ours(q, k, v, earlier_k, earlier_v, table, earlier_bias):
-        own = vk.attention(q, k, v, bias=table[:, index], return_lse=True)
+        own = vk.attention(q, k, v, bias_table=unsigned(table, 4, 4), return_lse=True)
         earlier = vk.attention(q, earlier_k, earlier_v, key_bias=earlier_bias, return_lse=True)
         return vk.merge_attentions(*map(list, zip(own, earlier, strict=True)))[0]
 
@@ -289,7 +359,7 @@ def test_query_shared_by_all_windows():
     index = offset_index(4, 4)
 
     def ours(q, k, v, table):  # q: [1, 16, H, D]; k, v: one window of one image per batch element
-        return vk.attention(q, k, v, bias=table[:, index])
+        return vk.attention(q, k, v, bias_table=unsigned(table, 4, 4))
 
     def formula(q, k, v, table):
         windows = zip(k.split(1), v.split(1), strict=True)

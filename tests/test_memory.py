@@ -20,7 +20,8 @@ sizes = {"b": 1, "h": 1, "g": 1, "d": 8, "v": 8}
 differentiate(sample.function, sample.call(torch.float32, sizes={**sizes, "q": 64, "k": 64}))
 before = peak()
 for tokens in (int(sys.argv[2]) // 2, int(sys.argv[2])):
-    differentiate(sample.function, sample.call(torch.float32, sizes={**sizes, "q": tokens, "k": tokens}))
+    grid = {"y": 64, "x": tokens // 64} if "y" in sample.sizes else {"x": tokens}
+    differentiate(sample.function, sample.call(torch.float32, sizes={**sizes, **grid, "q": tokens, "k": tokens}))
     print(peak() - before)
 """
 

@@ -12,6 +12,7 @@ TOKENS = st.integers(0, 40) | st.integers(41, 400)
 LENGTHS = {
     "b": st.integers(0, 3), "q": TOKENS, "k": TOKENS, "a": st.integers(0, 9),
     "d": st.integers(1, 70), "v": st.integers(1, 70), "n": st.integers(1, 5), "t": TOKENS, "u": TOKENS,
+    "z": st.integers(1, 4), "y": st.integers(1, 12), "x": st.integers(1, 40),
 }  # fmt: skip
 
 

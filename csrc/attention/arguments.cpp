@@ -196,6 +196,7 @@ void AttentionArguments::check_score(const Checker& checker) {
   check_score_term(checker, "bias", score.bias, query, type, full, "(B, heads, Nq, Nk)");
   check_score_term(checker, "multiplier", score.multiplier, query, type, full, "(B, heads, Nq, Nk)");
   check_score_term(checker, "key_bias", score.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
+  on_grid = GridScore(checker, score.on_grid, query, key, type);
 }
 
 std::vector<int64_t> AttentionArguments::out_sizes() const {
@@ -226,6 +227,7 @@ void AttentionArguments::fill(AttentionParams& params) const {
                   .multiplier = score_term(score.multiplier, 4),
                   .bias = score_term(score.bias, 4),
                   .key_bias = score_term(score.key_bias, 3)};
+  on_grid.fill(params.score.on_grid);
   params.query = token_tensor(query);
   params.key = token_tensor(key);
   params.value = token_tensor(value);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/attention.h"
+#include "attention/grid_arguments.h"
 #include "common/check.h"
 
 namespace vitkernels {
@@ -9,6 +10,7 @@ namespace vitkernels {
 struct ScoreArguments {
   double scale;
   OptionalTensor head_scale, bias, key_bias, multiplier;
+  GridArguments on_grid = {};
 };
 
 // Sequences packed one after another: where each begins, and the longest ones' lengths.
@@ -30,6 +32,7 @@ class AttentionArguments {
 
   Tensor query, key, value;
   ScoreArguments score;
+  GridScore on_grid;
   DType dtype;
   bool is_causal;
   int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry

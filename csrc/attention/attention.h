@@ -1,6 +1,8 @@
 // What the attention kernels are told. Plain data: no torch here or in anything that includes it.
 #pragma once
 
+#include <limits>
+
 #include "attention/pattern.h"
 #include "attention/score.h"
 #include "common/dtype.h"
@@ -59,17 +61,22 @@ struct AttentionParams {
 
 // The backward's work is cut by shapes alone: into `splits` ranges of keys, and into the groups of (batch, head)
 // that write to the same key, value or bias gradient. A task owns all that it writes, except the query gradient,
-// of which every split has one of its own; finish_query_gradient adds them in order.
+// of which every split has one of its own; finish_query_gradient adds them in order. Likewise the gradient of a table by
+// offset, of which every split of every batch group has one.
 struct AttentionBackwardParams : AttentionParams {
   TokenTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null
   bool batch_is_shared = false;    // a gradient is summed over the batch: one task goes through all of it
   bool heads_are_shared = false;   // likewise for the heads
+  int64_t most_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups where each costs memory
   int64_t splits = 1;
-  void* grad_query_parts = nullptr;  // [splits, heads, rows, padded head_dim], zero at first
-  void* query_dot = nullptr;         // [heads, rows]: q.dq before scaling (gradient of the scale), or null
+  void* grad_query_parts = nullptr;      // [splits, heads, rows, padded head_dim], zero at first
+  void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query has no scale; or null
+  void* query_dot = nullptr;             // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 
-  VK_HOST_DEVICE int64_t batch_groups() const { return batch_is_shared ? 1 : batch; }
+  VK_HOST_DEVICE int64_t batch_groups() const {
+    return batch_is_shared ? 1 : batch < most_batch_groups ? batch : most_batch_groups;
+  }
   VK_HOST_DEVICE int64_t head_groups() const { return heads_are_shared ? 1 : kv_heads; }
   VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups() * head_groups() * splits; }
 };

@@ -8,7 +8,10 @@ namespace {
 using torch::stable::parallel_for;
 
 using Forward = std::tuple<Tensor, Tensor>;
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Of query, key, value and the score terms, in the order of the arguments.
+using Backward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using VarlenBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward run_forward(const AttentionArguments& args) {
   Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
@@ -77,26 +80,44 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
                  [&](int64_t begin, int64_t end) { kernels.attention_backward(params, begin, end, scratch.mine()); });
   }
   grads.finish(args, params);
-  return {grads.query, grads.key, grad_value, grads.head_scale, grads.bias, grads.key_bias, grads.multiplier};
+  return {grads.query,      grads.key,        grad_value,       grads.head_scale, grads.bias,       grads.key_bias,
+          grads.multiplier, grads.on_grid[0], grads.on_grid[1], grads.on_grid[2], grads.on_grid[3], grads.on_grid[4]};
 }
 
 Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
                       OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                      OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
-  return run_forward(
-      {Checker("attention"), query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal});
+                      OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
+                      OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
+                      int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
+  const GridArguments on_grid{
+      bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
+  return run_forward({Checker("attention"),
+                      query,
+                      key,
+                      value,
+                      {scale, head_scale, bias, key_bias, multiplier, on_grid},
+                      head_map,
+                      is_causal});
 }
 
 Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query, const Tensor& key,
                                 const Tensor& value, const Tensor& out, const Tensor& lse, double scale,
                                 OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                                OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
-                                bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier) {
+                                OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
+                                OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
+                                OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
+                                bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias,
+                                bool need_multiplier, bool need_bias_table, bool need_multiplier_table,
+                                bool need_rel_pos_depth, bool need_rel_pos_height, bool need_rel_pos_width) {
   const Checker checker("attention_backward");
-  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
-                                is_causal);
+  const GridArguments on_grid{
+      bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
+  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid},
+                                head_map, is_causal);
+  const WantedOnGrid need_on_grid{need_bias_table, need_multiplier_table, need_rel_pos_depth, need_rel_pos_height,
+                                  need_rel_pos_width};
   const BackwardArguments from{
-      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
+      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier, need_on_grid}};
   from.check(checker, args);
   return run_backward(args, from);
 }
@@ -115,20 +136,28 @@ Forward attention_varlen_cpu(const Tensor& query, const Tensor& key, const Tenso
                       Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}});
 }
 
-Backward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
-                                       const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
-                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
-                                       int64_t max_seqlen_k, double scale, OptionalTensor head_scale,
-                                       OptionalTensor bias, OptionalTensor key_bias, OptionalTensor multiplier,
-                                       OptionalTensor head_map, bool is_causal, bool need_head_scale, bool need_bias,
-                                       bool need_key_bias, bool need_multiplier) {
+// Packed sequences have no grid.
+template <std::size_t... kIndex>
+VarlenBackward first_of(const Backward& grads, std::index_sequence<kIndex...>) {
+  return {std::get<kIndex>(grads)...};
+}
+
+VarlenBackward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
+                                             const Tensor& key, const Tensor& value, const Tensor& out,
+                                             const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                             OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
+                                             bool need_head_scale, bool need_bias, bool need_key_bias,
+                                             bool need_multiplier) {
   const Checker checker("attention_varlen_backward");
   const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
                                 is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k});
   const BackwardArguments from{
       grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
   from.check(checker, args);
-  return run_backward(args, from);
+  const Backward grads = run_backward(args, from);
+  return first_of(grads, std::make_index_sequence<std::tuple_size_v<VarlenBackward>>());
 }
 
 }  // namespace

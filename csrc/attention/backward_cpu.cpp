@@ -4,7 +4,8 @@
 //   S = Q K^T, dP = dO V^T, then with P = exp(S - lse) and dS = P * (dP - delta):
 //   dV += P^T dO, dK += dS^T Q, dQ += dS K.
 // A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
-// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order.
+// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order. To a
+// table by offset, all keys contribute: a task has a part of that gradient to itself.
 
 #include "attention/differentiate_cpu.h"
 #include "attention/logits_cpu.h"
@@ -29,29 +30,38 @@ class Backward {
 
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
-    for_each_key_tile(p, begin, end, [&](int64_t of_batch, int64_t of_kv_head, int64_t of_split, Range tile) {
-      batch = of_batch, kv_head = of_kv_head, split = of_split;
+    for_each_key_tile(p, begin, end, [&](const KeyTileTask& task) {
+      batch = task.batch, kv_head = task.kv_head, split = task.split, part = task.part;
       start_sequence();
-      tile_of_keys(tile);
+      tile_of_keys(task.tile);
     });
   }
 
-  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale.
+  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale where the query had it.
   void finish(int64_t begin, int64_t end) {
-    const int64_t part = p.heads * p.num_rows() * query_width;
+    const int64_t part_size = p.heads * p.num_rows() * query_width;
     for (int64_t pair = begin; pair < end; ++pair) {
       batch = pair / p.heads, head = pair % p.heads;
       start_sequence();
       for (int64_t query = 0; query < axis.num_queries; ++query) {
         const int64_t token = sequence.first_query + query;
-        T* sum = query_gradient(0, query);
-        sum_splits(sum, query_width, p.splits, part);
+        T* sum = query_gradient(0, query, p.grad_query_parts);
+        sum_splits(sum, query_width, p.splits, part_size);
         if (p.query_dot) {
           static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
               dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
         }
-        unpack_rows<T>(sum, query_width, 1, p.head_dim, p.score.scale_of<T>(head),
-                       p.grad_query.at<S>(batch, token, head), p.grad_query.token_stride);
+        T scale = p.score.scale_of<T>(head);
+        if (p.grad_rel_query_parts) {
+          T* relative = query_gradient(0, query, p.grad_rel_query_parts);
+          sum_splits(relative, query_width, p.splits, part_size);
+          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
+            store(sum + c, load(sum + c) * scale + load(relative + c));
+          }
+          scale = T(1);
+        }
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, p.grad_query.at<S>(batch, token, head),
+                       p.grad_query.token_stride);
       }
     }
   }
@@ -103,6 +113,10 @@ class Backward {
                      {value_panels, kPanel<E> * kGroup<E>, padded_depth<E>(p.value_dim) * kPanel<E>}, count, width,
                      padded_depth<E>(p.value_dim), gradients, logits_stride);  // [count, width]
 
+    if (p.score.on_grid.any()) {
+      grid_row.start_block(head, rows, tile);
+      grid_row.start_rows(query_rows, p.query.token_stride, rows, tile);
+    }
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
@@ -111,9 +125,10 @@ class Backward {
       T delta =
           dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
       if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
-      differentiate_row(p.score, {batch, head, query, tile.begin, visible, key_depth}, kFoldsScale<E> ? T(1) : scale,
-                        static_cast<const T*>(p.lse)[row], delta, logits + r * logits_stride,
-                        gradients + r * logits_stride);
+      differentiate_row(
+          p.score, {batch, head, query, tile.begin, visible, key_depth},
+          RowNumbers<T>{kFoldsScale<E> ? T(1) : scale, exponent_offset(static_cast<const T*>(p.lse)[row]), delta},
+          logits + r * logits_stride, gradients + r * logits_stride, &grid_row, part);
     }
 
     const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] =
@@ -124,7 +139,11 @@ class Backward {
     matmul<E, true>({grads, kGroup<E>, group_stride}, {query_groups, query_width * kGroup<E>, panel_stride}, seen.end,
                     query_width, depth, key_gradient, query_width);  // [keys, d]
     matmul<E, true>({grad_rows, logits_stride, kGroup<E>}, {key_groups, query_width * kGroup<E>, panel_stride}, count,
-                    query_width, key_depth, query_gradient(split, rows.begin), query_width);  // [count, d]
+                    query_width, key_depth, query_gradient(split, rows.begin, p.grad_query_parts),
+                    query_width);  // [count, d]
+    if (p.grad_rel_query_parts) {
+      grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, p.grad_rel_query_parts), query_width);
+    }
   }
 
   // What the last three products multiply.
@@ -154,9 +173,9 @@ class Backward {
     }
   }
 
-  T* query_gradient(int64_t of_split, int64_t query) const {
+  T* query_gradient(int64_t of_split, int64_t query, void* parts) const {
     const int64_t row = (of_split * p.heads + head) * p.num_rows() + sequence.first_row + query;
-    return static_cast<T*>(p.grad_query_parts) + row * query_width;
+    return static_cast<T*>(parts) + row * query_width;
   }
 
   const AttentionBackwardParams& p;
@@ -188,8 +207,9 @@ class Backward {
   E* gradient_rows = scratch.take<E>(kPairRows * logits_stride);
   E* query_pairs = scratch.take<E>(kPairRows * query_width);
   E* out_gradient_pairs = scratch.take<E>(kPairRows * value_width);
+  GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, most_keys, true}, scratch};
 
-  int64_t batch = 0, head = 0, kv_head = 0, split = 0;
+  int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   Sequence sequence;
   Axis axis;
 };

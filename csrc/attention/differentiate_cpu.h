@@ -2,21 +2,29 @@
 // of logits S and the gradient of P to P and the gradient of S.
 #pragma once
 
-#include "attention/attention.h"
+#include "attention/grid_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/convert.h"
 
 namespace vitkernels::VK_ISA {
 
-// Calls f(batch, kv head, split, tile) for the tiles of keys of the tasks [begin, end), in order.
+// A tile of keys that some heads share. Every split of a group of batches has a part of the gradients to which all keys
+// contribute to itself.
+struct KeyTileTask {
+  int64_t batch, kv_head, split, part;
+  Range tile;
+};
+
+// Calls f(KeyTileTask) for the tiles of keys of the tasks [begin, end), in order.
 template <class Function>
 void for_each_key_tile(const AttentionBackwardParams& p, int64_t begin, int64_t end, Function&& f) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t split = task % p.splits;
     const int64_t head_group = task / p.splits % p.head_groups();
     const int64_t batch_group = task / p.splits / p.head_groups();
-    const Range batches = p.batch_is_shared ? Range{0, p.batch} : Range{batch_group, batch_group + 1};
+    const int64_t batch_groups = p.batch_groups();
+    const Range batches{p.batch * batch_group / batch_groups, p.batch * (batch_group + 1) / batch_groups};
     const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
     for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
       const Axis axis = p.sequence(batch).axis;
@@ -24,7 +32,11 @@ void for_each_key_tile(const AttentionBackwardParams& p, int64_t begin, int64_t 
       const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
       for (int64_t kv_head = kv_heads.begin; kv_head < kv_heads.end; ++kv_head) {
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-          f(batch, kv_head, split, Range{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)});
+          f(KeyTileTask{batch,
+                        kv_head,
+                        split,
+                        batch_group * p.splits + split,
+                        {tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)}});
         }
       }
     }
@@ -79,37 +91,75 @@ struct LogitRow {
   int64_t width;
 };
 
+// The gradients of all terms but those of the grid along one row.
 template <class T>
-void differentiate_terms(const Score& s, const LogitRow& at, T scale, T offset, T delta, T* logits, T* gradients) {
-  const ScoreRow<T> score(s, at.batch, at.head, at.query, at.first_key);
-  const TermGradRow<T> multiplier(s.multiplier, at.batch, at.head, at.query, at.first_key);
-  const TermGradRow<T> bias(s.bias, at.batch, at.head, at.query, at.first_key);
-  const TermGradRow<T> key_bias(s.key_bias, at.batch, at.head, at.query, at.first_key);
-  for_each_vector<T>(at.visible, [&](int64_t c, Range lanes) {
-    const Vec<T> product = load(logits + c) * scale;
+struct ScoreGradRow {
+  TermGradRow<T> multiplier, bias, key_bias;
+
+  ScoreGradRow(const Score& s, const LogitRow& at)
+      : multiplier(s.multiplier, at.batch, at.head, at.query, at.first_key),
+        bias(s.bias, at.batch, at.head, at.query, at.first_key),
+        key_bias(s.key_bias, at.batch, at.head, at.query, at.first_key) {}
+
+  VK_INLINE void add(Vec<T> grad, Vec<T> product, int64_t column, Range lanes) const {
+    multiplier.add(grad * product, column, lanes);
+    bias.add(grad, column, lanes);
+    key_bias.add(grad, column, lanes);
+  }
+};
+
+// The numbers of one row: products in S still lack the factor `scale`, exponents are relative to `offset`.
+template <class T>
+struct RowNumbers {
+  T scale, offset, delta;
+};
+
+// Calls add_gradient(grad, product, column, lanes) with every vector of dS.
+template <class T, class Row, class Function>
+VK_INLINE void differentiate_score(const Row& score, Range visible, RowNumbers<T> with, T* logits, T* gradients,
+                                   Function&& add_gradient) {
+  for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
+    const Vec<T> product = load(logits + c) * with.scale;
     const Vec<T> x = score.apply(product, c, lanes);
-    const Vec<T> prob = keep(exp<T>(x - offset), lanes, T(0));
-    const Vec<T> grad = prob * (load(gradients + c) - delta);
-    multiplier.add(grad * product, c, lanes);
-    bias.add(grad, c, lanes);
-    key_bias.add(grad, c, lanes);
+    const Vec<T> prob = keep(exp<T>(x - with.offset), lanes, T(0));
+    const Vec<T> grad = prob * (load(gradients + c) - with.delta);
+    add_gradient(grad, product, c, lanes);
     store(logits + c, prob);
-    store(gradients + c, keep(grad * score.multiplier.at(c, lanes), lanes, T(0)));
+    store(gradients + c, keep(grad * score.factor(c, lanes), lanes, T(0)));
   });
 }
 
-// S, dP -> P, dS = P * (dP - delta) of one row, in place; gradients of the score terms on the way. `scale` is what the
-// products in S still lack.
 template <class T>
-void differentiate_row(const Score& score, const LogitRow& at, T scale, T lse, T delta, T* logits, T* gradients) {
-  const T offset = exponent_offset(lse);
+VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
+                                  GridRow<T>* grid_row, int64_t part) {
+  const ScoreGradRow<T> score_gradients(s, at);
+  if (!s.on_grid.any()) {
+    const ScoreRow<T> score(s, at.batch, at.head, at.query, at.first_key);
+    differentiate_score(score, at.visible, with, logits, gradients,
+                        [&](auto... vector) { score_gradients.add(vector...); });
+    return;
+  }
+  const GridScoreRow<T> score = grid_row->expand(at.batch, at.query, at.first_key, at.visible);
+  differentiate_score(score, at.visible, with, logits, gradients,
+                      [&](Vec<T> grad, Vec<T> product, int64_t c, Range lanes) {
+                        score_gradients.add(grad, product * score.multiplier.at(c, lanes), c, lanes);
+                        grid_row->set_gradient(score, grad, product, c, lanes);
+                      });
+  grid_row->add_gradient(part);
+}
+
+// S, dP -> P, dS = P * (dP - delta) of one row, in place; gradients of the score terms on the way, those of the grid
+// into their `part`.
+template <class T>
+void differentiate_row(const Score& score, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
+                       GridRow<T>* grid_row = nullptr, int64_t part = 0) {
   if (score.has_terms()) {
-    differentiate_terms(score, at, scale, offset, delta, logits, gradients);
+    differentiate_terms(score, at, with, logits, gradients, grid_row, part);
   } else {
-    for_each_vector<T>(at.visible, [&](int64_t c, Range lanes) {
-      const Vec<T> prob = keep(exp<T>(load(logits + c) * scale - offset), lanes, T(0));
+    for_each_vector<T>(at.visible, [&](int64_t c, Range lanes) VK_BODY {
+      const Vec<T> prob = keep(exp<T>(load(logits + c) * with.scale - with.offset), lanes, T(0));
       store(logits + c, prob);
-      store(gradients + c, keep(prob * (load(gradients + c) - delta), lanes, T(0)));
+      store(gradients + c, keep(prob * (load(gradients + c) - with.delta), lanes, T(0)));
     });
   }
   clear_outside(logits, at.visible, at.width);

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "attention/attention.h"
+#include "attention/grid_cpu.h"
 #include "attention/logits_cpu.h"
 #include "attention/softmax_cpu.h"
 #include "attention/tiles_cpu.h"
@@ -65,6 +66,7 @@ class Forward {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
       if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
       pack(tile, tile_keys);
+      if (p.score.on_grid.any()) grid_row.start_block(head, rows, tile_keys);
       const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
@@ -95,14 +97,17 @@ class Forward {
                  p.head_dim, scale, queries, query_width);               // [count, d]
     key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
 
+    if (p.score.on_grid.any()) {
+      grid_row.start_rows(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, rows, tile_keys);
+    }
+
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
     T largest[kRowGroup<E>];
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      largest[r] = p.score.has_terms() ? apply_score(row, visible, left_scale,
-                                                     ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
+      largest[r] = p.score.has_terms() ? apply_terms(row, visible, left_scale, query, tile_keys.begin)
                                        : row_max(row, visible, left_scale);
     }
     // Their terms applied, logits need no factor any more.
@@ -124,6 +129,13 @@ class Forward {
     } else {
       matmul<E, false>(probabilities, value_rows, count, value_width, depth, group_sums, value_width);
     }
+  }
+
+  T apply_terms(T* row, Range visible, T scale, int64_t query, int64_t first_key) {
+    if (p.score.on_grid.any()) {
+      return apply_score(row, visible, scale, grid_row.expand(batch, query, first_key, visible));
+    }
+    return apply_score(row, visible, scale, ScoreRow<T>(p.score, batch, head, query, first_key));
   }
 
   void rescale(T* row, T factor) const {
@@ -160,6 +172,7 @@ class Forward {
   E* values = scratch.take<E>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_queries);
+  GridRow<T> grid_row{p.score, {p.head_dim, most_queries, kRowGroup<E>, most_keys, false}, scratch};
 
   int64_t batch = 0, head = 0;
   Sequence sequence;

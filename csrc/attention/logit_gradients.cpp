@@ -29,6 +29,7 @@ Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
 LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients needed, AttentionBackwardParams& params)
     : query(empty_as(args.query, sizes_of(args.query), args.query.scalar_type())),
       key(empty_as(args.key, sizes_of(args.key), args.key.scalar_type())),
+      grid_gradients(args.on_grid, needed.on_grid, params),
       needs_head_scale(needed.head_scale && args.score.head_scale) {
   const ScalarType statistics = statistics_type(args.dtype);
   const auto none = [&] { return empty_as(args.query, {0}, statistics); };  // a new one each: outputs must not alias
@@ -49,9 +50,15 @@ LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients n
   key_bias = attach(params.score.key_bias, args.score.key_bias, needed.key_bias, 3);
   multiplier = attach(params.score.multiplier, args.score.multiplier, needed.multiplier, 4);
   if (params.splits == 0) params.splits = backward_splits(params);
+  grid_gradients.allocate(params, none());
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  query_parts = zeros_as(args.query, {kernels().attention_backward_parts(params) / element_size}, statistics);
+  const int64_t part_elements = kernels().attention_backward_parts(params) / element_size;
+  query_parts = zeros_as(args.query, {part_elements}, statistics);
+  if (params.score.on_grid.has_rel_pos()) {
+    relative_query_parts = zeros_as(args.query, {part_elements}, statistics);
+    params.grad_rel_query_parts = relative_query_parts.mutable_data_ptr();
+  }
   query_dot = needs_head_scale ? empty_as(args.query, {args.heads, params.num_rows()}, statistics) : none();
   params.grad_query_parts = query_parts.mutable_data_ptr();
   params.query_dot = needs_head_scale ? query_dot.mutable_data_ptr() : nullptr;
@@ -65,6 +72,7 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
   }
   const ScalarType statistics = statistics_type(args.dtype);
   for (Tensor* grad : {&bias, &key_bias, &multiplier}) *grad = torch::stable::to(*grad, statistics);
+  on_grid = grid_gradients.finish(params, empty_as(args.query, {0}, statistics));
   head_scale = needs_head_scale ? sum_head_scale(args, query_dot) : empty_as(args.query, {0}, statistics);
 }
 

@@ -9,6 +9,7 @@ namespace vitkernels {
 
 struct NeededGradients {
   bool head_scale, bias, key_bias, multiplier;
+  WantedOnGrid on_grid = {};
 };
 
 // Attaches the gradients to `params`, which `args` has filled; the order of the work follows from them. What is not
@@ -21,9 +22,11 @@ class LogitGradients {
   void finish(const AttentionArguments& args, const AttentionBackwardParams& params);
 
   Tensor query, key, head_scale, bias, key_bias, multiplier;
+  std::vector<Tensor> on_grid;  // in the order of the arguments
 
  private:
-  Tensor query_parts, query_dot;
+  GridGradients grid_gradients;
+  Tensor query_parts, relative_query_parts, query_dot;
   bool needs_head_scale;
 };
 

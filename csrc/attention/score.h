@@ -1,7 +1,7 @@
 // What is done to a logit: scale, multiplier, bias. Host and device, no torch.
 #pragma once
 
-#include "attention/pattern.h"
+#include "attention/grid.h"
 
 namespace vitkernels {
 
@@ -24,12 +24,41 @@ struct ScoreTerm {
   ScoreStrides grad_strides;
 };
 
+// A table by offset, for each head (or one for all): its entries reversed, then some that are read but not used.
+struct TableTerm {
+  const void* data = nullptr;
+  int64_t head_stride = 0;
+  double* grad = nullptr;  // [parts, heads, entries and padding], reversed as well; every task has a part of its own
+  int64_t grad_part_stride = 0, grad_head_stride = 0;
+};
+
+// Embeddings of the offsets on one axis, whose product with the query is added: [heads or 1, offsets, row_stride], the
+// offsets reversed, the rows padded with zeros.
+struct RelPosTerm {
+  const void* data = nullptr;
+  int64_t head_stride = 0, row_stride = 0;
+  void* grad = nullptr;  // [parts, heads, offsets, row_stride], like the table's
+  int64_t grad_part_stride = 0, grad_head_stride = 0;
+};
+
+// Terms by the places of query and key on a grid.
+struct GridTerms {
+  Grid grid;
+  TableTerm multiplier, bias;
+  RelPosTerm rel_pos[kMaxAxes];
+
+  VK_HOST_DEVICE bool has_rel_pos() const { return rel_pos[0].data || rel_pos[1].data || rel_pos[2].data; }
+  VK_HOST_DEVICE bool has_bias() const { return bias.data || has_rel_pos(); }
+  VK_HOST_DEVICE bool any() const { return multiplier.data || has_bias(); }
+};
+
 struct Score {
   double scale = 1.0;
   const void* head_scale = nullptr;  // [heads], or none
   ScoreTerm multiplier, bias, key_bias;
+  GridTerms on_grid = {};
 
-  VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data; }
+  VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data || on_grid.any(); }
 
   template <class T>
   VK_HOST_DEVICE T scale_of(int64_t head) const {
@@ -37,7 +66,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias. V is a number on the GPU and a vector on the CPU.
+// logit = (scale * q.k) * multiplier + bias + key_bias; the grid's multiplier and bias join the others. V is a number on the GPU and a vector on the CPU.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;

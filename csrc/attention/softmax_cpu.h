@@ -45,6 +45,7 @@ struct TermRow {
       : data(term.data ? static_cast<const T*>(term.data) + term.strides.offset(batch, head, query, first_key)
                        : absent),
         stride(term.data ? term.strides.key : 0) {}
+  TermRow(const T* row, const T* absent) : data(row ? row : absent), stride(row != nullptr) {}
 
   VK_INLINE Vec<T> at(int64_t column, Range lanes) const {
     if (stride == 0) return broadcast(*data);
@@ -70,6 +71,8 @@ struct ScoreRow {
   VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
     return logit(product, multiplier.at(column, lanes), bias.at(column, lanes), key_bias.at(column, lanes));
   }
+  // By which the logit grows with the product.
+  VK_INLINE Vec<T> factor(int64_t column, Range lanes) const { return multiplier.at(column, lanes); }
 };
 
 template <class T>
@@ -94,8 +97,8 @@ VK_INLINE T exponent_offset(T lse) {
 
 // Products become logits in place: logits[visible] with the terms applied; returns their maximum. `scale` is what the
 // products still lack.
-template <class T>
-VK_INLINE T apply_score(T* logits, Range visible, T scale, const ScoreRow<T>& score) {
+template <class T, class Row>
+VK_INLINE T apply_score(T* logits, Range visible, T scale, const Row& score) {
   Vec<T> largest = broadcast(kMinusInfinity<T>);
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
     const Vec<T> x = score.apply(load(logits + column) * scale, column, lanes);

@@ -30,9 +30,9 @@ class TransposedBackward {
   int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * value_width * int64_t(sizeof(T)); }
 
   void run(int64_t begin, int64_t end) {
-    for_each_key_tile(p, begin, end, [&](int64_t of_batch, int64_t kv_head, int64_t of_split, Range tile) {
-      batch = of_batch, split = of_split;
-      tile_of_keys(kv_head, tile);
+    for_each_key_tile(p, begin, end, [&](const KeyTileTask& task) {
+      batch = task.batch, split = task.split;
+      tile_of_keys(task.kv_head, task.tile);
     });
   }
 
@@ -92,8 +92,9 @@ class TransposedBackward {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
       const T lse = static_cast<const T*>(p.lse)[(batch * p.num_queries() + query) * p.heads + head];
-      differentiate_row(p.score, {batch, head, query, tile.begin, visible, seen.end}, T(1), lse, T(0),
-                        logits + r * logits_stride, gradients + r * logits_stride);
+      differentiate_row(p.score, {batch, head, query, tile.begin, visible, seen.end},
+                        RowNumbers<T>{T(1), exponent_offset(lse), T(0)}, logits + r * logits_stride,
+                        gradients + r * logits_stride);
     }
 
     matmul<T, true>({logits, logits_stride, 1}, {out_gradient, value_width, kPanel<T>}, count, value_width, seen.end,

@@ -14,6 +14,11 @@
 #endif
 
 #define VK_INLINE inline __attribute__((always_inline))
+// In a function that it finds large, the compiler calls the bodies of loops: those of a hot loop are told to be part of
+// it, and what few calls need stays out.
+#define VK_BODY __attribute__((always_inline))
+#define VK_NOINLINE __attribute__((noinline))
+#define VK_WHOLE __attribute__((noinline, flatten))
 
 namespace vitkernels::VK_ISA {
 

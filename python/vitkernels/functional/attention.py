@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from vitkernels.functional.merge_attentions import merge_attentions
+from vitkernels.functional.rel_pos import by_axis
 from vitkernels.ops import attention as _ops
 from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention"]
+
+_NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, rel_pos_depth, rel_pos_height, rel_pos_width
 
 
 @overload
@@ -25,6 +29,10 @@ def attention(
     bias: Tensor | None = ...,
     key_bias: Tensor | None = ...,
     multiplier: Tensor | None = ...,
+    bias_table: Tensor | None = ...,
+    multiplier_table: Tensor | None = ...,
+    rel_pos: Sequence[Tensor] | None = ...,
+    num_prefix_tokens: int = ...,
     head_map: Tensor | None = ...,
     additional_keys: Tensor | None = ...,
     additional_values: Tensor | None = ...,
@@ -44,6 +52,10 @@ def attention(
     bias: Tensor | None = ...,
     key_bias: Tensor | None = ...,
     multiplier: Tensor | None = ...,
+    bias_table: Tensor | None = ...,
+    multiplier_table: Tensor | None = ...,
+    rel_pos: Sequence[Tensor] | None = ...,
+    num_prefix_tokens: int = ...,
     head_map: Tensor | None = ...,
     additional_keys: Tensor | None = ...,
     additional_values: Tensor | None = ...,
@@ -62,6 +74,10 @@ def attention(
     bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     multiplier: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    multiplier_table: Tensor | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
+    num_prefix_tokens: int = 0,
     head_map: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -71,8 +87,14 @@ def attention(
     r"""Softmax attention of every query over every key, without an N x N matrix in memory.
 
     .. math::
-        \ell_{ij} = s_h \, (q_i \cdot k_j) \, m_{ij} + b_{ij} + c_j, \qquad
+        \ell_{ij} = s_h \, (q_i \cdot k_j) \, m_{ij} \, M_{i-j} + b_{ij} + c_j + T_{i-j}
+        + \sum_a q_i \cdot R^a_{i_a - j_a}, \qquad
         o_i = \sum_j \operatorname{softmax}_j(\ell_{ij}) \, v_j
+
+    The terms with an offset :math:`i - j` are for tokens on a grid of one to three axes, in row-major order, with
+    ``Nq == Nk``. They are read from tables, which the grid's size follows from: an axis of ``n`` tokens has ``2 n - 1``
+    offsets, and query coordinate ``i`` and key coordinate ``j`` share the entry ``i - j + n - 1`` (Swin's
+    ``relative_position_index``). No matrix of size ``N x N`` is made of them, nor of their gradients.
 
     Args:
         query: ``(B, Nq, heads, d)``, or batch size 1 to share one query among all batches of ``key``.
@@ -84,10 +106,19 @@ def attention(
             order, straight into its own shape. ``-inf`` removes a key.
         key_bias: added to the logits of one key for all queries, broadcastable to ``(B, heads, Nk)``.
         multiplier: multiplied to the scaled logits before the bias, broadcastable to ``(B, heads, Nq, Nk)``.
+        bias_table: ``(heads or 1, 2 n - 1 for each axis)``, :math:`T`: added to the logits by offset. A model that
+            stores a table of unsigned offsets, or makes one from coordinates, computes this one from it. Its gradient
+            is summed over the batch, and all pairs of tokens, in a fixed order.
+        multiplier_table: likewise, :math:`M`: multiplied to the scaled product of query and key, as ``multiplier``.
+        rel_pos: :math:`R^a`, for each axis an embedding of its offsets, ``(2 n - 1, d)`` or ``(heads, 2 n - 1, d)``,
+            whose product with the query is added to the logits. The query is not scaled (but normalised, with
+            ``qk_norm``); where a paper scales it, multiply the tables with ``scale``.
+        num_prefix_tokens: how many of the first tokens (class token, registers) have no place on the grid: for their
+            rows and columns, tables have bias 0 and multiplier 1.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
             that nobody reads, are fine.
-        additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides ``key``; they get neither
-            bias nor multiplier.
+        additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides ``key``; they get none of the
+            terms above but the scale.
         additional_values: ``(B, Na, kv_heads, dv)``, their values.
         is_causal: query ``i`` sees the keys ``j <= i`` (aligned at the top left, as SDPA).
         return_lse: also return the natural log of each row's sum of exponentials.
@@ -96,7 +127,7 @@ def attention(
     ``(B, N, 3, heads, d)`` projection is three views, no copy.
 
     Dtypes on the CPU: float64, float32, bfloat16, float16; the accumulation and the statistics are float32
-    (float64 for float64). ``bias``, ``key_bias``, ``multiplier`` and a tensor ``scale`` are float32 (float64 for
+    (float64 for float64). All terms of the score and a tensor ``scale`` are float32 (float64 for
     float64); other floating dtypes are converted.
 
     Returns:
@@ -113,6 +144,8 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need", eq. 1; computed with the online softmax of Milakov and
     Gimelshein (2018) and the recomputing backward of Dao et al., "FlashAttention" (2022), algorithm 4.
+    ``bias_table``: Liu et al., "Swin Transformer" (2021), eq. 4; ``rel_pos``: Huang et al., "Music Transformer"
+    (2019), eq. 3, and for several axes Li et al., "MViTv2" (2022), eq. 4.
     """
     op = "vitkernels::attention"
     if qk_norm not in (None, "l2"):
@@ -130,16 +163,32 @@ def attention(
         query, key = normalize("attention", "query", query), normalize("attention", "key", key)
         if additional_keys is not None:
             additional_keys = normalize("attention", "additional_keys", additional_keys)
-    refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier)
+    refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier, bias_table, multiplier_table)
     scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
-    out, lse = _ops.attention(query, key, value, *scores, head_map, is_causal)
+    on_grid = _on_grid(query, bias_table, multiplier_table, rel_pos)
+    out, lse = _ops.attention(query, key, value, *scores, *on_grid, num_prefix_tokens, head_map, is_causal)
     if additional_keys is not None and additional_values is not None:
         number, head_scale = scores[0], scores[1]
+        none = (None,) * 3
         extra = _ops.attention(
-            query, additional_keys, additional_values, number, head_scale, None, None, None, head_map, False
+            query, additional_keys, additional_values, number, head_scale, *none, *_NOT_ON_GRID, 0, head_map, False
         )
         out, lse = merge_attentions([out, extra[0]], [lse, extra[1]])
     return (out, lse) if return_lse else out
+
+
+def _on_grid(
+    query: Tensor,
+    bias_table: Tensor | None,
+    multiplier_table: Tensor | None,
+    rel_pos: Sequence[Tensor] | None,
+) -> Sequence[Tensor | None]:
+    """The operator's terms by place on a grid."""
+    if bias_table is None and multiplier_table is None and rel_pos is None:
+        return _NOT_ON_GRID
+    op = "attention"
+    tables = {"bias_table": bias_table, "multiplier_table": multiplier_table}
+    return [*_ops.in_statistics_dtype(op, query, tables), *by_axis(op, query, rel_pos)]
 
 
 def normalize(op: str, name: str, t: Tensor) -> Tensor:

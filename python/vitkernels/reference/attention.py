@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from vitkernels.reference.grid import by_offset, relative_logits
 
 __all__ = ["attention"]
 
@@ -18,6 +22,10 @@ def attention(
     bias: Tensor | None = None,
     key_bias: Tensor | None = None,
     multiplier: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    multiplier_table: Tensor | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
+    num_prefix_tokens: int = 0,
     head_map: Tensor | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
@@ -28,7 +36,10 @@ def attention(
     num_own = key.size(1)
     if additional_keys is not None and additional_values is not None:
         key, value = torch.cat([key, additional_keys], 1), torch.cat([value, additional_values], 1)
-    logits = attention_logits(query, key, scale, qk_norm, bias, key_bias, multiplier, head_map, is_causal, num_own)
+    logits = attention_logits(
+        query, key, scale, qk_norm, bias, key_bias, multiplier, head_map, is_causal, num_own,
+        bias_table, multiplier_table, rel_pos, num_prefix_tokens,
+    )  # fmt: skip
     v = value[:, :, head_map_of(query, key, head_map)].transpose(1, 2)  # [B, H, Nk, Dv]
 
     # The statistics have the kernels' precision. A row without a key has lse = -inf, and P = 0 instead of NaN.
@@ -63,6 +74,10 @@ def attention_logits(
     head_map: Tensor | None,
     is_causal: bool,
     num_own: int,
+    bias_table: Tensor | None = None,
+    multiplier_table: Tensor | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
+    num_prefix_tokens: int = 0,
 ) -> Tensor:
     """The logits ``(B, heads, Nq, Nk)`` in the precision of the statistics. Keys from ``num_own`` on have no terms."""
     heads = query.size(2)
@@ -78,8 +93,14 @@ def attention_logits(
     k = key[:, :, head_map_of(query, key, head_map)].transpose(1, 2)  # [B, H, Nk, D]
     logits = q @ k.transpose(-1, -2) * scale  # [B, H, Nq, Nk]
     own = logits[..., :num_own]
+    if multiplier_table is not None:
+        own = own * by_offset(multiplier_table, num_prefix_tokens, 1.0).to(q.dtype)
     if multiplier is not None:
         own = own * multiplier.to(q.dtype)
+    if bias_table is not None:
+        own = own + by_offset(bias_table, num_prefix_tokens, 0.0).to(q.dtype)
+    if rel_pos is not None:
+        own = own + relative_logits(q, rel_pos, num_prefix_tokens)
     if bias is not None:
         own = own + bias.to(q.dtype)
     if key_bias is not None:

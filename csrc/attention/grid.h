@@ -1,0 +1,70 @@
+// Where tokens lie on a grid, and tables by the offset between two of them. Host and device, no torch.
+//
+// A table has an entry for every offset of a query from a key: (2 n0 - 1, 2 n1 - 1, 2 n2 - 1), and the pair of query i
+// and key j is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). Kernels read the entries in reverse order,
+// where keys that follow one another on the last axis have entries that do.
+#pragma once
+
+#include "attention/pattern.h"
+
+namespace vitkernels {
+
+struct Place {
+  int64_t at[kMaxAxes];
+};
+
+struct Grid {
+  int64_t size[kMaxAxes] = {1, 1, 1};  // depth, height, width: a grid of fewer axes lacks the first ones
+  int64_t num_prefix = 0;              // tokens before those of the grid, without a place on it
+
+  VK_HOST_DEVICE int64_t num_tokens() const { return size[0] * size[1] * size[2]; }
+  VK_HOST_DEVICE int64_t num_offsets(int axis) const { return 2 * size[axis] - 1; }
+  VK_HOST_DEVICE int64_t num_entries() const { return num_offsets(0) * num_offsets(1) * num_offsets(2); }
+
+  // Tokens are counted from the first one on the grid, here and below.
+  VK_HOST_DEVICE Place place(int64_t token) const {
+    const int64_t row = token / size[2];
+    return {{row / size[1], row % size[1], token % size[2]}};
+  }
+
+  // The entry of a query and a key among the reversed ones is key_entry(key) + query_entry(query).
+  VK_HOST_DEVICE int64_t key_entry(const Place& key) const {
+    return (key.at[0] * num_offsets(1) + key.at[1]) * num_offsets(2) + key.at[2];
+  }
+  VK_HOST_DEVICE int64_t query_entry(const Place& query) const {
+    return key_entry({{first_entry(0, query), first_entry(1, query), first_entry(2, query)}});
+  }
+
+  // The coordinates on one axis that consecutive tokens have.
+  VK_HOST_DEVICE Range coordinates(int axis, Range tokens) const {
+    int64_t inner = 1;
+    for (int later = axis + 1; later < kMaxAxes; ++later) inner *= size[later];
+    const int64_t first = tokens.begin / inner, last = (tokens.end - 1) / inner;
+    if (first / size[axis] != last / size[axis]) return {0, size[axis]};
+    return {first % size[axis], last % size[axis] + 1};
+  }
+
+  // The entries of one axis' reversed table that pairs of these tokens have. That of a pair is
+  // key.at[axis] + first_entry(axis, query).
+  VK_HOST_DEVICE Range entries(int axis, Range queries, Range keys) const {
+    const Range u = coordinates(axis, queries), v = coordinates(axis, keys);
+    return {v.begin + size[axis] - u.end, v.end - 1 + size[axis] - u.begin};
+  }
+  VK_HOST_DEVICE int64_t first_entry(int axis, const Place& query) const { return size[axis] - 1 - query.at[axis]; }
+
+  // Calls f(token, count, place) for the stretches of consecutive tokens that differ on the last axis only.
+  template <class Function>
+  VK_HOST_DEVICE void for_each_run(Range tokens, Function&& f) const {
+    if (tokens.empty()) return;
+    Place first = place(tokens.begin);
+    for (int64_t token = tokens.begin; token < tokens.end;) {
+      const int64_t rest = size[2] - first.at[2], left = tokens.end - token, count = rest < left ? rest : left;
+      f(token, count, first);
+      token += count;
+      first.at[2] = 0;
+      if (++first.at[1] == size[1]) first.at[1] = 0, ++first.at[0];
+    }
+  }
+};
+
+}  // namespace vitkernels

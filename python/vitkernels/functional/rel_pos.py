@@ -1,0 +1,27 @@
+"""Embeddings of offsets, one table for each axis of a grid, as the operator takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vitkernels.ops.attention import in_statistics_dtype
+
+__all__ = ["by_axis"]
+
+_MOST_AXES = 3
+
+
+def by_axis(op: str, query: Tensor, rel_pos: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """``rel_pos_depth, rel_pos_height, rel_pos_width``; a grid of fewer axes lacks the first ones."""
+    none: list[Tensor | None] = [None] * _MOST_AXES
+    if rel_pos is None:
+        return none
+    takes = "takes a sequence of one table for each of one to three axes"
+    if not isinstance(rel_pos, (list, tuple)) or not all(isinstance(t, Tensor) for t in rel_pos):
+        raise RuntimeError(f"vitkernels::{op}: rel_pos is {type(rel_pos).__name__}, {takes}")
+    if not 1 <= len(rel_pos) <= _MOST_AXES:
+        raise RuntimeError(f"vitkernels::{op}: rel_pos has {len(rel_pos)} tables, {takes}")
+    tables = in_statistics_dtype(op, query, {f"rel_pos[{i}]": t for i, t in enumerate(rel_pos)})
+    return none[len(tables) :] + tables
