@@ -59,8 +59,9 @@ OptionalTensor reversed_rows(const OptionalTensor& rel_pos) {
     const T* from = static_cast<const T*>(source.const_data_ptr());
     T* to = static_cast<T*>(target.mutable_data_ptr());
     for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t i = offsets - 1; i >= 0; --i, to += target.size(2))
+      for (int64_t i = offsets - 1; i >= 0; --i, to += target.size(2)) {
         std::copy_n(from + (h * offsets + i) * dim, dim, to);
+      }
     }
   });
   return target;
@@ -73,8 +74,8 @@ RelPosTerm rel_pos_term(const OptionalTensor& rows) {
           .row_stride = rows->size(2)};
 }
 
-// The parts of all heads that share a term, added in order. `row` sums are the reversed gradient of one entry, of which
-// `dim` are kept; entries lie `row` apart, and a head's begin `stride` apart.
+// The parts, and the heads that share a term, are added in order. Sums of the reversed entries lie `row` apart, the first
+// `dim` of which are the entry's gradient; those of the next head follow after `stride`.
 struct Reduction {
   int64_t heads, entries, dim, row, stride;
 
