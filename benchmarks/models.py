@@ -59,7 +59,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 def show_attention(model: nn.Module) -> nn.Module:
     """Change initial values that would hide the attention and its errors: layer scales, factors of zero."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.numel()):
             low, high = parameter.aminmax()
             if parameter.dim() == 1 and 0.0 < low == high <= _LAYER_SCALE:
                 parameter.fill_(1.0)

@@ -2,8 +2,8 @@
 
     python -m docs.model_table [--threads N] [--cpu-time] [--only WORD] [--out FILE]
 
-Each family runs in a process of its own. A finished model is kept in ``--rows`` until the commit changes, so an
-interrupted run goes on where it stopped. The weights are random.
+Each family runs in a process of its own. A finished model is kept in ``--rows`` until the commit changes, so a run
+that was interrupted goes on where it stopped, and tries again what failed. The weights are random.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def page(rows: dict[str, dict[str, Any]], machine: str, clock: str) -> str:
 def _work(family: str, given: argparse.Namespace) -> None:
     """Measure a family and append a line of JSON for each model; runs in a process of its own."""
     effort = replace(_EFFORT, clock=process_time) if given.cpu_time else _EFFORT
-    done = _known(given.rows, given.key)
+    done = {key for key, row in _known(given.rows, given.key).items() if "failure" not in row}
     for subject in {**FAMILIES, **LARGER}[family]:
         if subject.key in done or given.only not in subject.model:
             continue
