@@ -44,7 +44,7 @@ def test_casts_the_data_alone(sample):
 
 def check_equal(sample, found, wanted):
     if "mixed" in sample.tags:  # PyTorch's own part computes before the cast
-        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(found, wanted, rtol=2e-2, atol=4e-2)
     else:
         assert torch.equal(found, wanted)
 
