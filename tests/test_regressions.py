@@ -77,7 +77,9 @@ def test_gradient_shared_by_many_windows(shape):
     truth = gradient(vk.reference.attention, *(t.double() for t in (q, k, v, bias)))
     plain = (gradient(vk.reference.attention, q, k, v, bias) - truth).abs().max()
     ours = (gradient(vk.attention, q, k, v, bias) - truth).abs().max()
-    floor = 1e-6 * max(1.0, truth.abs().max().item())
+    # A row of dS adds up to zero but for the rounding of its lse, on both sides.
+    rows = 512 * 49 * 3 / bias.numel()
+    floor = max(1e-6 * max(1.0, truth.abs().max().item()), torch.finfo(torch.float32).eps * rows**0.5)
     assert ours <= 3 * plain + floor, f"{ours:.2g}, plain PyTorch {plain:.2g}"
 
 
