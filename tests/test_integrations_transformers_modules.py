@@ -84,9 +84,11 @@ def test_dropout_in_training_takes_the_stock_path(name):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.track_running_stats = False
     model.train()
+    torch.manual_seed(1)
     stock = outputs_and_gradients(model, images)
     report = vk.accelerate(model)
     assert all("stock path in training: attention dropout 0.2" in entry.reason for entry in report.replaced)
+    torch.manual_seed(1)
     with expect_kernel_calls(0):
         ours = outputs_and_gradients(model, images)
     assert all(torch.equal(ours[key], stock[key]) for key in stock)
