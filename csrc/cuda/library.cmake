@@ -1,7 +1,9 @@
 # The CUDA library: one for each major version of CUDA, loaded only by a torch with that version.
 set(wheel_architectures 80 86 89 90 100 120)
+set(compression none)
 if(VITKERNELS_CUDA_ARCHITECTURES STREQUAL "all")
   set(VITKERNELS_CUDA_ARCHITECTURES ${wheel_architectures})
+  set(compression size)
 endif()
 list(TRANSFORM VITKERNELS_CUDA_ARCHITECTURES APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
 # In every object: what the tests execute, and what a GPU of another architecture compiles.
@@ -26,13 +28,11 @@ include(third_party/cutlass.cmake)
 add_library(vitkernels_cuda_flags INTERFACE)
 target_link_libraries(vitkernels_cuda_flags INTERFACE vitkernels_flags cutlass)
 target_include_directories(vitkernels_cuda_flags SYSTEM INTERFACE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-set(nvcc_flags --expt-relaxed-constexpr)
-# The stand-in runtime reads the PTX where it lies, and names source lines. Line numbers change no instruction, but they
-# would put paths of the build machine into a wheel.
+# The stand-in runtime reads the PTX as it lies in the objects, and names source lines. Line numbers change no
+# instruction, but they would put paths of the build machine into a wheel.
+set(nvcc_flags --expt-relaxed-constexpr --compress-mode=${compression})
 if(VITKERNELS_EMULATOR)
-  list(APPEND nvcc_flags --compress-mode=none -lineinfo)
-else()
-  list(APPEND nvcc_flags --compress-mode=size)
+  list(APPEND nvcc_flags -lineinfo)
 endif()
 target_compile_options(vitkernels_cuda_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:${nvcc_flags}>")
 
