@@ -58,7 +58,8 @@ bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch off
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVITKERNELS_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(RUN))
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVITKERNELS_SANITIZE=ON -DVITKERNELS_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(RUN))
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  VITKERNELS_LIBRARY=$(abspath build/sanitize/libvitkernels_cpu.so) \

@@ -1,16 +1,21 @@
 """The gates of the sample table, passed by CUDA kernels: the emulator runs them on CPU tensors."""
 
+import random
+import warnings
+
+import fuzz_worker
 import pytest
 import samples
 import test_autocast
 import test_compile
-import test_determinism
 import test_errors
 import test_gradcheck
 import test_layout
 import test_reference
 import test_registration
 import torch
+import vitkernels as vk
+from calls import differentiate
 from emulation import needs_emulator
 from error_policy import FLOOR
 from layouts import LAYOUTS
@@ -85,12 +90,30 @@ def test_errors_gate(function, call, text, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
+def test_fuzz_gate(cuda_kernels, monkeypatch):
+    monkeypatch.setattr(fuzz_worker, "SMALL_SAMPLES", [s for s in samples.SMALL_SAMPLES if s.operator in FUNCTIONS])
+    generator = random.Random(20261121)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, wrong = fuzz_worker.bad_calls(generator, 400)
+        wrong += fuzz_worker.good_calls(generator, 40)
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_number_of_parts_is_limited(cuda_kernels):
+    out, lse = torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1)
+    merged, _ = vk.merge_attentions([out + 1] * 64, [lse] * 64)
+    assert torch.equal(merged, out + 1)
+    with pytest.raises(RuntimeError, match="vitkernels::merge_attentions: outs has 65 tensors, takes at most 64"):
+        vk.merge_attentions([out] * 65, [lse] * 65)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @each(samples.SAMPLES, tag="core")
 def test_same_bits_in_any_order_of_warps(sample, seed, cuda_kernels):
     call = sample.call(torch.float32)
-    expected = test_determinism.differentiate(sample.function, call)
+    expected = differentiate(sample.function, call)
     cuda_kernels.configure(seed=seed + 1)
-    found = test_determinism.differentiate(sample.function, call)
+    found = differentiate(sample.function, call)
     for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert torch.equal(a, b)

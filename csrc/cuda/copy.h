@@ -14,7 +14,7 @@ struct SharedTile {
   static constexpr int kSpan = kColumns % 64 == 0 ? 64 : 32;
   static_assert(kColumns % kSpan == 0 && kRows % 8 == 0);
   using Rows8 = cute::Layout<cute::Shape<cute::_8, cute::Int<kSpan>>, cute::Stride<cute::Int<kSpan>, cute::_1>>;
-  using Swizzled = decltype(cute::composition(cute::Swizzle < kSpan == 64 ? 3 : 2, 3, 3 > {}, Rows8{}));
+  using Swizzled = decltype(cute::composition(cute::Swizzle<kSpan / 32 + 1, 3, 3>{}, Rows8{}));
   using Layout = decltype(cute::tile_to_shape(Swizzled{},
                                               cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));  // (rows,columns)
   static constexpr int kElements = kRows * kColumns;
