@@ -35,7 +35,8 @@ Wavefronts wavefronts(const uint64_t* addresses, int bytes, Mask mask) {
     int count = 0, depth[kBanks] = {}, deepest = 0;
     for (int lane = first; lane < first + lanes_at_once; ++lane) {
       if (!(mask >> lane & 1)) continue;
-      for (int b = 0; b < std::max(bytes, kBankBytes); b += kBankBytes) words[count++] = (addresses[lane] + b) / kBankBytes;
+      for (int b = 0; b < std::max(bytes, kBankBytes); b += kBankBytes)
+        words[count++] = (addresses[lane] + b) / kBankBytes;
     }
     if (!count) continue;
     std::sort(words, words + count);
@@ -55,9 +56,11 @@ uint8_t* Warp::shared_place(int lane, uint64_t offset, int bytes, Access access)
     if (conflict.warp >= 0) {
       const Instruction& other = block.launch.program.code[conflict.position];
       const auto [file, line] = block.launch.program.module->place(other.statement->source);
-      fail("race", "shared byte " + std::to_string(conflict.byte) + " was touched by warp " + std::to_string(conflict.warp) +
-                       " at " + file + ":" + std::to_string(line) + " (" + other.statement->text +
-                       ") with no barrier in between", lane);
+      fail("race",
+           "shared byte " + std::to_string(conflict.byte) + " was touched by warp " + std::to_string(conflict.warp) +
+               " at " + file + ":" + std::to_string(line) + " (" + other.statement->text +
+               ") with no barrier in between",
+           lane);
     }
   }
   return block.shared.data.data() + offset;
@@ -76,7 +79,8 @@ Place Warp::reach(int lane, Space space, uint64_t address, int bytes, Access acc
   }
   const auto check = [&](uint64_t begin, uint64_t end, const char* what) {
     if (address < begin || address + bytes > end) {
-      fail("out_of_bounds", range(address - begin, bytes) + " of " + std::to_string(end - begin) + " bytes of " + what, lane);
+      fail("out_of_bounds", range(address - begin, bytes) + " of " + std::to_string(end - begin) + " bytes of " + what,
+           lane);
     }
   };
   switch (space) {
@@ -99,8 +103,10 @@ Place Warp::reach(int lane, Space space, uint64_t address, int bytes, Access acc
   }
   Allocation* a = Memory::instance().find(address, bytes);
   if (!a) {
-    fail("out_of_bounds", std::string(access == Access::read ? "reads " : "writes ") + std::to_string(bytes) +
-                              " bytes at " + Memory::instance().nearest(address), lane);
+    fail("out_of_bounds",
+         std::string(access == Access::read ? "reads " : "writes ") + std::to_string(bytes) + " bytes at " +
+             Memory::instance().nearest(address),
+         lane);
   }
   return {reinterpret_cast<uint8_t*>(address), a->unknown.empty() ? nullptr : a->unknown.data() + (address - a->begin)};
 }
@@ -123,7 +129,8 @@ void Warp::count(Space space, const uint64_t* addresses, int bytes, Mask mask, b
       if (!sector_count || sectors[sector_count - 1] != sector) sectors[sector_count++] = sector;
     });
     std::sort(sectors, sectors + sector_count);
-    (written ? counters.written : counters.read).total += (std::unique(sectors, sectors + sector_count) - sectors) * kSectorBytes;
+    (written ? counters.written : counters.read).total +=
+        (std::unique(sectors, sectors + sector_count) - sectors) * kSectorBytes;
   }
 }
 
@@ -174,7 +181,8 @@ void st(Warp& warp, const Instruction& in, Mask mask) {
   for_lanes(mask, [&](int lane) {
     addresses[lane] = warp.address(in.operands[0], lane);
     const Place place = warp.reach(lane, in.space, addresses[lane], from.total(), Access::write);
-    const bool global = in.space == Space::global || (in.space == Space::generic && window_of(addresses[lane]) == Space::global);
+    const bool global =
+        in.space == Space::global || (in.space == Space::generic && window_of(addresses[lane]) == Space::global);
     for (size_t i = 0; i < from.rows.size(); ++i) {
       const uint8_t unknown = from.rows[i].unknown[lane];
       if (global) warp.check_store(unknown & ((1u << from.bytes) - 1), lane);
@@ -186,7 +194,8 @@ void st(Warp& warp, const Instruction& in, Mask mask) {
 }
 
 constexpr const char* kModifiers =
-    "global const shared shared::cta local param param::entry param::func v2 v4 v8 volatile weak relaxed acquire release "
+    "global const shared shared::cta local param param::entry param::func v2 v4 v8 volatile weak relaxed acquire "
+    "release "
     "cta gpu sys cluster ca cg cs lu cv wb wt nc L1::no_allocate L1::evict_first L1::evict_last L1::evict_normal "
     "L1::evict_unchanged L2::64B L2::128B L2::256B";
 

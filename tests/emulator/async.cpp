@@ -43,7 +43,8 @@ void commit_group(Warp& warp, const Instruction&, Mask mask) {
 
 void complete(Warp& warp, int lane, const CopyGroup& group) {
   for (const Copy& c : group) {
-    const Place to = warp.reach(lane, Space::shared, kSharedBase + c.to, static_cast<int>(c.data.size()), Access::write);
+    const Place to =
+        warp.reach(lane, Space::shared, kSharedBase + c.to, static_cast<int>(c.data.size()), Access::write);
     std::memcpy(to.data, c.data.data(), c.data.size());
     std::memcpy(to.unknown, c.unknown.data(), c.data.size());
   }
@@ -53,7 +54,8 @@ void complete(Warp& warp, int lane, const CopyGroup& group) {
 void wait_group(Warp& warp, const Instruction& in, Mask mask) {
   for_lanes(mask, [&](int lane) {
     const uint64_t pending = warp.known(in.operands[0], lane, "a group count");
-    for (auto& groups = warp.copies[lane]; groups.size() > pending; groups.pop_front()) complete(warp, lane, groups.front());
+    for (auto& groups = warp.copies[lane]; groups.size() > pending; groups.pop_front())
+      complete(warp, lane, groups.front());
   });
 }
 

@@ -20,7 +20,8 @@ uint64_t updated(const Instruction& in, uint64_t old, Operands... operands) {
   using E = typename Element<T>::type;
   uint64_t bits = 0;
   for (int i = 0; i < Element<T>::count; ++i) {
-    bits |= bits_of<E>(formula(operand_number<E>(old >> 16 * i, in), operand_number<E>(operands >> 16 * i, in)...)) << 16 * i;
+    bits |= bits_of<E>(formula(operand_number<E>(old >> 16 * i, in), operand_number<E>(operands >> 16 * i, in)...))
+            << 16 * i;
   }
   return bits;
 }
@@ -43,8 +44,10 @@ struct Update {
         for (int i = 0; place.unknown && i < kBytes<T>; ++i) warp.check_store(place.unknown[i], lane);
         const uint64_t old = read<T>(place);
         uint64_t value;
-        if constexpr (operands == 1) value = updated<formula, T>(in, old, rows[0].value[lane]);
-        else value = updated<formula, T>(in, old, rows[0].value[lane], rows[1].value[lane]);
+        if constexpr (operands == 1)
+          value = updated<formula, T>(in, old, rows[0].value[lane]);
+        else
+          value = updated<formula, T>(in, old, rows[0].value[lane], rows[1].value[lane]);
         std::memcpy(place.data, &value, kBytes<T>);
         if (returns) d.value[lane] = old, d.unknown[lane] = 0;
       });

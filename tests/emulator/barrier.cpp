@@ -24,7 +24,8 @@ Barrier& arrive(Warp& warp, const Instruction& in, Mask mask, const Operand* id,
   const int which = id ? uniform(warp, *id, mask) : 0;
   if (which < 0 || which >= kBarriers) warp.fail("divergent_barrier", "there is no barrier " + std::to_string(which));
   const int count = threads ? uniform(warp, *threads, mask) : 0;
-  if (count % kLanes) warp.fail("divergent_barrier", std::to_string(count) + " threads are no multiple of the warp size");
+  if (count % kLanes)
+    warp.fail("divergent_barrier", std::to_string(count) + " threads are no multiple of the warp size");
   const int expected = threads ? count / kLanes : static_cast<int>(block.warps.size());
   Barrier& barrier = block.barriers[which];
   if (barrier.expected && barrier.expected != expected) {
@@ -51,7 +52,9 @@ void release(Warp& last, const Instruction& in, Barrier& barrier) {
     if constexpr (reduction != Reduction::none) {
       const Row d = warp->row(in.operands[0]);
       for_lanes(~warp->exited, [&](int lane) {
-        d.value[lane] = reduction == Reduction::count ? trues : reduction == Reduction::all ? trues == lanes : trues > 0;
+        d.value[lane] = reduction == Reduction::count ? trues
+                        : reduction == Reduction::all ? trues == lanes
+                                                      : trues > 0;
         d.unknown[lane] = 0;
       });
     }

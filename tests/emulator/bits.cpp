@@ -17,9 +17,13 @@ Tracked<T> operator&(Tracked<T> a, Tracked<T> b) {
   return {static_cast<T>(a.value & b.value), one_sided};
 }
 template <class T>
-Tracked<T> operator~(Tracked<T> a) { return {static_cast<T>(~a.value), a.unknown}; }
+Tracked<T> operator~(Tracked<T> a) {
+  return {static_cast<T>(~a.value), a.unknown};
+}
 template <class T>
-Tracked<T> operator|(Tracked<T> a, Tracked<T> b) { return ~(~a & ~b); }
+Tracked<T> operator|(Tracked<T> a, Tracked<T> b) {
+  return ~(~a & ~b);
+}
 template <class T>
 Tracked<T> operator^(Tracked<T> a, Tracked<T> b) {
   return {static_cast<T>(a.value ^ b.value), static_cast<T>(a.unknown | b.unknown)};
@@ -36,9 +40,13 @@ template <class T>
 constexpr unsigned kWidth = 8 * sizeof(T);
 
 template <class T>
-T left(T a, uint64_t by) { return by < kWidth<T> ? static_cast<T>(a << by) : T{0}; }
+T left(T a, uint64_t by) {
+  return by < kWidth<T> ? static_cast<T>(a << by) : T{0};
+}
 template <class T>
-T right(T a, uint64_t by) { return by < kWidth<T> ? static_cast<T>(a >> by) : T{0}; }
+T right(T a, uint64_t by) {
+  return by < kWidth<T> ? static_cast<T>(a >> by) : T{0};
+}
 template <class T>
 T signed_right(T a, uint64_t by) {
   return static_cast<T>(static_cast<std::make_signed_t<T>>(a) >> std::min<uint64_t>(by, kWidth<T> - 1));
@@ -55,10 +63,10 @@ T field_mask(unsigned position, unsigned length) {
   return left(ones, position);
 }
 
-constexpr auto shift_left = [](auto a, auto by) { return moved(a, [&](auto x) { return left(x, by.value & 0xffffffff); }, by); };
-constexpr auto shift_right = [](auto a, auto by) { return moved(a, [&](auto x) { return right(x, by.value & 0xffffffff); }, by); };
+constexpr auto shift_left = [](auto a, auto by) { return moved(a, [&](auto x) { return left(x, by.value); }, by); };
+constexpr auto shift_right = [](auto a, auto by) { return moved(a, [&](auto x) { return right(x, by.value); }, by); };
 constexpr auto shift_right_signed = [](auto a, auto by) {
-  return moved(a, [&](auto x) { return signed_right(x, by.value & 0xffffffff); }, by);
+  return moved(a, [&](auto x) { return signed_right(x, by.value); }, by);
 };
 
 // bfe: a field of `length` bits, zero- or sign-extended from the last bit of it that lies in the register.
@@ -66,12 +74,15 @@ template <bool is_signed>
 constexpr auto extract_field = [](auto a, auto position, auto length) {
   using T = decltype(a.value);
   const unsigned p = position.value & 0xff, n = length.value & 0xff;
-  return moved(a, [&](T x) {
-    const T field = right(x, p) & field_mask<T>(0, n);
-    const unsigned last = std::min(p + n, kWidth<T>) - 1;
-    const bool fill = is_signed && n && (x >> last & 1);
-    return static_cast<T>(fill && n < kWidth<T> ? field | ~field_mask<T>(0, p > last ? 0 : last - p + 1) : field);
-  }, position, length);
+  return moved(
+      a,
+      [&](T x) {
+        const T field = right(x, p) & field_mask<T>(0, n);
+        const unsigned end = std::min(p + n, kWidth<T>);
+        const bool fill = is_signed && n && (x >> (end - 1) & 1);
+        return static_cast<T>(fill ? field | ~field_mask<T>(0, end - std::min(p, end)) : field);
+      },
+      position, length);
 };
 constexpr auto insert_field = [](auto a, auto b, auto position, auto length) {
   using T = decltype(a.value);
@@ -90,15 +101,19 @@ constexpr auto lookup = [](auto a, auto b, auto c, auto table) {
 
 // prmt: each nibble of the selector picks one of the eight bytes of b:a, or spreads its sign bit.
 constexpr auto permute = [](auto a, auto b, auto selector) {
-  const Tracked<uint64_t> both{a.value | static_cast<uint64_t>(b.value) << 32, a.unknown | static_cast<uint64_t>(b.unknown) << 32};
-  const auto picked = moved(both, [&](uint64_t x) {
-    uint64_t r = 0;
-    for (int i = 0; i < 4; ++i) {
-      const unsigned nibble = selector.value >> 4 * i & 0xf, byte = x >> 8 * (nibble & 7) & 0xff;
-      r |= static_cast<uint64_t>(nibble & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
-    }
-    return r;
-  }, selector);
+  const Tracked<uint64_t> both{a.value | static_cast<uint64_t>(b.value) << 32,
+                               a.unknown | static_cast<uint64_t>(b.unknown) << 32};
+  const auto picked = moved(
+      both,
+      [&](uint64_t x) {
+        uint64_t r = 0;
+        for (int i = 0; i < 4; ++i) {
+          const unsigned nibble = selector.value >> 4 * i & 0xf, byte = x >> 8 * (nibble & 7) & 0xff;
+          r |= static_cast<uint64_t>(nibble & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
+        }
+        return r;
+      },
+      selector);
   return Tracked<uint32_t>{static_cast<uint32_t>(picked.value), static_cast<uint32_t>(picked.unknown)};
 };
 
@@ -125,40 +140,45 @@ uint8_t gather(T mask) {
   return bytes;
 }
 
-template <auto formula, class T, size_t... i>
+// d = formula(values..., amounts...): amounts have 32 bits whatever the type.
+template <auto formula, class T, int values, size_t... i>
 void run_tracked(Warp& warp, const Instruction& in, Mask mask, std::index_sequence<i...>) {
   using U = std::conditional_t<std::is_same_v<T, Predicate>, uint8_t, T>;
   const Row d = warp.row(in.operands[0]);
   const Row s[] = {warp.row(in.operands[i + 1])...};
   for_lanes(mask, [&](int lane) {
     const bool any = (s[i].unknown[lane] | ...);
-    const auto result = formula(Tracked<U>{static_cast<U>(s[i].value[lane]), any ? spread<U>(s[i].unknown[lane]) : U{0}}...);
+    const auto operand = [&]<size_t j>() {
+      using V = std::conditional_t < j<values, U, uint32_t>;
+      return Tracked<V>{static_cast<V>(s[j].value[lane]), any ? spread<V>(s[j].unknown[lane]) : V{0}};
+    };
+    const auto result = formula(operand.template operator()<i>()...);
     d.value[lane] = std::is_same_v<T, Predicate> ? result.value & 1 : result.value;
     d.unknown[lane] = any ? gather<U>(result.unknown) : 0;
   });
 }
-template <auto formula, int operands>
+template <auto formula, int values, int amounts>
 struct TrackedLanes {
   template <class T>
   struct For {
     static void run(Warp& warp, const Instruction& in, Mask mask) {
-      run_tracked<formula, T>(warp, in, mask, std::make_index_sequence<operands>());
+      run_tracked<formula, T, values>(warp, in, mask, std::make_index_sequence<values + amounts>());
     }
   };
 };
-template <auto formula, int operands, class Types>
+template <auto formula, class Types, int values, int amounts = 0>
 Handler tracked(const Instruction& in) {
-  return choose<TrackedLanes<formula, operands>::template For>(in.type(), Types());
+  return choose<TrackedLanes<formula, values, amounts>::template For>(in.type(), Types());
 }
 using Unsigned32 = TypeList<uint32_t>;
 
-template <auto for_unsigned, auto for_signed, int operands>
+template <auto for_unsigned, auto for_signed, int amounts>
 Handler tracked_by_sign(const Instruction& in) {
   switch (in.type()) {
-    case Type::s16: return TrackedLanes<for_signed, operands>::template For<uint16_t>::run;
-    case Type::s32: return TrackedLanes<for_signed, operands>::template For<uint32_t>::run;
-    case Type::s64: return TrackedLanes<for_signed, operands>::template For<uint64_t>::run;
-    default: return tracked<for_unsigned, operands, Unsigned>(in);
+    case Type::s16: return TrackedLanes<for_signed, 1, amounts>::template For<uint16_t>::run;
+    case Type::s32: return TrackedLanes<for_signed, 1, amounts>::template For<uint32_t>::run;
+    case Type::s64: return TrackedLanes<for_signed, 1, amounts>::template For<uint64_t>::run;
+    default: return tracked<for_unsigned, Unsigned, 1, amounts>(in);
   }
 }
 
@@ -189,7 +209,8 @@ void mov(Warp& warp, const Instruction& in, Mask mask) {
 
 // selp d, a, b, p
 void selp(Warp& warp, const Instruction& in, Mask mask) {
-  const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]), b = warp.row(in.operands[2]), p = warp.row(in.operands[3]);
+  const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]), b = warp.row(in.operands[2]),
+            p = warp.row(in.operands[3]);
   const int bytes = size_of(in.type());
   for_lanes(mask, [&](int lane) {
     const Row& chosen = (p.value[lane] & 1) != in.operands[3].negated ? a : b;
@@ -201,22 +222,23 @@ void selp(Warp& warp, const Instruction& in, Mask mask) {
 const InstructionRow kRows[] = {
     {"mov", "", always<mov>},
     {"selp", "", always<selp>},
-    {"and", "", tracked<[](auto a, auto b) { return a & b; }, 2, Bits>},
-    {"or", "", tracked<[](auto a, auto b) { return a | b; }, 2, Bits>},
-    {"xor", "", tracked<[](auto a, auto b) { return a ^ b; }, 2, Bits>},
-    {"not", "", tracked<[](auto a) { return ~a; }, 1, Bits>},
+    {"and", "", tracked<[](auto a, auto b) { return a & b; }, Bits, 2>},
+    {"or", "", tracked<[](auto a, auto b) { return a | b; }, Bits, 2>},
+    {"xor", "", tracked<[](auto a, auto b) { return a ^ b; }, Bits, 2>},
+    {"not", "", tracked<[](auto a) { return ~a; }, Bits, 1>},
     {"cnot", "", elementwise<[](auto a) { return a == 0; }, Unsigned>},
-    {"lop3", "", tracked<lookup, 4, Unsigned32>},
-    {"shl", "", tracked<shift_left, 2, Unsigned>},
-    {"shr", "", tracked_by_sign<shift_right, shift_right_signed, 2>},
-    {"shf.l.wrap", "", tracked<funnel<true, true>, 3, Unsigned32>},
-    {"shf.l.clamp", "", tracked<funnel<true, false>, 3, Unsigned32>},
-    {"shf.r.wrap", "", tracked<funnel<false, true>, 3, Unsigned32>},
-    {"shf.r.clamp", "", tracked<funnel<false, false>, 3, Unsigned32>},
-    {"bfe", "", tracked_by_sign<extract_field<false>, extract_field<true>, 3>},
-    {"bfi", "", tracked<insert_field, 4, Words>},
-    {"brev", "", tracked<[](auto a) { return moved(a, [](auto x) { return reversed(x); }, Tracked<uint8_t>{}); }, 1, Words>},
-    {"prmt", "", tracked<permute, 3, Unsigned32>},
+    {"lop3", "", tracked<lookup, Unsigned32, 3, 1>},
+    {"shl", "", tracked<shift_left, Unsigned, 1, 1>},
+    {"shr", "", tracked_by_sign<shift_right, shift_right_signed, 1>},
+    {"shf.l.wrap", "", tracked<funnel<true, true>, Unsigned32, 2, 1>},
+    {"shf.l.clamp", "", tracked<funnel<true, false>, Unsigned32, 2, 1>},
+    {"shf.r.wrap", "", tracked<funnel<false, true>, Unsigned32, 2, 1>},
+    {"shf.r.clamp", "", tracked<funnel<false, false>, Unsigned32, 2, 1>},
+    {"bfe", "", tracked_by_sign<extract_field<false>, extract_field<true>, 2>},
+    {"bfi", "", tracked<insert_field, Words, 2, 2>},
+    {"brev", "",
+     tracked<[](auto a) { return moved(a, [](auto x) { return reversed(x); }, Tracked<uint8_t>{}); }, Words, 1>},
+    {"prmt", "", tracked<permute, Unsigned32, 2, 1>},
 };
 
 }  // namespace

@@ -21,7 +21,8 @@ void shfl(Warp& warp, const Instruction& in, Mask mask) {
   for_lanes(mask, [&](int lane) {
     const int b = static_cast<int>(warp.known(in.operands[2], lane, "a lane") & 0x1f);
     const int c = static_cast<int>(warp.known(in.operands[3], lane, "a segment"));
-    const int clamp = c & 0x1f, segment = c >> 8 & 0x1f, last = (lane & segment) | (clamp & ~segment), first = lane & segment;
+    const int clamp = c & 0x1f, segment = c >> 8 & 0x1f, last = (lane & segment) | (clamp & ~segment),
+              first = lane & segment;
     int from = 0;
     bool inside = false;
     switch (mode) {
@@ -142,7 +143,8 @@ const InstructionRow kRows[] = {
     {"vote.sync.ballot", "", always<vote<[](Mask yes, Mask) { return yes; }>>, Lanes::members},
     {"vote.sync.any", "", always<vote<[](Mask yes, Mask) { return yes != 0; }>>, Lanes::members},
     {"vote.sync.all", "", always<vote<[](Mask yes, Mask members) { return yes == members; }>>, Lanes::members},
-    {"vote.sync.uni", "", always<vote<[](Mask yes, Mask members) { return yes == 0 || yes == members; }>>, Lanes::members},
+    {"vote.sync.uni", "", always<vote<[](Mask yes, Mask members) { return yes == 0 || yes == members; }>>,
+     Lanes::members},
     {"match.any.sync", "", always<match<false>>, Lanes::members},
     {"match.all.sync", "", always<match<true>>, Lanes::members},
     {"redux.sync.add", "", redux<[](auto a, auto b) { return a + b; }>, Lanes::members},

@@ -13,15 +13,19 @@ constexpr bool is_float = std::is_floating_point_v<typename Computed<T>::type>;
 class HostRounding {
  public:
   explicit HostRounding(Rounding r) {
-    std::fesetround(r == Rounding::zero ? FE_TOWARDZERO : r == Rounding::down ? FE_DOWNWARD : r == Rounding::up ? FE_UPWARD : FE_TONEAREST);
+    std::fesetround(r == Rounding::zero   ? FE_TOWARDZERO
+                    : r == Rounding::down ? FE_DOWNWARD
+                    : r == Rounding::up   ? FE_UPWARD
+                                          : FE_TONEAREST);
   }
   ~HostRounding() { std::fesetround(FE_TONEAREST); }
 };
 
-// To an integer: rounded as the instruction says, clamped to the range; NaN becomes 0.
+// To an integer: rounded as the instruction says and clamped to the range. NaN becomes 0, with 64 bits on either side the
+// highest bit alone.
 template <class D>
-D to_integer(double value) {
-  if (std::isnan(value)) return 0;
+D to_integer(double value, bool wide) {
+  if (std::isnan(value)) return wide ? static_cast<D>(D{1} << (8 * sizeof(D) - 1)) : D{0};
   const double whole = std::nearbyint(value), end = std::ldexp(1.0, 8 * sizeof(D) - std::is_signed_v<D>);
   if (whole >= end) return std::numeric_limits<D>::max();
   if (whole <= (std::is_signed_v<D> ? -end : 0.0)) return std::numeric_limits<D>::min();
@@ -37,7 +41,7 @@ uint64_t converted(uint64_t bits, const Instruction& in) {
     if (!in.saturate) return static_cast<uint64_t>(static_cast<D>(value));
     return static_cast<uint64_t>(static_cast<D>(std::clamp<__int128>(value, Limits::min(), Limits::max())));
   } else if constexpr (!is_float<D>) {
-    return static_cast<uint64_t>(to_integer<D>(value));
+    return static_cast<uint64_t>(to_integer<D>(value, sizeof(D) == 8 || std::is_same_v<S, double>));
   } else if constexpr (is_narrow<D>) {
     return result_bits<D>(in.to_integer ? std::nearbyint(static_cast<double>(value)) : static_cast<double>(value), in);
   } else if constexpr (is_float<S>) {
@@ -82,7 +86,8 @@ void cvt_pair(Warp& warp, const Instruction& in, Mask mask) {
   });
 }
 
-using Values = TypeList<uint8_t, uint16_t, uint32_t, uint64_t, int8_t, int16_t, int32_t, int64_t, float, double, Half, Bfloat, Tfloat>;
+using Values = TypeList<uint8_t, uint16_t, uint32_t, uint64_t, int8_t, int16_t, int32_t, int64_t, float, double, Half,
+                        Bfloat, Tfloat>;
 
 template <class D, class... S>
 Handler from(Type source, TypeList<S...>) {

@@ -9,9 +9,9 @@
 namespace emulator {
 namespace {
 
-const std::span<const InstructionRow>* const kTables[] = {
-    &kIntegerRows, &kBitRows,  &kFloatRows,   &kPredicateRows, &kConvertRows, &kMemoryRows,
-    &kAtomicRows,  &kFlowRows, &kBarrierRows, &kWarpRows,      &kMatrixRows,  &kAsyncRows};
+const std::span<const InstructionRow>* const kTables[] = {&kIntegerRows, &kBitRows,    &kFloatRows,  &kPredicateRows,
+                                                          &kConvertRows, &kMemoryRows, &kAtomicRows, &kFlowRows,
+                                                          &kBarrierRows, &kWarpRows,   &kMatrixRows, &kAsyncRows};
 
 std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> words;
@@ -42,13 +42,13 @@ size_t match(const InstructionRow& row, const std::vector<std::string>& tokens) 
 
 void read_modifiers(Instruction& in) {
   static const std::map<std::string_view, Rounding> roundings = {
-      {"rn", Rounding::nearest},  {"rz", Rounding::zero},   {"rm", Rounding::down}, {"rp", Rounding::up},
-      {"rni", Rounding::nearest}, {"rzi", Rounding::zero},  {"rmi", Rounding::down}, {"rpi", Rounding::up},
-      {"rna", Rounding::nearest_away}};
+      {"rn", Rounding::nearest}, {"rz", Rounding::zero},     {"rm", Rounding::down},
+      {"rp", Rounding::up},      {"rni", Rounding::nearest}, {"rzi", Rounding::zero},
+      {"rmi", Rounding::down},   {"rpi", Rounding::up},      {"rna", Rounding::nearest_away}};
   static const std::map<std::string_view, Space> spaces = {
-      {"global", Space::global}, {"shared", Space::shared}, {"shared::cta", Space::shared},
-      {"const", Space::constant}, {"local", Space::local},  {"param", Space::param}, {"param::entry", Space::param},
-      {"param::func", Space::param}};
+      {"global", Space::global},      {"shared", Space::shared},    {"shared::cta", Space::shared},
+      {"const", Space::constant},     {"local", Space::local},      {"param", Space::param},
+      {"param::entry", Space::param}, {"param::func", Space::param}};
   for (const std::string& word : in.words) {
     if (const Type type = type_named(word); type != Type::none) in.types.push_back(type);
     if (const auto r = roundings.find(word); r != roundings.end()) {
@@ -189,7 +189,8 @@ class Decoder {
   }
 
   static uint64_t immediate(const Term& t, Type type) {
-    if (t.is_real && type == Type::f32) return std::bit_cast<uint32_t>(static_cast<float>(std::bit_cast<double>(t.bits)));
+    if (t.is_real && type == Type::f32)
+      return std::bit_cast<uint32_t>(static_cast<float>(std::bit_cast<double>(t.bits)));
     return t.bits;
   }
 
@@ -204,7 +205,8 @@ class Decoder {
     const int64_t at = routine_->offsets[t.index] + t.offset;
     if (v.space == Space::shared) return constant(at);
     if (v.space == Space::local) return constant(at, true);
-    const bool of_kernel = routine_->function->is_entry && t.index < static_cast<int>(routine_->function->parameters.size());
+    const bool of_kernel =
+        routine_->function->is_entry && t.index < static_cast<int>(routine_->function->parameters.size());
     return of_kernel ? constant(kParameterWindow + at) : constant(kLocalWindow + at, true);
   }
 
@@ -212,7 +214,8 @@ class Decoder {
     const Function& f = *routine_->function;
     if (const Special special = special_register(t.name)) return constant(0, false, special);
     if (const auto table = f.branch_targets.find(t.name); table != f.branch_targets.end()) {
-      for (const std::string& label : table->second) in.targets.push_back(routine_->entry + f.label(statement_->scope, label));
+      for (const std::string& label : table->second)
+        in.targets.push_back(routine_->entry + f.label(statement_->scope, label));
       return -1;
     }
     if (const int at = f.label(statement_->scope, t.name); at >= 0) {

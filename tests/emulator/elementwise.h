@@ -12,10 +12,14 @@ namespace emulator {
 template <auto formula, class T, int arity = 1>
 constexpr int arity_of() {
   using V = typename Computed<T>::type;
-  if constexpr (arity == 1 && std::is_invocable_v<decltype(formula), V>) return 1;
-  else if constexpr (arity == 1 && std::is_invocable_v<decltype(formula), V, V>) return 2;
-  else if constexpr (arity == 1 && std::is_invocable_v<decltype(formula), V, V, V>) return 3;
-  else return 4;
+  if constexpr (arity == 1 && std::is_invocable_v<decltype(formula), V>)
+    return 1;
+  else if constexpr (arity == 1 && std::is_invocable_v<decltype(formula), V, V>)
+    return 2;
+  else if constexpr (arity == 1 && std::is_invocable_v<decltype(formula), V, V, V>)
+    return 3;
+  else
+    return 4;
 }
 
 // d = formula(operands of type Sources...)
@@ -40,7 +44,8 @@ void run_pairs(Warp& warp, const Instruction& in, Mask mask, std::index_sequence
     for (int half = 0; half < 2; ++half) {
       const uint8_t bytes = static_cast<uint8_t>(3 << 2 * half);
       if (((s[i].unknown[lane] & bytes) | ...)) unknown |= bytes;
-      value |= result_bits<T>(formula(operand_number<T>(s[i].value[lane] >> 16 * half & 0xffff, in)...), in) << 16 * half;
+      value |= result_bits<T>(formula(operand_number<T>(s[i].value[lane] >> 16 * half & 0xffff, in)...), in)
+               << 16 * half;
     }
     d.value[lane] = value;
     d.unknown[lane] = unknown;

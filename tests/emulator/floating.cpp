@@ -24,7 +24,9 @@ void rounded(Warp& warp, const Instruction& in, Mask mask) {
 }
 template <auto formula, class T>
 struct Rounded : Elementwise<formula, T> {
-  static void run(Warp& warp, const Instruction& in, Mask mask) { rounded<Elementwise<formula, T>::run>(warp, in, mask); }
+  static void run(Warp& warp, const Instruction& in, Mask mask) {
+    rounded<Elementwise<formula, T>::run>(warp, in, mask);
+  }
 };
 
 // The formula evaluated in the rounding the instruction names; narrow formats round when their result is encoded.
@@ -32,9 +34,10 @@ template <auto formula, class... T>
 Handler choose_rounded(const Instruction& in, TypeList<T...>) {
   Handler handler = nullptr;
   const bool host = in.rounding != Rounding::nearest;
-  ((matches<T>(in.type()) && (handler = host && (std::is_same_v<T, float> || std::is_same_v<T, double>)
-                                            ? Rounded<formula, T>::run
-                                            : Elementwise<formula, T>::run)), ...);
+  ((matches<T>(in.type()) &&
+    (handler = host && (std::is_same_v<T, float> || std::is_same_v<T, double>) ? Rounded<formula, T>::run
+                                                                               : Elementwise<formula, T>::run)),
+   ...);
   return handler;
 }
 template <auto formula, class Types>
@@ -72,7 +75,9 @@ constexpr auto extreme = [](auto a, auto b) {
   return (a < b) != larger ? a : b;
 };
 template <bool larger>
-constexpr auto extreme_or_nan = [](auto a, auto b) { return std::isnan(a) ? a : std::isnan(b) ? b : extreme<larger>(a, b); };
+constexpr auto extreme_or_nan = [](auto a, auto b) {
+  return std::isnan(a) ? a : std::isnan(b) ? b : extreme<larger>(a, b);
+};
 
 const InstructionRow kRows[] = {
     {"add", "rn rz rm rp ftz sat noftz", rounding_op<[](auto a, auto b) { return a + b; }, AllFloats>},
@@ -83,14 +88,20 @@ const InstructionRow kRows[] = {
     {"div", "rn rz rm rp ftz approx full", rounding_op<[](auto a, auto b) { return a / b; }, Floats>},
     {"rcp", "rn rz rm rp ftz approx", rounding_op<[](auto a) { return decltype(a){1} / a; }, Floats>},
     {"sqrt", "rn rz rm rp ftz approx", rounding_op<[](auto a) { return std::sqrt(a); }, Floats>},
-    {"rsqrt", "ftz approx", elementwise<[](auto a) { return static_cast<decltype(a)>(1 / std::sqrt(static_cast<double>(a))); }, Floats>},
-    {"ex2", "ftz approx", elementwise<[](auto a) { return static_cast<decltype(a)>(std::exp2(static_cast<double>(a))); },
-                                      TypeList<float, Half, Bfloat, Pair<Half>, Pair<Bfloat>>>},
-    {"lg2", "ftz approx", elementwise<[](auto a) { return static_cast<float>(std::log2(static_cast<double>(a))); }, TypeList<float>>},
-    {"sin", "ftz approx", elementwise<[](auto a) { return static_cast<float>(std::sin(static_cast<double>(a))); }, TypeList<float>>},
-    {"cos", "ftz approx", elementwise<[](auto a) { return static_cast<float>(std::cos(static_cast<double>(a))); }, TypeList<float>>},
-    {"tanh", "approx", elementwise<[](auto a) { return static_cast<decltype(a)>(std::tanh(static_cast<double>(a))); },
-                                   TypeList<float, Half, Bfloat, Pair<Half>, Pair<Bfloat>>>},
+    {"rsqrt", "ftz approx",
+     elementwise<[](auto a) { return static_cast<decltype(a)>(1 / std::sqrt(static_cast<double>(a))); }, Floats>},
+    {"ex2", "ftz approx",
+     elementwise<[](auto a) { return static_cast<decltype(a)>(std::exp2(static_cast<double>(a))); },
+                 TypeList<float, Half, Bfloat, Pair<Half>, Pair<Bfloat>>>},
+    {"lg2", "ftz approx",
+     elementwise<[](auto a) { return static_cast<float>(std::log2(static_cast<double>(a))); }, TypeList<float>>},
+    {"sin", "ftz approx",
+     elementwise<[](auto a) { return static_cast<float>(std::sin(static_cast<double>(a))); }, TypeList<float>>},
+    {"cos", "ftz approx",
+     elementwise<[](auto a) { return static_cast<float>(std::cos(static_cast<double>(a))); }, TypeList<float>>},
+    {"tanh", "approx",
+     elementwise<[](auto a) { return static_cast<decltype(a)>(std::tanh(static_cast<double>(a))); },
+                 TypeList<float, Half, Bfloat, Pair<Half>, Pair<Bfloat>>>},
     {"abs", "ftz", elementwise<[](auto a) { return std::fabs(a); }, AllFloats>},
     {"neg", "ftz", elementwise<[](auto a) { return -a; }, AllFloats>},
     {"copysign", "", elementwise<[](auto a, auto b) { return std::copysign(b, a); }, Floats>},

@@ -12,7 +12,7 @@
 namespace emulator {
 
 struct PtxImage {
-  int architecture = 0;  // 80 for sm_80
+  int architecture = 0;   // 80 for sm_80
   std::string_view text;  // empty: compressed
 };
 std::vector<PtxImage> ptx_images(const void* fat_binary);

@@ -19,8 +19,10 @@ constexpr auto unsigned_high = [](uint64_t a, uint64_t b) {
   return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
 };
 constexpr auto any_high = [](auto a, auto b) {
-  if constexpr (std::is_same_v<decltype(a), uint64_t>) return unsigned_high(a, b);
-  else return high(a, b);
+  if constexpr (std::is_same_v<decltype(a), uint64_t>)
+    return unsigned_high(a, b);
+  else
+    return high(a, b);
 };
 
 // Division by zero gives all ones on a GPU, and a remainder of the dividend; the smallest number by -1 itself.
@@ -45,15 +47,26 @@ struct WideProduct {
   static void run(Warp& warp, const Instruction& in, Mask mask) {
     using W = Wide<T>;
     if (in.operands.size() == 3) {
-      typed_lanes<[](T a, T b) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b)); }, W, T, T>(warp, in, mask);
+      typed_lanes<[](T a, T b) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b)); }, W, T, T>(warp, in,
+                                                                                                           mask);
     } else {
-      typed_lanes<[](T a, T b, W c) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b) + c); }, W, T, T, W>(warp, in, mask);
+      typed_lanes<[](T a, T b, W c) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b) + c); }, W, T, T, W>(
+          warp, in, mask);
     }
   }
 };
 Handler wide_product(const Instruction& in) {
   return choose<WideProduct>(in.type(), TypeList<int16_t, uint16_t, int32_t, uint32_t>());
 }
+
+// bfind looks for the first bit that differs from the sign.
+template <class T>
+auto magnitude(T a) {
+  return static_cast<std::make_unsigned_t<T>>(a < 0 ? ~a : a);
+}
+template <class T>
+constexpr unsigned kLastBit = 8 * sizeof(T) - 1;
+using Longs = TypeList<int32_t, int64_t, uint32_t, uint64_t>;
 
 template <class T>
 int sum_of_products(uint32_t a, uint32_t b) {
@@ -63,7 +76,9 @@ int sum_of_products(uint32_t a, uint32_t b) {
 }
 template <class T>
 Handler dp4a(const Instruction&) {
-  return typed_lanes<[](uint32_t a, uint32_t b, uint32_t c) { return c + static_cast<uint32_t>(sum_of_products<T>(a, b)); },
+  return typed_lanes<[](uint32_t a, uint32_t b, uint32_t c) {
+    return c + static_cast<uint32_t>(sum_of_products<T>(a, b));
+  },
                      uint32_t, uint32_t, uint32_t, uint32_t>;
 }
 
@@ -72,11 +87,15 @@ const InstructionRow kRows[] = {
     {"sub", "", elementwise<[](auto a, auto b) { return a - b; }, Integers>},
     {"add.sat", "", elementwise<[](auto a, auto b) { return clamp<decltype(a)>(i128{a} + b); }, TypeList<int32_t>>},
     {"sub.sat", "", elementwise<[](auto a, auto b) { return clamp<decltype(a)>(i128{a} - b); }, TypeList<int32_t>>},
-    {"mul.lo", "", elementwise<[](auto a, auto b) { return static_cast<uint64_t>(a) * static_cast<uint64_t>(b); }, Integers>},
+    {"mul.lo", "",
+     elementwise<[](auto a, auto b) { return static_cast<uint64_t>(a) * static_cast<uint64_t>(b); }, Integers>},
     {"mul.hi", "", elementwise<any_high, Integers>},
     {"mul.wide", "", wide_product},
-    {"mul24.lo", "", elementwise<[](auto a, auto b) { return (a << 8 >> 8) * (b << 8 >> 8); }, TypeList<int32_t, uint32_t>>},
-    {"mad.lo", "", elementwise<[](auto a, auto b, auto c) { return static_cast<uint64_t>(a) * static_cast<uint64_t>(b) + c; }, Integers>},
+    {"mul24.lo", "",
+     elementwise<[](auto a, auto b) { return (a << 8 >> 8) * (b << 8 >> 8); }, TypeList<int32_t, uint32_t>>},
+    {"mad.lo", "",
+     elementwise<[](auto a, auto b, auto c) { return static_cast<uint64_t>(a) * static_cast<uint64_t>(b) + c; },
+                 Integers>},
     {"mad.hi", "", elementwise<[](auto a, auto b, auto c) { return any_high(a, b) + c; }, Integers>},
     {"mad.wide", "", wide_product},
     {"sad", "", elementwise<[](auto a, auto b, auto c) { return (a > b ? a - b : b - a) + c; }, Integers>},
@@ -88,8 +107,11 @@ const InstructionRow kRows[] = {
     {"max", "", elementwise<[](auto a, auto b) { return std::max(a, b); }, Integers>},
     {"popc", "", elementwise<[](auto a) { return std::popcount(a); }, Words>},
     {"clz", "", elementwise<[](auto a) { return std::countl_zero(a); }, Words>},
-    {"bfind", "", elementwise<[](auto a) { return std::countl_zero(a) == 8 * sizeof(a) ? ~0u : 8 * sizeof(a) - 1 - std::countl_zero(a); }, Words>},
-    {"bfind.shiftamt", "", elementwise<[](auto a) { return a ? static_cast<uint32_t>(std::countl_zero(a)) : ~0u; }, Words>},
+    {"bfind", "",
+     elementwise<[](auto a) { return magnitude(a) ? kLastBit<decltype(a)> - std::countl_zero(magnitude(a)) : ~0u; },
+                 Longs>},
+    {"bfind.shiftamt", "",
+     elementwise<[](auto a) { return magnitude(a) ? std::countl_zero(magnitude(a)) : ~0u; }, Longs>},
     {"dp4a", "", [](const Instruction& in) { return in.type() == Type::s32 ? dp4a<int8_t>(in) : dp4a<uint8_t>(in); }},
 };
 

@@ -47,7 +47,8 @@ cudaError_t find_program(Kernel& kernel, const Program*& program) {
     return cudaErrorInvalidPtx;
   }
   if (program) return cudaSuccess;
-  state().errors.push_back(describe("launch", kernel.name, "no PTX for a device of this compute capability", nullptr, nullptr));
+  state().errors.push_back(
+      describe("launch", kernel.name, "no PTX for a device of this compute capability", nullptr, nullptr));
   return cudaErrorNoKernelImageForDevice;
 }
 
@@ -64,7 +65,8 @@ Rejection check(const Kernel& kernel, const Program& program, dim3 grid, dim3 bl
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) {
     return {cudaErrorInvalidConfiguration, "grid " + shape(grid)};
   }
-  if (!threads || threads > kMaxThreads || block.z > 64) return {cudaErrorInvalidConfiguration, "block " + shape(block)};
+  if (!threads || threads > kMaxThreads || block.z > 64)
+    return {cudaErrorInvalidConfiguration, "block " + shape(block)};
   const auto& limit = program.kernel->function->max_block;
   if (limit[0] && threads > static_cast<uint64_t>(limit[0]) * limit[1] * limit[2]) {
     return {cudaErrorInvalidConfiguration, "block " + shape(block) + " is larger than the kernel's launch bounds"};
@@ -72,7 +74,8 @@ Rejection check(const Kernel& kernel, const Program& program, dim3 grid, dim3 bl
   const int64_t total = program.static_shared + static_cast<int64_t>(dynamic_shared);
   const bool allowed = total <= kDefaultShared || static_cast<int64_t>(dynamic_shared) <= kernel.dynamic_shared_limit;
   if (!allowed) {
-    return {cudaErrorInvalidValue, std::to_string(total) + " bytes of shared memory without the kernel's attribute for it"};
+    return {cudaErrorInvalidValue,
+            std::to_string(total) + " bytes of shared memory without the kernel's attribute for it"};
   }
   return {};
 }
@@ -129,8 +132,12 @@ cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size
   const Program* program = nullptr;
   if (const cudaError_t error = find_program(kernel, program); error != cudaSuccess) return last_error() = error;
   State& s = state();
-  LaunchRecord record{readable_name(kernel.name), kernel.name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                      program->static_shared + dynamic_shared, true};
+  LaunchRecord record{readable_name(kernel.name),
+                      kernel.name,
+                      {grid.x, grid.y, grid.z},
+                      {block.x, block.y, block.z},
+                      program->static_shared + dynamic_shared,
+                      true};
   const Rejection rejection = check(kernel, *program, grid, block, dynamic_shared);
   if (rejection.code != cudaSuccess) {
     s.errors.push_back(describe("launch", kernel.name, rejection.message, nullptr, nullptr));
@@ -138,8 +145,15 @@ cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size
     return last_error() = rejection.code;
   }
   Counters& counters = s.counters[record.kernel];
-  Launch run{*program, record.grid, record.block, dynamic_shared, pack_parameters(*program, arguments), s.options, counters,
-             std::vector<uint64_t>(program->code.size()), std::vector<BankUse>(program->code.size()),
+  Launch run{*program,
+             record.grid,
+             record.block,
+             dynamic_shared,
+             pack_parameters(*program, arguments),
+             s.options,
+             counters,
+             std::vector<uint64_t>(program->code.size()),
+             std::vector<BankUse>(program->code.size()),
              std::mt19937_64(s.options.seed)};
   Error error;
   record.failed = !execute(run, kernel, error);

@@ -36,7 +36,9 @@ class Lexer {
   }
 
  private:
-  static bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.'; }
+  static bool is_word(char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%' || c == '.';
+  }
   bool at(size_t i, std::string_view what) const { return text_.substr(i, what.size()) == what; }
 
   void skip_blanks() {

@@ -160,14 +160,16 @@ void mma(Warp& warp, const Instruction& in, Mask mask) {
       uint64_t value = 0;
       unsigned unknown = 0;
       for (int e = 0; e < c_elements; ++e) {
-        const int element = i * c_elements + e, row = lane / 4 + 8 * (element >> 1), column = lane % 4 * 2 + (element & 1);
+        const int element = i * c_elements + e, row = lane / 4 + 8 * (element >> 1),
+                  column = lane % 4 * 2 + (element & 1);
         constexpr int shift = 8 * kBytes<Accumulator>;
         double sum = 0;
         for (int j = 0; j < k; ++j) sum += a.value[row][j] * b.value[column][j];
         sum += static_cast<double>(number<Accumulator>(c.value[lane] >> shift * e));
         value |= bits_of<Accumulator>(sum) << shift * e;
         const bool c_unknown = c.unknown[lane] >> kBytes<Accumulator> * e & kUnknown<Accumulator>;
-        if (a_unknown[row] || b_unknown[column] || c_unknown) unknown |= kUnknown<Accumulator> << kBytes<Accumulator> * e;
+        if (a_unknown[row] || b_unknown[column] || c_unknown)
+          unknown |= kUnknown<Accumulator> << kBytes<Accumulator> * e;
       }
       d.value[lane] = value;
       d.unknown[lane] = static_cast<uint8_t>(unknown);
@@ -178,7 +180,8 @@ void mma(Warp& warp, const Instruction& in, Mask mask) {
 // Types stand in the order D, A, B, C.
 template <int k, class A>
 Handler mma_of(Type element, const Instruction& in) {
-  const bool fits = in.types.size() == 4 && in.types[1] == element && in.types[2] == element && in.types[0] == in.types[3];
+  const bool fits =
+      in.types.size() == 4 && in.types[1] == element && in.types[2] == element && in.types[0] == in.types[3];
   if (!fits) return nullptr;
   if (in.types[0] == Type::f32) return mma<A, float, k>;
   return in.types[0] == Type::f16 && element == Type::f16 ? mma<A, Half, k> : nullptr;
@@ -189,7 +192,9 @@ Handler mma_16bit(const Instruction& in) {
   return half ? half : mma_of<k, Bfloat>(Type::bf16, in);
 }
 template <int k>
-Handler mma_tf32(const Instruction& in) { return mma_of<k, Tfloat>(Type::tf32, in); }
+Handler mma_tf32(const Instruction& in) {
+  return mma_of<k, Tfloat>(Type::tf32, in);
+}
 
 constexpr const char* kMatrixModifiers = "aligned m8n8 x1 x2 x4 trans shared shared::cta";
 

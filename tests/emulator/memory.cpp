@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <sstream>
+#include <utility>
 
 namespace emulator {
 namespace {
 
-// Writes of the host are found in words: one that by chance equals the pattern in all four bytes is too rare to meet.
-constexpr size_t kWordBytes = 4;
+constexpr size_t kWordBytes = 4;  // in which writes of the host are looked for
 
 uint8_t pattern(uintptr_t address) {
   uint64_t x = (address / 8) * 0x9e3779b97f4a7c15ull;
@@ -16,17 +16,31 @@ uint8_t pattern(uintptr_t address) {
   return static_cast<uint8_t>((x ^ (x >> 32)) >> (address % 8 * 8));
 }
 
+// A word equals the pattern by chance once in four billion; one between two that were written counts as written, and so
+// do the last bytes that make no whole word.
 void adopt_host_writes(Allocation& a) {
+  enum State : uint8_t { known, written, untouched };
+  const size_t words = (a.bytes + kWordBytes - 1) / kWordBytes;
   const auto* data = reinterpret_cast<const uint8_t*>(a.begin);
-  bool any_unknown = false;
-  for (size_t word = 0; word < a.bytes; word += kWordBytes) {
-    const size_t end = std::min(word + kWordBytes, a.bytes);
-    bool written = false;
-    for (size_t i = word; i < end; ++i) written |= a.unknown[i] && data[i] != pattern(a.begin + i);
-    for (size_t i = word; i < end; ++i) {
-      if (written) a.unknown[i] = 0;
-      any_unknown |= a.unknown[i];
+  const auto range = [&](size_t word) {
+    return std::pair(word * kWordBytes, std::min((word + 1) * kWordBytes, a.bytes));
+  };
+  std::vector<State> states(words, known);
+  for (size_t w = 0; w < words; ++w) {
+    const auto [begin, end] = range(w);
+    for (size_t i = begin; i < end; ++i) {
+      if (a.unknown[i] && states[w] != written) states[w] = data[i] == pattern(a.begin + i) ? untouched : written;
     }
+  }
+  bool any_unknown = false;
+  for (size_t w = 0; w < words; ++w) {
+    const auto [begin, end] = range(w);
+    const bool after_written = w > 0 && states[w - 1] == written;
+    const bool before_written = w + 1 < words ? states[w + 1] == written : end - begin < kWordBytes;
+    if (states[w] == written || (after_written && before_written))
+      std::fill(&a.unknown[begin], &a.unknown[begin] + (end - begin), 0);
+    else
+      any_unknown |= states[w] == untouched;
   }
   if (!any_unknown) a.unknown.clear();
 }

@@ -29,29 +29,55 @@ constexpr bool is_narrow = false;
 template <int e, int m, int s>
 constexpr bool is_narrow<Narrow<e, m, s>> = true;
 
-template <class T> struct Element { using type = T; static constexpr int count = 1; };
-template <class T> struct Element<Pair<T>> { using type = T; static constexpr int count = 2; };
+template <class T>
+struct Element {
+  using type = T;
+  static constexpr int count = 1;
+};
+template <class T>
+struct Element<Pair<T>> {
+  using type = T;
+  static constexpr int count = 2;
+};
 
 // What arithmetic is done in.
-template <class T> struct Computed { using type = T; };
-template <int e, int m, int s> struct Computed<Narrow<e, m, s>> { using type = double; };
-template <> struct Computed<Predicate> { using type = bool; };
+template <class T>
+struct Computed {
+  using type = T;
+};
+template <int e, int m, int s>
+struct Computed<Narrow<e, m, s>> {
+  using type = double;
+};
+template <>
+struct Computed<Predicate> {
+  using type = bool;
+};
 
-template <class T> constexpr int kBytes = sizeof(T);
-template <int e, int m, int s> constexpr int kBytes<Narrow<e, m, s>> = s ? 4 : 2;
-template <class T> constexpr int kBytes<Pair<T>> = 4;
-template <> constexpr int kBytes<Predicate> = 1;
+template <class T>
+constexpr int kBytes = sizeof(T);
+template <int e, int m, int s>
+constexpr int kBytes<Narrow<e, m, s>> = s ? 4 : 2;
+template <class T>
+constexpr int kBytes<Pair<T>> = 4;
+template <>
+constexpr int kBytes<Predicate> = 1;
 
-template <class T> constexpr uint8_t kUnknown = static_cast<uint8_t>((1 << kBytes<T>) - 1);  // all bytes
+template <class T>
+constexpr uint8_t kUnknown = static_cast<uint8_t>((1 << kBytes<T>)-1);  // all bytes
 
 template <class T>
 constexpr bool matches(Type type) {
   switch (type) {
     case Type::pred: return std::is_same_v<T, Predicate>;
-    case Type::b8: case Type::u8: return std::is_same_v<T, uint8_t>;
-    case Type::b16: case Type::u16: return std::is_same_v<T, uint16_t>;
-    case Type::b32: case Type::u32: return std::is_same_v<T, uint32_t>;
-    case Type::b64: case Type::u64: return std::is_same_v<T, uint64_t>;
+    case Type::b8:
+    case Type::u8: return std::is_same_v<T, uint8_t>;
+    case Type::b16:
+    case Type::u16: return std::is_same_v<T, uint16_t>;
+    case Type::b32:
+    case Type::u32: return std::is_same_v<T, uint32_t>;
+    case Type::b64:
+    case Type::u64: return std::is_same_v<T, uint64_t>;
     case Type::s8: return std::is_same_v<T, int8_t>;
     case Type::s16: return std::is_same_v<T, int16_t>;
     case Type::s32: return std::is_same_v<T, int32_t>;
@@ -68,7 +94,8 @@ constexpr bool matches(Type type) {
   return false;
 }
 
-template <class... T> struct TypeList {};
+template <class... T>
+struct TypeList {};
 using Signed = TypeList<int16_t, int32_t, int64_t>;
 using Unsigned = TypeList<uint16_t, uint32_t, uint64_t>;
 using Integers = TypeList<int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t>;
@@ -100,7 +127,8 @@ double narrow_to_double(uint32_t bits) {
   } else if (exponent == 0) {
     value = std::ldexp(mantissa, 1 - bias - T::mantissa_bits);
   } else {
-    const uint64_t wide = static_cast<uint64_t>(exponent - bias + 1023) << 52 | static_cast<uint64_t>(mantissa) << (52 - T::mantissa_bits);
+    const uint64_t wide = static_cast<uint64_t>(exponent - bias + 1023) << 52 | static_cast<uint64_t>(mantissa)
+                                                                                    << (52 - T::mantissa_bits);
     value = std::bit_cast<double>(wide);
   }
   return negative ? -value : value;
@@ -184,7 +212,7 @@ auto operand_number(uint64_t bits, const Instruction& in) {
 template <class T, class Value>
 uint64_t result_bits(Value value, const Instruction& in) {
   if constexpr (std::is_floating_point_v<Value>) {
-    if (in.relu && value < 0) value = 0;
+    if (in.relu && value <= 0) value = 0;
     if (in.saturate) value = value > 0 ? std::min(value, Value{1}) : Value{0};  // NaN becomes 0
     if (in.ftz && std::fabs(value) < smallest_normal<T>()) value = std::copysign(Value{0}, value);
   }

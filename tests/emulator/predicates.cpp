@@ -27,7 +27,8 @@ struct Comparison {
   Comparison(const Instruction& in, const Row& a, const Row& b, int lane, int half) {
     const unsigned bytes = kUnknown<E> << 2 * half;
     unknown = (a.unknown[lane] | b.unknown[lane]) & bytes;
-    value = compare(operand_number<E>(a.value[lane] >> 16 * half, in), operand_number<E>(b.value[lane] >> 16 * half, in));
+    value =
+        compare(operand_number<E>(a.value[lane] >> 16 * half, in), operand_number<E>(b.value[lane] >> 16 * half, in));
   }
 };
 
@@ -79,7 +80,8 @@ void set(Warp& warp, const Instruction& in, Mask mask) {
   });
 }
 
-using Numbers = TypeList<int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, float, double, Half, Bfloat, Pair<Half>, Pair<Bfloat>>;
+using Numbers = TypeList<int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, float, double, Half, Bfloat,
+                         Pair<Half>, Pair<Bfloat>>;
 
 template <auto compare, class... T>
 Handler choose_setp(Type type, TypeList<T...>) {
@@ -94,9 +96,13 @@ Handler choose_set(Type type, TypeList<T...>) {
   return handler;
 }
 template <auto compare, class Types = Numbers>
-Handler to_predicate(const Instruction& in) { return choose_setp<compare>(in.source_type(), Types()); }
+Handler to_predicate(const Instruction& in) {
+  return choose_setp<compare>(in.source_type(), Types());
+}
 template <auto compare, class Types = Numbers>
-Handler to_value(const Instruction& in) { return choose_set<compare>(in.source_type(), Types()); }
+Handler to_value(const Instruction& in) {
+  return choose_set<compare>(in.source_type(), Types());
+}
 
 const InstructionRow kRows[] = {
     {"setp.eq", "and or xor ftz", to_predicate<eq>},

@@ -45,10 +45,10 @@ Handler always(const Instruction&) {
 enum class Rounding : uint8_t { nearest, zero, down, up, nearest_away };
 
 struct Operand {
-  int slot = -1;             // row of registers; constants and special registers have rows as well
-  int width = 8;             // bytes of the register
-  bool negated = false;      // !%p
-  int64_t offset = 0;        // of an address
+  int slot = -1;               // row of registers; constants and special registers have rows as well
+  int width = 8;               // bytes of the register
+  bool negated = false;        // !%p
+  int64_t offset = 0;          // of an address
   std::vector<Operand> parts;  // of a list or a pair
 };
 
@@ -66,7 +66,9 @@ struct Instruction {
   Space space = Space::generic;
   std::vector<int> targets;  // of a branch: positions in the program
   const Routine* callee = nullptr;
-  struct Copy { int64_t from, to, size; };
+  struct Copy {
+    int64_t from, to, size;
+  };
   std::vector<Copy> arguments, results;  // of a call: from one frame to another
   std::vector<std::string> words;
   const Statement* statement = nullptr;

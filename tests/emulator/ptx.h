@@ -13,7 +13,27 @@
 namespace emulator {
 
 enum class Type : uint8_t {
-  none, pred, b8, b16, b32, b64, u8, u16, u32, u64, s8, s16, s32, s64, f16, f16x2, bf16, bf16x2, tf32, f32, f64
+  none,
+  pred,
+  b8,
+  b16,
+  b32,
+  b64,
+  u8,
+  u16,
+  u32,
+  u64,
+  s8,
+  s16,
+  s32,
+  s64,
+  f16,
+  f16x2,
+  bf16,
+  bf16x2,
+  tf32,
+  f32,
+  f64
 };
 Type type_named(std::string_view name);  // Type::none where it names no type
 int size_of(Type type);                  // bytes in a register or in memory
@@ -51,7 +71,11 @@ struct Variable {
   Type type = Type::none;
   int64_t align = 1, size = 0;  // bytes; size 0: dynamic shared memory
   std::string initial;          // bytes; shorter than size: zeros follow
-  struct Pointer { int64_t at; std::string symbol; int64_t addend; };
+  struct Pointer {
+    int64_t at;
+    std::string symbol;
+    int64_t addend;
+  };
   std::vector<Pointer> pointers;  // initial values that are addresses
 };
 

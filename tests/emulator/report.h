@@ -24,7 +24,7 @@ struct Conflicts {  // of one instruction that reads or writes shared memory
   uint64_t accesses = 0, wavefronts = 0, conflicts = 0;  // conflicts: wavefronts beyond what the width needs
 };
 
-struct Traffic {  // bytes, in whole 32-byte sectors
+struct Traffic {          // bytes, in whole 32-byte sectors
   uint64_t total = 0;     // every sector of every instruction of a warp
   uint64_t distinct = 0;  // every sector of a launch once
 };
@@ -47,9 +47,9 @@ struct Options {
   uint64_t seed = 0;  // of the order in which warps and blocks run
   bool check_races = true;
   bool check_uninitialised = true;
-  int compute_capability = 80;         // 10 * major + minor: newest PTX that is loaded
-  int64_t shared_limit = 99 * 1024;    // bytes a block may have with the attribute
-  int multiprocessors = 4;             // what the device says it has
+  int compute_capability = 80;              // 10 * major + minor: newest PTX that is loaded
+  int64_t shared_limit = 99 * 1024;         // bytes a block may have with the attribute
+  int multiprocessors = 4;                  // what the device says it has
   uint64_t instruction_limit = 1ull << 28;  // of one warp, then it counts as a deadlock
 };
 

@@ -78,7 +78,8 @@ int attribute(cudaDeviceAttr which) {
     case cudaDevAttrMaxThreadsPerMultiProcessor: return 1536;
     case cudaDevAttrWarpSize: return 32;
     case cudaDevAttrMaxGridDimX: return 0x7fffffff;
-    case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: return 0xffff;
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ: return 0xffff;
     default: return 0;
   }
 }
@@ -103,8 +104,8 @@ void __cudaUnregisterFatBinary(void** handle) {
   std::erase_if(registry().images, [=](const auto& owned) { return owned.get() == image; });
 }
 
-void __cudaRegisterFunction(void** handle, const char* host_function, char*, const char* name, int, uint3*, uint3*, dim3*,
-                            dim3*, int*) {
+void __cudaRegisterFunction(void** handle, const char* host_function, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
   registry().kernels[host_function] = std::make_unique<Kernel>(Kernel{reinterpret_cast<Image*>(handle), name});
 }
 
@@ -133,30 +134,38 @@ cudaError_t __cudaGetKernel(cudaKernel_t* handle, const void* host_function) {
   return kernel ? cudaSuccess : cudaErrorInvalidDeviceFunction;
 }
 
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t) {
   Kernel* kernel = kernel_of(function);
   return kernel ? emulator::launch(*kernel, grid, block, arguments, shared)
                 : reject("no such kernel is registered", cudaErrorInvalidDeviceFunction);
 }
 
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   if (config->numAttrs) {
-    return reject("launch attribute " + std::to_string(config->attrs[0].id) + " is not emulated", cudaErrorNotSupported);
+    return reject("launch attribute " + std::to_string(config->attrs[0].id) + " is not emulated",
+                  cudaErrorNotSupported);
   }
-  return cudaLaunchKernel(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, config->stream);
+  return cudaLaunchKernel(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
+                          config->stream);
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, int value) {
   Kernel* kernel = kernel_of(function);
   if (!kernel) return reject("no such kernel is registered", cudaErrorInvalidDeviceFunction);
   int64_t declared = 0;
-  if (const cudaError_t error = emulator::static_shared_bytes(*kernel, declared); error != cudaSuccess) return remember(error);
+  if (const cudaError_t error = emulator::static_shared_bytes(*kernel, declared); error != cudaSuccess)
+    return remember(error);
   if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value + declared > state().options.shared_limit) return remember(cudaErrorInvalidValue);
+  if (value < 0 || value + declared > state().options.shared_limit) {
+    return reject(std::to_string(value) + " bytes of dynamic shared memory are more than the device has",
+                  cudaErrorInvalidValue);
+  }
   kernel->dynamic_shared_limit = value;
   return cudaSuccess;
 }
@@ -166,13 +175,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   Kernel* kernel = kernel_of(function);
   if (!kernel) return reject("no such kernel is registered", cudaErrorInvalidDeviceFunction);
   int64_t declared = 0;
-  if (const cudaError_t error = emulator::static_shared_bytes(*kernel, declared); error != cudaSuccess) return remember(error);
+  if (const cudaError_t error = emulator::static_shared_bytes(*kernel, declared); error != cudaSuccess)
+    return remember(error);
   const int64_t shared = declared + static_cast<int64_t>(dynamic_shared) + 1024;  // 1 KB goes to the system
   const int64_t by_shared = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / shared;
-  *blocks = static_cast<int>(std::min<int64_t>(by_shared, attribute(cudaDevAttrMaxThreadsPerMultiProcessor) / std::max(threads, 1)));
+  *blocks = static_cast<int>(
+      std::min<int64_t>(by_shared, attribute(cudaDevAttrMaxThreadsPerMultiProcessor) / std::max(threads, 1)));
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
 
@@ -205,7 +217,9 @@ const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(erro
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice); }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) { return *value = attribute(which), cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = attribute(which), cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }

@@ -16,8 +16,8 @@ constexpr uint64_t kTimeSlice = 100'000;
     const Barrier& b = block.barriers[id];
     if (!b.expected) continue;
     ++used;
-    text += "barrier " + std::to_string(id) + " has " + std::to_string(b.arrived) + " of " + std::to_string(b.expected) +
-            " warps; ";
+    text += "barrier " + std::to_string(id) + " has " + std::to_string(b.arrived) + " of " +
+            std::to_string(b.expected) + " warps; ";
   }
   const Warp* waiting = nullptr;
   for (const auto& w : block.warps) {
