@@ -49,19 +49,13 @@ class Emulator:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
 
-    def run(self, name: str, *args: Any, seed: int = 0) -> int:
+    def run(self, name: str, *args: Any, **options: Any) -> int:
         """Call a test kernel's host function; a tensor is passed as its address. Returns the CUDA error."""
         self.reset()
-        self.configure(seed=seed)
-        ranges = [a for a in args if isinstance(a, Tensor)]
-        for t in ranges:
-            self.register_range(t.data_ptr(), t.untyped_storage().nbytes())
-        try:
-            passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
-            return getattr(self.kernels, name)(*passed)
-        finally:
-            for t in ranges:
-                self.unregister_range(t.data_ptr())
+        self.configure(**options)
+        passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
+        error: int = getattr(self.kernels, name)(*passed)
+        return error
 
     @contextmanager
     def on_cpu_tensors(self) -> Iterator[None]:

@@ -128,7 +128,7 @@ def square_root(x: Number) -> Number:
         return x
     if negative(x):
         return math.nan
-    scale = 256  # bits beyond what any format keeps; an odd last bit stands for what follows
+    scale = 1280  # more bits than any format keeps of any number; an odd last bit stands for what follows
     root = math.isqrt((x.numerator << 2 * scale) // x.denominator)
     if root * root * x.denominator == x.numerator << 2 * scale:
         return Fraction(root, 1 << scale)

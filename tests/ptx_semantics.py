@@ -76,6 +76,8 @@ class Instruction:
         if "sat" in self.modifiers:
             x = 0.0 if is_nan(x) or negative(x) else x if x <= 1 else Fraction(1)
         if "relu" in self.modifiers and negative(x) and not is_nan(x):
+            if x == 0:
+                raise Undefined  # the manual says no word of -0
             x = 0.0
         word = format.encode(x, self.rounding)
         if self.ftz and format.is_subnormal(format.decode(word)):

@@ -316,9 +316,10 @@ FAULTS = {
     "race_of_writes": "race",
     "race_of_read_and_write": "race",
     "barrier_in_branch": "divergent_barrier",
-    "barriers_that_differ": "deadlock",
+    "barriers_that_differ": "divergent_barrier",
+    "spin": "deadlock",
     "unknown_instruction": "unknown_instruction",
-    "write_then_read": "race",
+    "write_then_read": "uninitialised",
 }
 NUM_WORDS = 65
 
@@ -329,7 +330,7 @@ def fault(emulator, name, seed=0):
     with emulator.fresh_allocations():
         data = torch.empty(NUM_WORDS, dtype=torch.int32)
         data[:-1] = torch.arange(NUM_WORDS - 1)
-        emulator.run("fault", kernels.index(name), data, NUM_WORDS, seed=seed)
+        emulator.run("fault", kernels.index(name), data, NUM_WORDS, seed=seed, instruction_limit=10000)
     return data
 
 
@@ -362,10 +363,15 @@ def test_no_mistake_is_none(emulator, seed):
 
 
 def test_order_of_warps_comes_from_the_seed(emulator):
-    """With a race, results differ between seeds, and are the same for the same one."""
-    results = [tuple(fault(emulator, "race_of_writes", seed).tolist()[:-1]) for seed in [*SEEDS, *SEEDS]]
-    assert results[:10] == results[10:]
-    assert len(set(results)) > 1
+    def order(seed):
+        tickets = torch.zeros(9, dtype=torch.int32)
+        run(emulator, "tickets", tickets, 8, seed=seed)
+        assert sorted(tickets[1:].tolist()) == list(range(8))
+        return tuple(tickets.tolist())
+
+    orders = [order(seed) for seed in SEEDS]
+    assert orders == [order(seed) for seed in SEEDS]
+    assert len(set(orders)) > 5
 
 
 # A launch: grid, block, bytes of dynamic shared memory, bytes allowed by the function's attribute; the CUDA error.
@@ -401,7 +407,7 @@ def matmul(emulator, m, n, k, mistake="kNone", seed=0):
     with emulator.fresh_allocations():
         a, b = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (m, n))
         c = torch.empty(m, n)
-        assert emulator.run("matmul", a, b, c, m, n, k, mistakes.index(mistake), seed=seed) == 0
+        emulator.run("matmul", a, b, c, m, n, k, mistakes.index(mistake), seed=seed)
     return c, a.double() @ b.double().T
 
 
@@ -456,7 +462,7 @@ def test_counters(emulator):
     assert by_kind["mma"] == warps * steps * 32  # 16 x 64 x 64 a warp, of 16 x 8 x 16
     assert by_kind["ldmatrix"] == warps * steps * (4 + 16)
     assert by_kind["cp"] >= warps * steps * 2 * 4
-    assert counters.read.distinct == 2 * (m + n) * k
-    assert counters.read.total == 2 * 64 * 2 * k * blocks
-    assert counters.written.distinct == 4 * m * n
-    assert all(site.conflicts == 0 for site in counters.conflicts.values())
+    assert (counters.read.distinct, counters.read.total) == (2 * (m + n) * k, 2 * 64 * 2 * k * blocks)
+    assert (counters.written.distinct, counters.written.total) == (4 * m * n, 2 * 4 * m * n)  # two stores to a sector
+    sites = counters.conflicts.values()
+    assert sites and not [site for site in sites if site.conflicts]

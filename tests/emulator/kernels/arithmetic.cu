@@ -54,7 +54,6 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW1("brev.b32", "32", "32");
   ROW1("brev.b64", "64", "64");
   ROW1("bfind.u32", "32", "32");
-  ROW1("bfind.s32", "32", "32");
   ROW1("abs.f32", "32", "32");
   ROW1("neg.f32", "32", "32");
   ROW1("abs.f64", "64", "64");

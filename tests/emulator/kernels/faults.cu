@@ -36,7 +36,7 @@ __global__ void shared_beyond(uint32_t* data, int n) {
 }
 
 __global__ void misaligned_load(uint32_t* data, int n) {
-  const uint2 pair = *reinterpret_cast<uint2*>(data + 1 + n % 2);  // misaligned_load
+  const uint2 pair = *reinterpret_cast<uint2*>(data + n % 2);  // misaligned_load
   data[threadIdx.x] = pair.x + pair.y;
 }
 
@@ -90,6 +90,14 @@ __global__ void barriers_that_differ(uint32_t* data, int n) {
   data[threadIdx.x] = n;
 }
 
+__global__ void spin(uint32_t* data, int n) {
+  if (threadIdx.x < 32) {
+    while (atomicAdd(data, 0) != uint32_t(n)) {  // spin
+    }
+  }
+  __syncthreads();
+}
+
 __global__ void unknown_instruction(uint32_t* data, int n) {
   uint32_t sum;
   asm volatile("vadd2.u32.u32.u32 %0, %1, %2, %1;" : "=r"(sum) : "r"(n), "r"(n));  // unknown_instruction
@@ -110,7 +118,7 @@ __global__ void no_mistake(uint32_t* data, int n) {
   data[threadIdx.x] = tile[threadIdx.x] + (threadIdx.x < 32 ? n : 0);
 }
 
-// Where a mistake shows only in some orders of the warps.
+// The first warp to run reads what no other has written yet.
 __global__ void write_then_read(uint32_t* data, int n) {
   __shared__ uint32_t tile[kThreads];
   tile[threadIdx.x] = n + threadIdx.x;                   // write_then_read
@@ -123,16 +131,28 @@ __global__ void large_shared(uint32_t* data, int n) {
   data[threadIdx.x] = tile[threadIdx.x];
 }
 
-constexpr Kernel kKernels[] = {no_mistake,           read_beyond,          write_before,        vector_across_end,
-                               null_pointer,         shared_beyond,        misaligned_load,     uninitialised_global,
-                               uninitialised_shared, copy_without_wait,    race_of_writes,      race_of_read_and_write,
-                               barrier_in_branch,    barriers_that_differ, unknown_instruction, write_then_read};
+// Each warp takes a ticket: what it gets depends on the order of the warps, and that is no mistake.
+__global__ void take_tickets(uint32_t* data, int n) {
+  if (threadIdx.x % 32 == 0) data[1 + threadIdx.x / 32] = atomicAdd(data, n);
+}
+
+constexpr Kernel kKernels[] = {no_mistake,          read_beyond,          write_before,
+                               vector_across_end,   null_pointer,         shared_beyond,
+                               misaligned_load,     uninitialised_global, uninitialised_shared,
+                               copy_without_wait,   race_of_writes,       race_of_read_and_write,
+                               barrier_in_branch,   barriers_that_differ, spin,
+                               unknown_instruction, write_then_read};
 
 }  // namespace
 
 // `kind` is the place in the list above.
 extern "C" int fault(int kind, uint32_t* data, int n) {
   kKernels[kind]<<<1, kThreads>>>(data, n);
+  return cudaGetLastError();
+}
+
+extern "C" int tickets(uint32_t* data, int warps) {
+  take_tickets<<<1, 32 * warps>>>(data, 1);
   return cudaGetLastError();
 }
 

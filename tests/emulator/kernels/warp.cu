@@ -121,6 +121,7 @@ __global__ void memory_kernel(const uint32_t* in, uint32_t* out, int n) {
   put(local[in[i] % 8]);                             // an index that only the run knows: local memory
   const uint32_t* either = in[i] % 2 ? in : shared;  // a generic address
   put(either[i]);
+  __syncthreads();
   reinterpret_cast<uint8_t*>(reversed)[i] = uint8_t(in[i]);
   __syncthreads();
   put(reversed[i / 4]);
