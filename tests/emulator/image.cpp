@@ -47,8 +47,7 @@ std::vector<PtxImage> ptx_images(const void* fat_binary) {
 }
 
 bool Image::load(int compute_capability) {
-  if (loaded_) return module_ != nullptr;
-  loaded_ = true;
+  if (module_) return true;
   PtxImage best;
   for (const PtxImage& i : ptx_images(fat_binary_)) {
     if (i.architecture <= compute_capability && i.architecture > best.architecture) best = i;

@@ -31,7 +31,6 @@ class Image {
   uint64_t address(const std::string& name) const;
 
   const void* fat_binary_;
-  bool loaded_ = false;
   std::unique_ptr<Module> module_;
   std::map<std::string, std::vector<uint8_t>> variables_;
   std::map<std::string, Program> programs_;

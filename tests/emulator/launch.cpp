@@ -42,7 +42,7 @@ cudaError_t find_program(Kernel& kernel, const Program*& program) {
     Error error = describe("unknown_instruction", kernel.name, e.message, e.module, e.statement);
     state().errors.push_back(error);
     return cudaErrorInvalidPtx;
-  } catch (const std::runtime_error& e) {
+  } catch (const std::exception& e) {  // text that is no PTX
     state().errors.push_back(describe("launch", kernel.name, e.what(), nullptr, nullptr));
     return cudaErrorInvalidPtx;
   }
@@ -98,8 +98,10 @@ void add_counters(const Launch& run, Counters& counters) {
     const BankUse& use = run.bank_use[i];
     if (!use.accesses) continue;
     const auto [file, line] = run.program.module->place(in.statement->source);
-    Conflicts& site = counters.conflicts[file + ":" + std::to_string(line) + " " + in.statement->text];
-    site.file = file, site.line = line, site.instruction = in.statement->text;
+    std::string opcode = in.words.front();
+    for (size_t w = 1; w < in.words.size(); ++w) opcode += "." + in.words[w];
+    Conflicts& site = counters.conflicts[file + ":" + std::to_string(line) + " " + opcode];
+    site.file = file, site.line = line, site.instruction = opcode;
     site.accesses += use.accesses;
     site.wavefronts += use.wavefronts;
     site.conflicts += use.conflicts;
@@ -108,7 +110,6 @@ void add_counters(const Launch& run, Counters& counters) {
 
 bool execute(Launch& launch, const Kernel& kernel, Error& error) {
   Memory& memory = Memory::instance();
-  const std::lock_guard lock(memory.mutex);
   std::fenv_t environment;
   std::feholdexcept(&environment);
   std::fesetenv(FE_DFL_ENV);  // the host may flush denormals
@@ -129,6 +130,7 @@ bool execute(Launch& launch, const Kernel& kernel, Error& error) {
 }  // namespace
 
 cudaError_t launch(Kernel& kernel, dim3 grid, dim3 block, void** arguments, size_t dynamic_shared) {
+  const std::lock_guard lock(Memory::instance().mutex);
   const Program* program = nullptr;
   if (const cudaError_t error = find_program(kernel, program); error != cudaSuccess) return last_error() = error;
   State& s = state();

@@ -61,8 +61,11 @@ class Lexer {
       if (text_[start_] == '"') {
         end_ = std::min(text_.find('"', start_ + 1), text_.size() - 1) + 1;
       } else if (is_word(text_[start_])) {
-        // `ld.global.L2::128B` is one word, `label:` is two.
-        while (end_ < text_.size() && (is_word(text_[end_]) || at(end_, "::"))) end_ += at(end_, "::") ? 2 : 1;
+        // `ld.global.L2::128B` is one word; `label:` is two, and so is the directive `.reg.b32`.
+        const bool directive = text_[start_] == '.';
+        for (++end_; end_ < text_.size() && (is_word(text_[end_]) || at(end_, "::")); end_ += at(end_, "::") ? 2 : 1) {
+          if (directive && text_[end_] == '.') break;
+        }
       } else {
         ++end_;
       }

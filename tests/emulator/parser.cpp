@@ -30,6 +30,15 @@ Space space_named(std::string_view name) {
   return Space::generic;
 }
 
+std::string one_line(std::string_view text) {
+  std::string line;
+  for (const char c : text) {
+    const bool blank = std::isspace(static_cast<unsigned char>(c));
+    if (!blank || (!line.empty() && line.back() != ' ')) line.push_back(blank ? ' ' : c);
+  }
+  return line;
+}
+
 class Parser {
  public:
   explicit Parser(std::string_view text) : lexer_(text) {}
@@ -241,7 +250,7 @@ class Parser {
       s.operands.push_back(term());
       lexer_.accept(",");
     }
-    s.text = lexer_.slice(begin, lexer_.position());
+    s.text = one_line(lexer_.slice(begin, lexer_.position()));
     lexer_.expect(";");
     function_->body.push_back(std::move(s));
   }

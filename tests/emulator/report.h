@@ -50,7 +50,7 @@ struct Options {
   int compute_capability = 80;              // 10 * major + minor: newest PTX that is loaded
   int64_t shared_limit = 99 * 1024;         // bytes a block may have with the attribute
   int multiprocessors = 4;                  // what the device says it has
-  uint64_t instruction_limit = 1ull << 28;  // of one warp, then it counts as a deadlock
+  uint64_t instruction_limit = 1ull << 24;  // of one warp, then it counts as a deadlock
 };
 
 struct State {

@@ -28,6 +28,7 @@ void Warp::start_block() {
   waiting_ = 0;
   group_ = 0;
   at_barrier_ = false;
+  executed_ = 0;
   std::fill(unknown_.begin(), unknown_.end(), 0xff);
   for_lanes(~exited, [&](int lane) {
     frames[lane].clear();
