@@ -7,13 +7,6 @@
 namespace emulator {
 namespace {
 
-template <class T>
-uint64_t read(const Place& place) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, place.data, kBytes<T>);
-  return bits;
-}
-
 // One lane's update: new = formula(old, operand...), element by element of packed types.
 template <auto formula, class T, class... Operands>
 uint64_t updated(const Instruction& in, uint64_t old, Operands... operands) {
@@ -27,37 +20,31 @@ uint64_t updated(const Instruction& in, uint64_t old, Operands... operands) {
 }
 
 // atom.op.type d, [a], b [, c]; red.op.type [a], b
-template <auto formula, int operands>
-struct Update {
-  template <class T>
-  struct For {
-    static void run(Warp& warp, const Instruction& in, Mask mask) {
-      const bool returns = in.words[0] == "atom";
-      const Operand& target = in.operands[returns];
-      const Operand* b = &in.operands[returns + 1];
-      const Row d = warp.row(in.operands[0]), rows[2] = {warp.row(b[0]), warp.row(b[operands - 1])};
-      uint64_t addresses[kLanes];
-      for_lanes(mask, [&](int lane) {
-        addresses[lane] = warp.address(target, lane);
-        const Place place = warp.reach(lane, in.space, addresses[lane], kBytes<T>, Access::atomic);
-        for (int i = 0; i < operands; ++i) warp.check_store(rows[i].unknown[lane] & kUnknown<T>, lane);
-        for (int i = 0; place.unknown && i < kBytes<T>; ++i) warp.check_store(place.unknown[i], lane);
-        const uint64_t old = read<T>(place);
-        uint64_t value;
-        if constexpr (operands == 1)
-          value = updated<formula, T>(in, old, rows[0].value[lane]);
-        else
-          value = updated<formula, T>(in, old, rows[0].value[lane], rows[1].value[lane]);
-        std::memcpy(place.data, &value, kBytes<T>);
-        if (returns) d.value[lane] = old, d.unknown[lane] = 0;
-      });
-      warp.count(in.space, addresses, kBytes<T>, mask, true);
-    }
-  };
-};
+template <auto formula, int operands, class T>
+void run_update(Warp& warp, const Instruction& in, Mask mask) {
+  const bool returns = in.words[0] == "atom";
+  const Operand &target = in.operands[returns], *b = &in.operands[returns + 1];
+  const Row d = warp.row(in.operands[0]), rows[2] = {warp.row(b[0]), warp.row(b[operands - 1])};
+  uint64_t addresses[kLanes];
+  for_lanes(mask, [&](int lane) {
+    addresses[lane] = warp.address(target, lane);
+    const Place place = warp.reach(lane, in.space, addresses[lane], kBytes<T>, Access::atomic);
+    for (int i = 0; i < operands; ++i) warp.check_store(rows[i].unknown[lane] & kUnknown<T>, lane);
+    for (int i = 0; place.unknown && i < kBytes<T>; ++i) warp.check_store(place.unknown[i], lane);
+    uint64_t old = 0, value;
+    std::memcpy(&old, place.data, kBytes<T>);
+    if constexpr (operands == 1)
+      value = updated<formula, T>(in, old, rows[0].value[lane]);
+    else
+      value = updated<formula, T>(in, old, rows[0].value[lane], rows[1].value[lane]);
+    std::memcpy(place.data, &value, kBytes<T>);
+    if (returns) d.set(lane, old, 0);
+  });
+  warp.count(in.space, addresses, kBytes<T>, mask, true);
+}
 template <auto formula, class Types, int operands = 1>
 Handler update(const Instruction& in) {
-  return choose<Update<formula, operands>::template For>(in.type(), Types());
+  return choose(in.type(), Types(), []<class T> { return run_update<formula, operands, T>; });
 }
 
 using Integers32 = TypeList<uint32_t, uint64_t, int32_t, int64_t>;

@@ -92,11 +92,6 @@ const InstructionRow kRows[] = {
     {"bar.red.popc", "cta aligned", always<bar_wait<Reduction::count>>, Lanes::warp},
     {"bar.red.and", "cta aligned", always<bar_wait<Reduction::all>>, Lanes::warp},
     {"bar.red.or", "cta aligned", always<bar_wait<Reduction::any>>, Lanes::warp},
-    {"barrier.sync", "cta aligned", always<bar_wait<Reduction::none>>, Lanes::warp},
-    {"barrier.arrive", "cta aligned", always<bar_arrive>, Lanes::warp},
-    {"barrier.red.popc", "cta aligned", always<bar_wait<Reduction::count>>, Lanes::warp},
-    {"barrier.red.and", "cta aligned", always<bar_wait<Reduction::all>>, Lanes::warp},
-    {"barrier.red.or", "cta aligned", always<bar_wait<Reduction::any>>, Lanes::warp},
 };
 
 }  // namespace

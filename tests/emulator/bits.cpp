@@ -141,45 +141,33 @@ uint8_t gather(T mask) {
 }
 
 // d = formula(values..., amounts...): amounts have 32 bits whatever the type.
-template <auto formula, class T, int values, size_t... i>
-void run_tracked(Warp& warp, const Instruction& in, Mask mask, std::index_sequence<i...>) {
+template <auto formula, class T, size_t values, size_t amounts>
+void run_tracked(Warp& warp, const Instruction& in, Mask mask) {
   using U = std::conditional_t<std::is_same_v<T, Predicate>, uint8_t, T>;
-  const Row d = warp.row(in.operands[0]);
-  const Row s[] = {warp.row(in.operands[i + 1])...};
-  for_lanes(mask, [&](int lane) {
-    const bool any = (s[i].unknown[lane] | ...);
-    const auto operand = [&]<size_t j>() {
-      using V = std::conditional_t < j<values, U, uint32_t>;
-      return Tracked<V>{static_cast<V>(s[j].value[lane]), any ? spread<V>(s[j].unknown[lane]) : V{0}};
-    };
-    const auto result = formula(operand.template operator()<i>()...);
-    d.value[lane] = std::is_same_v<T, Predicate> ? result.value & 1 : result.value;
-    d.unknown[lane] = any ? gather<U>(result.unknown) : 0;
-  });
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    const Row d = warp.row(in.operands[0]), s[] = {warp.row(in.operands[i + 1])...};
+    for_lanes(mask, [&](int lane) {
+      const bool any = (s[i].unknown[lane] | ...);
+      const auto operand = [&]<size_t j> {
+        using V = std::conditional_t < j<values, U, uint32_t>;
+        return Tracked<V>{static_cast<V>(s[j].value[lane]), any ? spread<V>(s[j].unknown[lane]) : V{0}};
+      };
+      const auto result = formula(operand.template operator()<i>()...);
+      d.set(lane, std::is_same_v<T, Predicate> ? result.value & 1 : result.value, any ? gather<U>(result.unknown) : 0);
+    });
+  }(std::make_index_sequence<values + amounts>());
 }
-template <auto formula, int values, int amounts>
-struct TrackedLanes {
-  template <class T>
-  struct For {
-    static void run(Warp& warp, const Instruction& in, Mask mask) {
-      run_tracked<formula, T, values>(warp, in, mask, std::make_index_sequence<values + amounts>());
-    }
-  };
-};
-template <auto formula, class Types, int values, int amounts = 0>
+template <auto formula, class Types, size_t values, size_t amounts = 0>
 Handler tracked(const Instruction& in) {
-  return choose<TrackedLanes<formula, values, amounts>::template For>(in.type(), Types());
+  return choose(in.type(), Types(), []<class T> { return run_tracked<formula, T, values, amounts>; });
 }
 using Unsigned32 = TypeList<uint32_t>;
 
-template <auto for_unsigned, auto for_signed, int amounts>
+template <auto for_unsigned, auto for_signed, size_t amounts>
 Handler tracked_by_sign(const Instruction& in) {
-  switch (in.type()) {
-    case Type::s16: return TrackedLanes<for_signed, 1, amounts>::template For<uint16_t>::run;
-    case Type::s32: return TrackedLanes<for_signed, 1, amounts>::template For<uint32_t>::run;
-    case Type::s64: return TrackedLanes<for_signed, 1, amounts>::template For<uint64_t>::run;
-    default: return tracked<for_unsigned, Unsigned, 1, amounts>(in);
-  }
+  if (const Handler handler = tracked<for_unsigned, Unsigned, 1, amounts>(in)) return handler;
+  return choose(in.type(), Signed(),
+                []<class T> { return run_tracked<for_signed, std::make_unsigned_t<T>, 1, amounts>; });
 }
 
 uint64_t mask_of(int bytes) { return bytes >= 8 ? ~uint64_t{0} : (uint64_t{1} << 8 * bytes) - 1; }
@@ -207,21 +195,31 @@ void mov(Warp& warp, const Instruction& in, Mask mask) {
   });
 }
 
-// selp d, a, b, p
-void selp(Warp& warp, const Instruction& in, Mask mask) {
-  const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]), b = warp.row(in.operands[2]),
-            p = warp.row(in.operands[3]);
+// selp.type d, a, b, p: a if p. slct.type.s32 d, a, b, c, slct.type.f32: a if c is not negative.
+template <class T>
+void select(Warp& warp, const Instruction& in, Mask mask) {
+  const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]), b = warp.row(in.operands[2]);
+  const Row c = warp.row(in.operands[3]);
   const int bytes = size_of(in.type());
   for_lanes(mask, [&](int lane) {
-    const Row& chosen = (p.value[lane] & 1) != in.operands[3].negated ? a : b;
-    d.value[lane] = chosen.value[lane] & mask_of(bytes);
-    d.unknown[lane] = p.unknown[lane] & 1 ? (1 << bytes) - 1 : chosen.unknown[lane];
+    bool first;
+    if constexpr (std::is_same_v<T, Predicate>)
+      first = number<T>(c.value[lane]) != in.operands[3].negated;
+    else
+      first = operand_number<T>(c.value[lane], in) >= 0;
+    const Row& chosen = first ? a : b;
+    d.set(lane, chosen.value[lane] & mask_of(bytes),
+          c.unknown[lane] & kUnknown<T> ? (1 << bytes) - 1 : chosen.unknown[lane]);
   });
+}
+Handler slct(const Instruction& in) {
+  return choose(in.source_type(), TypeList<int32_t, float>(), []<class T> { return select<T>; });
 }
 
 const InstructionRow kRows[] = {
     {"mov", "", always<mov>},
-    {"selp", "", always<selp>},
+    {"selp", "", always<select<Predicate>>},
+    {"slct", "ftz", slct},
     {"and", "", tracked<[](auto a, auto b) { return a & b; }, Bits, 2>},
     {"or", "", tracked<[](auto a, auto b) { return a | b; }, Bits, 2>},
     {"xor", "", tracked<[](auto a, auto b) { return a ^ b; }, Bits, 2>},

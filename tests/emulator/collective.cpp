@@ -33,12 +33,10 @@ void shfl(Warp& warp, const Instruction& in, Mask mask) {
     }
     if (!inside) from = lane;
     const bool present = mask >> from & 1;  // a value from a lane outside is undefined
-    d.value[lane] = values[from] & 0xffffffff;
-    d.unknown[lane] = present ? unknown[from] & 0xf : 0xf;
+    d.set(lane, values[from] & 0xffffffff, present ? unknown[from] & 0xf : 0xf);
     if (result.parts.size() == 2) {
       const Row p = warp.row(result.parts[1]);
-      p.value[lane] = inside;
-      p.unknown[lane] = 0;
+      p.set(lane, inside, 0);
     }
   });
 }
@@ -60,10 +58,7 @@ void vote(Warp& warp, const Instruction& in, Mask mask) {
   Mask unknown = 0;
   const uint64_t result = formula(votes(warp, in.operands[1], mask, unknown), mask);
   const Row d = warp.row(in.operands[0]);
-  for_lanes(mask, [&](int lane) {
-    d.value[lane] = result;
-    d.unknown[lane] = unknown ? 0xf : 0;
-  });
+  for_lanes(mask, [&](int lane) { d.set(lane, result, unknown ? 0xf : 0); });
 }
 
 // match.sync.any d, a, members: the lanes with the same value. match.all d|p: all lanes if all have the same, else none.
@@ -81,8 +76,7 @@ void match(Warp& warp, const Instruction& in, Mask mask) {
   std::array<uint64_t, kLanes> result{};
   for_lanes(mask, [&](int lane) { result[lane] = lanes[a.value[lane] & width]; });
   for_lanes(mask, [&](int lane) {
-    d.value[lane] = all && lanes.size() > 1 ? 0 : result[lane];
-    d.unknown[lane] = unknown ? 0xf : 0;
+    d.set(lane, all && lanes.size() > 1 ? 0 : result[lane], unknown ? 0xf : 0);
     if (all && in.operands[0].parts.size() == 2) {
       const Row p = warp.row(in.operands[0].parts[1]);
       p.value[lane] = lanes.size() == 1;
@@ -92,35 +86,26 @@ void match(Warp& warp, const Instruction& in, Mask mask) {
 }
 
 // redux.sync.op.type d, a, members
-template <auto formula>
-struct Reduce {
-  template <class T>
-  struct For {
-    static void run(Warp& warp, const Instruction& in, Mask mask) {
-      const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]);
-      bool unknown = false, first = true;
-      T total{};
-      for_lanes(mask, [&](int lane) {
-        const T value = number<T>(a.value[lane]);
-        total = first ? value : static_cast<T>(formula(total, value));
-        first = false;
-        unknown |= a.unknown[lane] & kUnknown<T>;
-      });
-      for_lanes(mask, [&](int lane) {
-        d.value[lane] = bits_of<T>(total);
-        d.unknown[lane] = unknown ? kUnknown<T> : 0;
-      });
-    }
-  };
-};
+template <auto formula, class T>
+void reduce(Warp& warp, const Instruction& in, Mask mask) {
+  const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]);
+  const int first = std::countr_zero(mask);
+  T total = number<T>(a.value[first]);
+  unsigned unknown = a.unknown[first];
+  for_lanes(mask & (mask - 1), [&](int lane) {
+    total = static_cast<T>(formula(total, number<T>(a.value[lane])));
+    unknown |= a.unknown[lane];
+  });
+  for_lanes(mask, [&](int lane) { d.set(lane, bits_of<T>(total), unknown & kUnknown<T> ? kUnknown<T> : 0); });
+}
 template <auto formula>
 Handler redux(const Instruction& in) {
-  return choose<Reduce<formula>::template For>(in.type(), TypeList<uint32_t, int32_t>());
+  return choose(in.type(), TypeList<uint32_t, int32_t>(), []<class T> { return reduce<formula, T>; });
 }
 
 void activemask(Warp& warp, const Instruction& in, Mask mask) {
   const Row d = warp.row(in.operands[0]);
-  for_lanes(mask, [&](int lane) { d.value[lane] = warp.present(), d.unknown[lane] = 0; });
+  for_lanes(mask, [&](int lane) { d.set(lane, warp.present(), 0); });
 }
 
 // One lane of those present: the lowest. elect.sync d|p, members
@@ -128,8 +113,8 @@ void elect(Warp& warp, const Instruction& in, Mask mask) {
   const Row d = warp.row(in.operands[0].parts.at(0)), p = warp.row(in.operands[0].parts.at(1));
   const int leader = std::countr_zero(mask);
   for_lanes(mask, [&](int lane) {
-    d.value[lane] = leader, d.unknown[lane] = 0;
-    p.value[lane] = lane == leader, p.unknown[lane] = 0;
+    d.set(lane, leader, 0);
+    p.set(lane, lane == leader, 0);
   });
 }
 

@@ -71,8 +71,7 @@ void cvt(Warp& warp, const Instruction& in, Mask mask) {
   const uint64_t width = register_mask(in.operands[0]);
   const HostRounding scope(in.rounding);
   for_lanes(mask, [&](int lane) {
-    d.value[lane] = converted<D, S>(a.value[lane], in) & width;
-    d.unknown[lane] = unknown_after<D, S>(a.unknown[lane]);
+    d.set(lane, converted<D, S>(a.value[lane], in) & width, unknown_after<D, S>(a.unknown[lane]));
   });
 }
 
@@ -89,23 +88,12 @@ void cvt_pair(Warp& warp, const Instruction& in, Mask mask) {
 using Values = TypeList<uint8_t, uint16_t, uint32_t, uint64_t, int8_t, int16_t, int32_t, int64_t, float, double, Half,
                         Bfloat, Tfloat>;
 
-template <class D, class... S>
-Handler from(Type source, TypeList<S...>) {
-  Handler handler = nullptr;
-  ((matches<S>(source) && (handler = cvt<D, S>)), ...);
-  return handler;
-}
-template <class... D>
-Handler between(Type to, Type source, TypeList<D...>) {
-  Handler handler = nullptr;
-  ((matches<D>(to) && (handler = from<D>(source, Values()))), ...);
-  return handler;
-}
 Handler convert(const Instruction& in) {
   if (in.types.size() != 2) return nullptr;
   if (in.type() == Type::f16x2) return in.source_type() == Type::f32 ? cvt_pair<Half, float> : nullptr;
   if (in.type() == Type::bf16x2) return in.source_type() == Type::f32 ? cvt_pair<Bfloat, float> : nullptr;
-  return between(in.type(), in.source_type(), Values());
+  return choose(in.type(), Values(),
+                [&]<class D> { return choose(in.source_type(), Values(), []<class S> { return cvt<D, S>; }); });
 }
 
 // Between an address in a window and a generic one. Global, constant and parameter addresses are generic already.
@@ -114,8 +102,7 @@ void cvta(Warp& warp, const Instruction& in, Mask mask) {
   const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]);
   const uint64_t window = in.space == Space::shared ? kSharedWindow : in.space == Space::local ? kLocalWindow : 0;
   for_lanes(mask, [&](int lane) {
-    d.value[lane] = to_space ? a.value[lane] - window : a.value[lane] + window;
-    d.unknown[lane] = a.unknown[lane];
+    d.set(lane, to_space ? a.value[lane] - window : a.value[lane] + window, a.unknown[lane]);
   });
 }
 
@@ -127,8 +114,7 @@ void isspacep(Warp& warp, const Instruction& in, Mask mask) {
                                                      : 0;
   const Row d = warp.row(in.operands[0]);
   for_lanes(mask, [&](int lane) {
-    d.value[lane] = (warp.known(in.operands[1], lane, "an address") & kWindowMask) == window;
-    d.unknown[lane] = 0;
+    d.set(lane, (warp.known(in.operands[1], lane, "an address") & kWindowMask) == window, 0);
   });
 }
 

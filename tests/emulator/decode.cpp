@@ -119,12 +119,13 @@ class Decoder {
     Instruction in;
     in.statement = &s;
     in.words = s.tokens;
+    if (in.words.front() == "barrier") in.words.front() = "bar";  // two names of one instruction
     read_modifiers(in);
     if (s.guard.kind != Term::Kind::sink) in.guard = operand(s.guard, in);
     size_t best = 0;
     for (const auto* table : kTables) {
       for (const InstructionRow& row : *table) {
-        const size_t words = match(row, s.tokens);
+        const size_t words = match(row, in.words);
         if (words <= best) continue;
         if (const Handler handler = row.select(in)) best = words, in.row = &row, in.run = handler;
       }

@@ -17,54 +17,34 @@ int host_rounding(Rounding rounding) {
 }
 
 template <Handler handler>
-void rounded(Warp& warp, const Instruction& in, Mask mask) {
+void in_rounding(Warp& warp, const Instruction& in, Mask mask) {
   std::fesetround(host_rounding(in.rounding));
   handler(warp, in, mask);
   std::fesetround(FE_TONEAREST);
 }
-template <auto formula, class T>
-struct Rounded : Elementwise<formula, T> {
-  static void run(Warp& warp, const Instruction& in, Mask mask) {
-    rounded<Elementwise<formula, T>::run>(warp, in, mask);
-  }
-};
 
 // The formula evaluated in the rounding the instruction names; narrow formats round when their result is encoded.
-template <auto formula, class... T>
-Handler choose_rounded(const Instruction& in, TypeList<T...>) {
-  Handler handler = nullptr;
-  const bool host = in.rounding != Rounding::nearest;
-  ((matches<T>(in.type()) &&
-    (handler = host && (std::is_same_v<T, float> || std::is_same_v<T, double>) ? Rounded<formula, T>::run
-                                                                               : Elementwise<formula, T>::run)),
-   ...);
-  return handler;
-}
 template <auto formula, class Types>
-Handler rounding_op(const Instruction& in) {
-  return choose_rounded<formula>(in, Types());
+Handler rounded(const Instruction& in) {
+  return choose(in.type(), Types(), [&]<class T> {
+    const bool by_host = in.rounding != Rounding::nearest && std::is_floating_point_v<T>;
+    return by_host ? in_rounding<same_types<formula, T>()> : same_types<formula, T>();
+  });
 }
 
-// a * b + c, rounded once. For narrow formats, which come here as doubles, a * b is exact and the sum is rounded to odd,
-// so that the rounding that follows sees on which side of a tie it lies.
-template <class T>
-struct Fused {
-  static void run(Warp& warp, const Instruction& in, Mask mask) {
-    constexpr auto formula = [](auto a, auto b, auto c) {
-      if constexpr (is_narrow<typename Element<T>::type>) {
-        const double product = a * b, sum = product + c;
-        const double rounded_c = sum - product, error = (product - (sum - rounded_c)) + (c - rounded_c);
-        if (error == 0 || !std::isfinite(sum) || (std::bit_cast<uint64_t>(sum) & 1)) return sum;
-        return std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
-      } else {
-        return std::fma(a, b, c);
-      }
-    };
-    if (in.rounding == Rounding::nearest) return Elementwise<formula, T>::run(warp, in, mask);
-    rounded<Elementwise<formula, T>::run>(warp, in, mask);
-  }
+// a * b + c, rounded once. Of narrow formats, which are doubles here, a * b is exact and the sum is rounded to odd, so
+// that the rounding that follows sees on which side of a tie it lies.
+constexpr auto multiply_add = [](auto a, auto b, auto c) { return std::fma(a, b, c); };
+constexpr auto narrow_multiply_add = [](double a, double b, double c) {
+  const double product = a * b, sum = product + c;
+  const double part_of_c = sum - product, error = (product - (sum - part_of_c)) + (c - part_of_c);
+  if (error == 0 || !std::isfinite(sum) || (std::bit_cast<uint64_t>(sum) & 1)) return sum;
+  return std::nextafter(sum, error > 0 ? HUGE_VAL : -HUGE_VAL);
 };
-Handler fma(const Instruction& in) { return choose<Fused>(in.type(), AllFloats()); }
+Handler fma(const Instruction& in) {
+  const Handler handler = rounded<multiply_add, Floats>(in);
+  return handler ? handler : elementwise<narrow_multiply_add, Halves>(in);
+}
 
 // Of two numbers the smaller one, -0 below +0; NaN only if both are, or with .NaN if either is.
 template <bool larger>
@@ -80,14 +60,14 @@ constexpr auto extreme_or_nan = [](auto a, auto b) {
 };
 
 const InstructionRow kRows[] = {
-    {"add", "rn rz rm rp ftz sat noftz", rounding_op<[](auto a, auto b) { return a + b; }, AllFloats>},
-    {"sub", "rn rz rm rp ftz sat noftz", rounding_op<[](auto a, auto b) { return a - b; }, AllFloats>},
-    {"mul", "rn rz rm rp ftz sat noftz", rounding_op<[](auto a, auto b) { return a * b; }, AllFloats>},
+    {"add", "rn rz rm rp ftz sat noftz", rounded<[](auto a, auto b) { return a + b; }, AllFloats>},
+    {"sub", "rn rz rm rp ftz sat noftz", rounded<[](auto a, auto b) { return a - b; }, AllFloats>},
+    {"mul", "rn rz rm rp ftz sat noftz", rounded<[](auto a, auto b) { return a * b; }, AllFloats>},
     {"fma", "rn rz rm rp ftz sat relu noftz", fma},
     {"mad", "rn rz rm rp ftz sat", fma},
-    {"div", "rn rz rm rp ftz approx full", rounding_op<[](auto a, auto b) { return a / b; }, Floats>},
-    {"rcp", "rn rz rm rp ftz approx", rounding_op<[](auto a) { return decltype(a){1} / a; }, Floats>},
-    {"sqrt", "rn rz rm rp ftz approx", rounding_op<[](auto a) { return std::sqrt(a); }, Floats>},
+    {"div", "rn rz rm rp ftz approx full", rounded<[](auto a, auto b) { return a / b; }, Floats>},
+    {"rcp", "rn rz rm rp ftz approx", rounded<[](auto a) { return decltype(a){1} / a; }, Floats>},
+    {"sqrt", "rn rz rm rp ftz approx", rounded<[](auto a) { return std::sqrt(a); }, Floats>},
     {"rsqrt", "ftz approx",
      elementwise<[](auto a) { return static_cast<decltype(a)>(1 / std::sqrt(static_cast<double>(a))); }, Floats>},
     {"ex2", "ftz approx",

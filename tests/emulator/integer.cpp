@@ -42,21 +42,17 @@ T clamp(i128 value) {
   return static_cast<T>(std::clamp<i128>(value, std::numeric_limits<T>::min(), std::numeric_limits<T>::max()));
 }
 
+// mul.wide and mad.wide
 template <class T>
-struct WideProduct {
-  static void run(Warp& warp, const Instruction& in, Mask mask) {
-    using W = Wide<T>;
-    if (in.operands.size() == 3) {
-      typed_lanes<[](T a, T b) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b)); }, W, T, T>(warp, in,
-                                                                                                           mask);
-    } else {
-      typed_lanes<[](T a, T b, W c) { return static_cast<W>(static_cast<W>(a) * static_cast<W>(b) + c); }, W, T, T, W>(
-          warp, in, mask);
-    }
-  }
-};
+Handler wide_product_of(size_t operands) {
+  using W = Wide<T>;
+  if (operands == 2) return run_lanes<[](T a, T b) { return static_cast<W>(a) * static_cast<W>(b); }, W, T, T>;
+  return run_lanes<[](T a, T b, W c) { return static_cast<W>(a) * static_cast<W>(b) + c; }, W, T, T, W>;
+}
+template <size_t operands>
 Handler wide_product(const Instruction& in) {
-  return choose<WideProduct>(in.type(), TypeList<int16_t, uint16_t, int32_t, uint32_t>());
+  using Types = TypeList<int16_t, uint16_t, int32_t, uint32_t>;
+  return choose(in.type(), Types(), []<class T> { return wide_product_of<T>(operands); });
 }
 
 // bfind looks for the first bit that differs from the sign.
@@ -75,29 +71,70 @@ int sum_of_products(uint32_t a, uint32_t b) {
   return sum;
 }
 template <class T>
-Handler dp4a(const Instruction&) {
-  return typed_lanes<[](uint32_t a, uint32_t b, uint32_t c) {
+Handler dp4a() {
+  return run_lanes<[](uint32_t a, uint32_t b, uint32_t c) {
     return c + static_cast<uint32_t>(sum_of_products<T>(a, b));
   },
-                     uint32_t, uint32_t, uint32_t, uint32_t>;
+                   uint32_t, uint32_t, uint32_t, uint32_t>;
 }
+
+// .cc leaves the bit above the result in the lane's carry flag, addc, subc and madc take it from there.
+template <auto formula, int operands, class T, bool takes, bool leaves>
+void run_carrying(Warp& warp, const Instruction& in, Mask mask) {
+  const Row d = warp.row(in.operands[0]), a = warp.row(in.operands[1]), b = warp.row(in.operands[2]);
+  const Row c = warp.row(in.operands[operands]);
+  for_lanes(mask, [&](int lane) {
+    const Mask bit = Mask{1} << lane;
+    const uint64_t carry = takes && warp.carry & bit;
+    const auto sum = formula(number<T>(a.value[lane]), number<T>(b.value[lane]), number<T>(c.value[lane]), carry);
+    const unsigned unknown = (a.unknown[lane] | b.unknown[lane] | c.unknown[lane]) & kUnknown<T>;
+    if (leaves) warp.carry = sum >> 8 * sizeof(T) & 1 ? warp.carry | bit : warp.carry & ~bit;
+    d.set(lane, static_cast<T>(sum), unknown ? kUnknown<T> : 0);
+  });
+}
+template <auto formula, int operands>
+Handler carrying(const Instruction& in) {
+  const bool takes = in.words[0].back() == 'c', leaves = in.has("cc");
+  return choose(in.type(), TypeList<uint32_t, uint64_t, int32_t, int64_t>(), [=]<class S> {
+    using T = std::make_unsigned_t<S>;
+    if (!takes) return run_carrying<formula, operands, T, false, true>;
+    return leaves ? run_carrying<formula, operands, T, true, true> : run_carrying<formula, operands, T, true, false>;
+  });
+}
+using u128 = unsigned __int128;
+constexpr auto carrying_sum = [](auto a, auto b, auto, uint64_t carry) { return u128{a} + b + carry; };
+constexpr auto carrying_difference = [](auto a, auto b, auto, uint64_t carry) { return u128{a} - b - carry; };
+constexpr auto carrying_low = [](auto a, auto b, auto c, uint64_t carry) {
+  return u128{static_cast<decltype(a)>(a * b)} + c + carry;
+};
+constexpr auto carrying_high = [](auto a, auto b, auto c, uint64_t carry) {
+  return (u128{a} * b >> 8 * sizeof(a)) + c + carry;
+};
 
 const InstructionRow kRows[] = {
     {"add", "", elementwise<[](auto a, auto b) { return a + b; }, Integers>},
     {"sub", "", elementwise<[](auto a, auto b) { return a - b; }, Integers>},
     {"add.sat", "", elementwise<[](auto a, auto b) { return clamp<decltype(a)>(i128{a} + b); }, TypeList<int32_t>>},
     {"sub.sat", "", elementwise<[](auto a, auto b) { return clamp<decltype(a)>(i128{a} - b); }, TypeList<int32_t>>},
+    {"add.cc", "", carrying<carrying_sum, 2>},
+    {"addc", "cc", carrying<carrying_sum, 2>},
+    {"sub.cc", "", carrying<carrying_difference, 2>},
+    {"subc", "cc", carrying<carrying_difference, 2>},
+    {"mad.lo.cc", "", carrying<carrying_low, 3>},
+    {"mad.hi.cc", "", carrying<carrying_high, 3>},
+    {"madc.lo", "cc", carrying<carrying_low, 3>},
+    {"madc.hi", "cc", carrying<carrying_high, 3>},
     {"mul.lo", "",
      elementwise<[](auto a, auto b) { return static_cast<uint64_t>(a) * static_cast<uint64_t>(b); }, Integers>},
     {"mul.hi", "", elementwise<any_high, Integers>},
-    {"mul.wide", "", wide_product},
+    {"mul.wide", "", wide_product<2>},
     {"mul24.lo", "",
      elementwise<[](auto a, auto b) { return (a << 8 >> 8) * (b << 8 >> 8); }, TypeList<int32_t, uint32_t>>},
     {"mad.lo", "",
      elementwise<[](auto a, auto b, auto c) { return static_cast<uint64_t>(a) * static_cast<uint64_t>(b) + c; },
                  Integers>},
     {"mad.hi", "", elementwise<[](auto a, auto b, auto c) { return any_high(a, b) + c; }, Integers>},
-    {"mad.wide", "", wide_product},
+    {"mad.wide", "", wide_product<3>},
     {"sad", "", elementwise<[](auto a, auto b, auto c) { return (a > b ? a - b : b - a) + c; }, Integers>},
     {"div", "", elementwise<quotient, Integers>},
     {"rem", "", elementwise<remainder, Integers>},
@@ -112,7 +149,7 @@ const InstructionRow kRows[] = {
                  Longs>},
     {"bfind.shiftamt", "",
      elementwise<[](auto a) { return magnitude(a) ? std::countl_zero(magnitude(a)) : ~0u; }, Longs>},
-    {"dp4a", "", [](const Instruction& in) { return in.type() == Type::s32 ? dp4a<int8_t>(in) : dp4a<uint8_t>(in); }},
+    {"dp4a", "", [](const Instruction& in) { return in.type() == Type::s32 ? dp4a<int8_t>() : dp4a<uint8_t>(); }},
 };
 
 }  // namespace

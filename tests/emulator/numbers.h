@@ -12,7 +12,7 @@
 namespace emulator {
 
 // A float format that the host has no type for. Arithmetic on it is done in double and rounded once: exact, because
-// double has more than twice its digits (fused multiply-adds take care of themselves, see `fused`).
+// double has more than twice its digits (but for fused multiply-adds, see floating.cpp).
 template <int exponent, int mantissa, int shift>
 struct Narrow {
   static constexpr int exponent_bits = exponent, mantissa_bits = mantissa, register_shift = shift;

@@ -83,25 +83,19 @@ void set(Warp& warp, const Instruction& in, Mask mask) {
 using Numbers = TypeList<int16_t, int32_t, int64_t, uint16_t, uint32_t, uint64_t, float, double, Half, Bfloat,
                          Pair<Half>, Pair<Bfloat>>;
 
-template <auto compare, class... T>
-Handler choose_setp(Type type, TypeList<T...>) {
-  Handler handler = nullptr;
-  ((matches<T>(type) && (handler = setp<compare, T>)), ...);
-  return handler;
-}
-template <auto compare, class... T>
-Handler choose_set(Type type, TypeList<T...>) {
-  Handler handler = nullptr;
-  ((matches<T>(type) && (handler = set<compare, T>)), ...);
-  return handler;
-}
 template <auto compare, class Types = Numbers>
 Handler to_predicate(const Instruction& in) {
-  return choose_setp<compare>(in.source_type(), Types());
+  return choose(in.source_type(), Types(), []<class T> { return setp<compare, T>; });
 }
 template <auto compare, class Types = Numbers>
 Handler to_value(const Instruction& in) {
-  return choose_set<compare>(in.source_type(), Types());
+  return choose(in.source_type(), Types(), []<class T> { return set<compare, T>; });
+}
+
+// testp.property p, a
+template <auto formula>
+Handler test(const Instruction& in) {
+  return choose(in.type(), Floats(), []<class T> { return run_lanes<formula, Predicate, T>; });
 }
 
 const InstructionRow kRows[] = {
@@ -137,6 +131,12 @@ const InstructionRow kRows[] = {
     {"set.geu", "ftz", to_value<geu, AllFloats>},
     {"set.num", "ftz", to_value<num, AllFloats>},
     {"set.nan", "ftz", to_value<nan, AllFloats>},
+    {"testp.finite", "", test<[](auto a) { return std::isfinite(a); }>},
+    {"testp.infinite", "", test<[](auto a) { return std::isinf(a); }>},
+    {"testp.number", "", test<[](auto a) { return !std::isnan(a); }>},
+    {"testp.notanumber", "", test<[](auto a) { return std::isnan(a); }>},
+    {"testp.normal", "", test<[](auto a) { return std::isnormal(a); }>},
+    {"testp.subnormal", "", test<[](auto a) { return std::fpclassify(a) == FP_SUBNORMAL; }>},
 };
 
 }  // namespace

@@ -38,6 +38,10 @@ struct Failure {  // thrown by an instruction; ends the launch
 struct Row {
   uint64_t* value;
   uint8_t* unknown;
+  void set(int lane, uint64_t v, unsigned u) const {
+    value[lane] = v;
+    unknown[lane] = static_cast<uint8_t>(u);
+  }
 };
 
 // Bytes of memory. `unknown` has a byte each, or is null where all bytes are known and cannot become unknown.
@@ -116,6 +120,7 @@ class Warp {
   Block& block;
   const int index;
   Mask exited = 0;
+  Mask carry = 0;                  // the carry flags
   std::array<int, kLanes> next{};  // program counters
   std::array<std::vector<Frame>, kLanes> frames;
   std::array<Bytes, kLanes> local;
