@@ -87,8 +87,12 @@ void run_carrying(Warp& warp, const Instruction& in, Mask mask) {
     const Mask bit = Mask{1} << lane;
     const uint64_t carry = takes && warp.carry & bit;
     const auto sum = formula(number<T>(a.value[lane]), number<T>(b.value[lane]), number<T>(c.value[lane]), carry);
-    const unsigned unknown = (a.unknown[lane] | b.unknown[lane] | c.unknown[lane]) & kUnknown<T>;
-    if (leaves) warp.carry = sum >> 8 * sizeof(T) & 1 ? warp.carry | bit : warp.carry & ~bit;
+    bool unknown = (a.unknown[lane] | b.unknown[lane] | c.unknown[lane]) & kUnknown<T>;
+    if (takes) unknown |= (warp.carry_unknown & bit) != 0;
+    if (leaves) {
+      warp.carry = sum >> 8 * sizeof(T) & 1 ? warp.carry | bit : warp.carry & ~bit;
+      warp.carry_unknown = unknown ? warp.carry_unknown | bit : warp.carry_unknown & ~bit;
+    }
     d.set(lane, static_cast<T>(sum), unknown ? kUnknown<T> : 0);
   });
 }

@@ -44,8 +44,8 @@ cudaError_t remember(cudaError_t error) {
   return error;
 }
 
-cudaError_t reject(const std::string& message, cudaError_t error) {
-  state().errors.push_back({"launch", "", "", 0, "", message});
+cudaError_t reject(const std::string& message, cudaError_t error, const Kernel* kernel = nullptr) {
+  state().errors.push_back({"launch", kernel ? emulator::readable_name(kernel->name) : "", "", 0, "", message});
   return remember(error);
 }
 
@@ -148,8 +148,8 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   if (config->numAttrs) {
-    return reject("launch attribute " + std::to_string(config->attrs[0].id) + " is not emulated",
-                  cudaErrorNotSupported);
+    const std::string which = std::to_string(config->attrs[0].id);
+    return reject("launch attribute " + which + " is not emulated", cudaErrorNotSupported, kernel_of(function));
   }
   return cudaLaunchKernel(function, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes,
                           config->stream);
@@ -164,7 +164,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute which, 
   if (which != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || value + declared > state().options.shared_limit) {
     return reject(std::to_string(value) + " bytes of dynamic shared memory are more than the device has",
-                  cudaErrorInvalidValue);
+                  cudaErrorInvalidValue, kernel);
   }
   kernel->dynamic_shared_limit = value;
   return cudaSuccess;

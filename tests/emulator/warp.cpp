@@ -10,6 +10,8 @@ namespace {
 
 constexpr uint64_t kPoison = 0x7ff7dead7fb7deadull;  // a NaN as float and as double
 
+constexpr size_t kMaxDepth = 1000;  // of calls
+
 std::string in_words(const std::array<unsigned, 3>& v) {
   return "(" + std::to_string(v[0]) + "," + std::to_string(v[1]) + "," + std::to_string(v[2]) + ")";
 }
@@ -29,6 +31,7 @@ void Warp::start_block() {
   group_ = 0;
   at_barrier_ = false;
   executed_ = 0;
+  carry_unknown = kAllLanes;
   std::fill(unknown_.begin(), unknown_.end(), 0xff);
   for_lanes(~exited, [&](int lane) {
     frames[lane].clear();
@@ -45,6 +48,7 @@ void Warp::enter(int lane, const Routine& routine, const Instruction* call, int 
     const Frame& caller = frames[lane].back();
     frame.base = caller.base + caller.routine->slots;
     frame.local_base = caller.local_base + caller.routine->frame_bytes;
+    if (frames[lane].size() >= kMaxDepth) fail("out_of_bounds", "calls nest too deep", lane);
   }
   const size_t rows = static_cast<size_t>(frame.base + routine.slots) * kLanes;
   if (values_.size() < rows) values_.resize(rows, kPoison), unknown_.resize(rows, 0xff);

@@ -120,8 +120,8 @@ class Warp {
   Block& block;
   const int index;
   Mask exited = 0;
-  Mask carry = 0;                  // the carry flags
-  std::array<int, kLanes> next{};  // program counters
+  Mask carry = 0, carry_unknown = 0;  // the carry flags
+  std::array<int, kLanes> next{};     // program counters
   std::array<std::vector<Frame>, kLanes> frames;
   std::array<Bytes, kLanes> local;
   std::array<CopyGroup, kLanes> open_copies;
