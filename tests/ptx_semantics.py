@@ -252,3 +252,43 @@ def integer_operation(i: Instruction, *words: int) -> int:
     if "wide" in i.modifiers and len(words) == 3:
         operands[2] = words[2]
     return OPERATIONS[i.op](i, *operands)
+
+
+def word32(w: int) -> int:
+    return w & 0xFFFFFFFF
+
+
+def table_of_three(a: int, b: int, c: int, table: int) -> int:
+    """A bit of the result is the bit of ``table`` that those of a, b and c number."""
+    return sum((table >> ((a >> n & 1) << 2 | (b >> n & 1) << 1 | c >> n & 1) & 1) << n for n in range(32))
+
+
+def insert(a: int, b: int, position: int, length: int) -> int:
+    mask = ((1 << length) - 1) << (position & 0xFF)
+    return word32(b & ~mask | a << (position & 0xFF) & mask)
+
+
+def predicates(a: int, b: int, c: int) -> int:
+    greater, less = word32(a) > word32(b), signed(a, 32) < signed(c, 32)
+    either = greater != less
+    return 1 if (either and not less) or either else 6
+
+
+def holds(name: str, a: int, b: int) -> bool:
+    return bool(Instruction(name)(a, b))
+
+
+# What takes more than one instruction to see, by the name that kernels/arithmetic.cu gives it: on 64-bit words.
+SEVERAL: dict[str, Callable[[int, int, int], int]] = {
+    "lop3.b32": lambda a, b, c: table_of_three(a, b, c, 0x6A),
+    "bfi.b32": lambda a, b, c: insert(a, b, c, 11),
+    "selp.b32": lambda a, b, c: word32(b if word32(a) < word32(b) else c),
+    "setp.lt.and.s32": lambda a, b, c: holds("setp.lt.s32", a, b) and holds("setp.ge.s32", b, c),
+    "setp.lt.or.f32": lambda a, b, c: holds("setp.lt.f32", a, b) or not holds("setp.ge.f32", b, c),
+    "setp.gt.u32.both": lambda a, b, c: 1 if word32(a) > word32(b) else 2,
+    "pred": predicates,
+    "add.cc": lambda a, b, c: a + b,
+    "sub.cc": lambda a, b, c: a - b,
+    "mov.b64.halves": lambda a, b, c: word32(a) << 32 | a >> 32,
+    "mov.b32.halves": lambda a, b, c: (a & 0xFFFF) << 16 | a >> 16 & 0xFFFF,
+}

@@ -146,9 +146,9 @@ def test_control_flow(emulator, seed):
 def test_memory(emulator, seed):
     threads = 96
     words = random_words(4 * threads)
-    out = torch.zeros(4 * threads + 12 * threads, dtype=torch.int32)
+    out = torch.zeros(4 * threads + 13 * threads, dtype=torch.int32)
     run(emulator, "memory", words, out, threads, seed=seed)
-    copied, rows = out[: 4 * threads], out[4 * threads :].view(12, threads)
+    copied, rows = out[: 4 * threads], out[4 * threads :].view(13, threads)
     assert torch.equal(copied, words)
     w = unsigned(words.tolist())
     memory = b"".join(word.to_bytes(4, "little") for word in w)
@@ -174,6 +174,7 @@ def test_memory(emulator, seed):
             w[i],
             sum(odd),
             all(odd) * 2 + any(odd),
+            w[i] & 0xFFFF,
         ]
         assert unsigned(rows[:, i].tolist()) == unsigned(expected)
 

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import needs_emulator
+from emulation import DIRECTORY, needs_emulator
 from ptx_numbers import FORMATS, is_nan
-from ptx_semantics import Instruction, Undefined, width
+from ptx_semantics import SEVERAL, Instruction, Undefined, width
 
 pytestmark = needs_emulator
 
 SOURCE = Path(__file__).parent / "emulator" / "kernels" / "arithmetic.cu"
-TABLE = re.findall(r'^  (?:ROW\d|COMPARE)\("([^"]+)", (.+)\);$', SOURCE.read_text(), re.MULTILINE)
-ROWS = {name: [int(bits) for bits in re.findall(r"\d+", widths)] for name, widths in TABLE}
+TABLE = re.findall(r'^  (ROW\d|COMPARE|SEVERAL\d*)\("([^"]+)",\s+([^;]+)', SOURCE.read_text(), re.MULTILINE)
+ROWS = {
+    name: [64] * 4 if kind.startswith("SEVERAL") else list(map(int, re.findall(r"\d+", bits)))
+    for kind, name, bits in TABLE
+}
 assert len(ROWS) == len(TABLE), "an instruction twice"
 
 # By instruction: the exact function, the largest relative and absolute error that the manual allows.
@@ -24,6 +27,7 @@ APPROXIMATE = {
     "ex2.approx": (lambda x: 2.0**x, 2**-22, 0),
     "lg2.approx": (math.log2, 2**-22, 2**-22),
     "rcp.approx": (lambda x: 1 / x, 2**-23, 0),
+    "rcp.approx.ftz.f64": (lambda x: 1 / x, 2**-19, 0),  # of the upper words
     "rsqrt.approx": (lambda x: x**-0.5, 2**-22.9, 0),
     "sqrt.approx": (math.sqrt, 2**-23, 0),
     "sin.approx": (math.sin, 0, 2**-20.5),
@@ -66,7 +70,7 @@ def words():
         if format.bits == 16:  # pairs for the packed types
             found += [generator.getrandbits(32) for _ in range(8)]
     found += [generator.getrandbits(bits) for bits in (8, 16, 32, 64) for _ in range(6)]
-    found += [FORMATS["f32"].encode(Fraction(generator.uniform(-8, 8))) for _ in range(24)]
+    found += [FORMATS[name].encode(Fraction(generator.uniform(-8, 8))) for name in ("f32", "f64") for _ in range(24)]
     return found
 
 
@@ -88,8 +92,8 @@ def results(emulator):
 @pytest.mark.parametrize("name", ROWS)
 def test_instruction(name, results):
     inputs, found = results
-    instruction = Instruction(name)
-    to, *operands = ROWS[name] if instruction.op != "setp" else [1, ROWS[name][0], ROWS[name][0]]
+    instruction = SEVERAL.get(name) or Instruction(name)
+    to, *operands = ROWS[name] if len(ROWS[name]) > 1 else [1, ROWS[name][0], ROWS[name][0]]
     defined = 0
     for triple, word in zip(inputs, found[name], strict=True):
         args = [w & (1 << bits) - 1 for w, bits in zip(triple, operands, strict=False)]
@@ -108,8 +112,10 @@ def test_instruction(name, results):
 
 def both_nan(instruction, word, expected):
     """A NaN may be any: in every number that the word holds."""
+    if not isinstance(instruction, Instruction) or instruction.op == "setp":
+        return False
     type = instruction.types[0].removesuffix("x2")
-    if type not in FORMATS or type == "tf32" or instruction.op == "setp":
+    if type not in FORMATS or type == "tf32":
         return False
     bits = FORMATS[type].bits
     parts = range(0, width(instruction.types[0]), bits)
@@ -119,7 +125,7 @@ def both_nan(instruction, word, expected):
 
 def check_approximation(instruction, args, word, shown):
     """Whether the manual bounds the error here; the result is then within it."""
-    name = ".".join(instruction.name.split(".")[:2])
+    name = instruction.name if instruction.name in APPROXIMATE else ".".join(instruction.name.split(".")[:2])
     if name not in APPROXIMATE:
         return False
     function, relative, absolute = APPROXIMATE[name]
@@ -135,6 +141,24 @@ def check_approximation(instruction, args, word, shown):
         return False
     if isinstance(exact, complex) or not 2**-120 < abs(exact) < 2**120:
         return False
-    found = float(FORMATS["f32"].decode(word))
+    found = float(FORMATS[instruction.type].decode(word))
     assert abs(found - exact) <= relative * abs(exact) + absolute, f"{shown}: {found}, expected {exact}"
     return True
+
+
+MOVES = ("ld", "st", "mov", "selp")
+
+
+def instructions_in(library):
+    """The PTX instructions of a library's kernels; what moves data does not care for its type."""
+    text = b"\n".join(re.findall(rb"\.version [^\0]+", (DIRECTORY / library).read_bytes())).decode()
+    names = re.findall(
+        r"^\s*(?:[{]\s*)?(?:@!?%?\w+\s+)?([a-z][a-z0-9]*(?:[.:][\w:]+)+)\s", re.sub(";", "\n", text), re.M
+    )
+    return {re.sub(r"\.[fsu](\d+)$", r".b\1", name) if name.split(".")[0] in MOVES else name for name in names}
+
+
+def test_the_library_uses_instructions_that_are_tested():
+    used = instructions_in("libvitkernels_cuda_emulated.so")
+    assert len(used) > 50
+    assert used <= instructions_in("libemulator_kernels.so")

@@ -24,11 +24,20 @@ namespace {
                : "=l"(word)                                                                                     \
                : "l"(x), "l"(y), "l"(z));                                                                       \
   out[row++ * n + i] = word
+#define SEVERAL(name, instructions)                                         \
+  asm volatile("{" instructions "}" : "=l"(word) : "l"(x), "l"(y), "l"(z)); \
+  out[row++ * n + i] = word
 #define COMPARE(instruction, a)                                                                             \
   asm volatile("{.reg .pred p; .reg .b" a " a, b; cvt.u" a ".u64 a, %1; cvt.u" a ".u64 b, %2; " instruction \
                " p, a, b; selp.u64 %0, 1, 0, p;}"                                                           \
                : "=l"(word)                                                                                 \
                : "l"(x), "l"(y));                                                                           \
+  out[row++ * n + i] = word
+#define SEVERAL32(name, instructions)                                                                          \
+  asm volatile("{.reg .b32 a, b, c, d; cvt.u32.u64 a, %1; cvt.u32.u64 b, %2; cvt.u32.u64 c, %3; " instructions \
+               " cvt.u64.u32 %0, d;}"                                                                          \
+               : "=l"(word)                                                                                    \
+               : "l"(x), "l"(y), "l"(z));                                                                      \
   out[row++ * n + i] = word
 
 __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const uint64_t* zs, uint64_t* out, int n) {
@@ -74,6 +83,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW1("lg2.approx.ftz.f32", "32", "32");
   ROW1("rcp.approx.f32", "32", "32");
   ROW1("rcp.approx.ftz.f32", "32", "32");
+  ROW1("rcp.approx.ftz.f64", "64", "64");
   ROW1("rsqrt.approx.f32", "32", "32");
   ROW1("rsqrt.approx.ftz.f32", "32", "32");
   ROW1("sqrt.approx.f32", "32", "32");
@@ -206,6 +216,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW2("max.NaN.f32", "32", "32", "32");
   ROW2("copysign.f32", "32", "32", "32");
   ROW2("add.f64", "64", "64", "64");
+  ROW2("add.rn.f64", "64", "64", "64");
   ROW2("sub.f64", "64", "64", "64");
   ROW2("mul.f64", "64", "64", "64");
   ROW2("mul.rp.f64", "64", "64", "64");
@@ -288,6 +299,38 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   COMPARE("setp.leu.f64", "64");
   COMPARE("setp.lt.f16", "16");
   COMPARE("setp.neu.f16", "16");
+  COMPARE("setp.eq.s64", "64");
+  COMPARE("setp.ge.s64", "64");
+  COMPARE("setp.le.s64", "64");
+  COMPARE("setp.ne.s64", "64");
+  COMPARE("setp.lt.u64", "64");
+  COMPARE("setp.eq.b32", "32");
+  COMPARE("setp.ge.u32", "32");
+  COMPARE("setp.gt.u32", "32");
+  COMPARE("setp.ne.u32", "32");
+  COMPARE("setp.eq.f64", "64");
+  COMPARE("setp.lt.f64", "64");
+  COMPARE("setp.le.f64", "64");
+  COMPARE("setp.neu.f64", "64");
+  SEVERAL32("lop3.b32", "lop3.b32 d, a, b, c, 0x6a;");
+  SEVERAL32("bfi.b32", "bfi.b32 d, a, b, c, 11;");
+  SEVERAL32("selp.b32", ".reg .pred p; setp.lt.u32 p, a, b; selp.b32 d, b, c, p;");
+  SEVERAL32("setp.lt.and.s32",
+            ".reg .pred p, q; setp.ge.s32 q, b, c; setp.lt.and.s32 p, a, b, q; selp.b32 d, 1, 0, p;");
+  SEVERAL32("setp.lt.or.f32", ".reg .pred p, q; setp.ge.f32 q, b, c; setp.lt.or.f32 p, a, b, !q; selp.b32 d, 1, 0, p;");
+  SEVERAL32("setp.gt.u32.both", ".reg .pred p, q; setp.gt.u32 p|q, a, b; selp.b32 d, 1, 0, p; @q add.u32 d, d, 2;");
+  SEVERAL32("pred",
+            ".reg .pred p, q, r; setp.gt.u32 p, a, b; setp.lt.s32 q, a, c; xor.pred r, p, q; not.pred q, q; and.pred "
+            "p, r, q; or.pred p, p, r; selp.b32 d, 1, 0, p; @!p add.u32 d, d, 6;");
+  SEVERAL("add.cc",
+          ".reg .b32 al, ah, bl, bh; mov.b64 {al, ah}, %1; mov.b64 {bl, bh}, %2; add.cc.u32 al, al, bl; addc.u32 ah, "
+          "ah, bh; mov.b64 %0, {al, ah};");
+  SEVERAL("sub.cc",
+          ".reg .b32 al, ah, bl, bh; mov.b64 {al, ah}, %1; mov.b64 {bl, bh}, %2; sub.cc.u32 al, al, bl; subc.u32 ah, "
+          "ah, bh; mov.b64 %0, {al, ah};");
+  SEVERAL("mov.b64.halves", ".reg .b32 l, h; mov.b64 {l, h}, %1; mov.b64 %0, {h, l};");
+  SEVERAL("mov.b32.halves",
+          ".reg .b32 a; .reg .b16 l, h; cvt.u32.u64 a, %1; mov.b32 {l, h}, a; mov.b32 a, {h, l}; cvt.u64.u32 %0, a;");
 }
 
 }  // namespace

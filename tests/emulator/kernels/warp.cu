@@ -101,7 +101,11 @@ __global__ void memory_kernel(const uint32_t* in, uint32_t* out, int n) {
   extern __shared__ __align__(16) uint32_t shared[];
   __shared__ uint32_t reversed[128];
   const int i = threadIdx.x, threads = blockDim.x;
-  reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(in)[i];  // 16 bytes
+  if (i % 2) {  // 16 bytes, as four numbers or two
+    reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(in)[i];
+  } else {
+    reinterpret_cast<double2*>(out)[i] = reinterpret_cast<const double2*>(in)[i];
+  }
   reinterpret_cast<uint2*>(shared)[i] = reinterpret_cast<const uint2*>(in)[i];
   reversed[threads - 1 - i] = in[i];
   __syncthreads();
@@ -129,6 +133,7 @@ __global__ void memory_kernel(const uint32_t* in, uint32_t* out, int n) {
   put(__ldg(in + i));
   put(__syncthreads_count(in[i] % 2));
   put(__syncthreads_and(in[i] % 2) * 2 + __syncthreads_or(in[i] % 2));
+  *reinterpret_cast<uint16_t*>(row) = uint16_t(in[i]);
 }
 
 // Sums that do not depend on the order.
