@@ -282,6 +282,9 @@ def holds(name: str, a: int, b: int) -> bool:
 SEVERAL: dict[str, Callable[[int, int, int], int]] = {
     "lop3.b32": lambda a, b, c: table_of_three(a, b, c, 0x6A),
     "bfi.b32": lambda a, b, c: insert(a, b, c, 11),
+    "slct.u32.s32": lambda a, b, c: word32(a if signed(c, 32) >= 0 else b),
+    "testp.finite.f32": lambda a, b, c: math.isfinite(FORMATS["f32"].decode(word32(a))),
+    "testp.subnormal.f32": lambda a, b, c: FORMATS["f32"].is_subnormal(FORMATS["f32"].decode(word32(a))),
     "selp.b32": lambda a, b, c: word32(b if word32(a) < word32(b) else c),
     "setp.lt.and.s32": lambda a, b, c: holds("setp.lt.s32", a, b) and holds("setp.ge.s32", b, c),
     "setp.lt.or.f32": lambda a, b, c: holds("setp.lt.f32", a, b) or not holds("setp.ge.f32", b, c),

@@ -151,17 +151,17 @@ class Decoder {
     const Routine* caller = routine_;
     Routine* callee = routine(found->second);
     in.callee = callee;
-    const auto copies = [&](const std::vector<Term>& outer, const std::vector<int>& inner, bool inward) {
-      std::vector<Instruction::Copy> list;
+    const auto arguments = [&](const std::vector<Term>& outer, const std::vector<int>& inner, bool inward) {
+      std::vector<Instruction::Argument> list;
       for (size_t i = 0; i < inner.size() && i < outer.size(); ++i) {
         const int64_t there = callee->offsets[inner[i]], here = caller->offsets[outer[i].index];
         list.push_back({inward ? here : there, inward ? there : here, callee->function->variables[inner[i]].size});
       }
       return list;
     };
-    if (has_result) in.results = copies(terms[0].parts, callee->function->results, false);
-    const Term* arguments = terms.size() > (has_result ? 2u : 1u) ? &terms.back() : nullptr;
-    if (arguments) in.arguments = copies(arguments->parts, callee->function->parameters, true);
+    if (has_result) in.results = arguments(terms[0].parts, callee->function->results, false);
+    const Term* given = terms.size() > (has_result ? 2u : 1u) ? &terms.back() : nullptr;
+    if (given) in.arguments = arguments(given->parts, callee->function->parameters, true);
   }
 
   Operand operand(const Term& t, Instruction& in) {

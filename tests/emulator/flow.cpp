@@ -18,10 +18,10 @@ void brx_idx(Warp& warp, const Instruction& in, Mask mask) {
   });
 }
 
-void copy_parameters(Bytes& local, const std::vector<Instruction::Copy>& copies, int64_t from, int64_t to) {
-  for (const Instruction::Copy& c : copies) {
-    std::copy_n(local.data.begin() + from + c.from, c.size, local.data.begin() + to + c.to);
-    std::copy_n(local.unknown.begin() + from + c.from, c.size, local.unknown.begin() + to + c.to);
+void pass(Bytes& local, const std::vector<Instruction::Argument>& arguments, int64_t from, int64_t to) {
+  for (const Instruction::Argument& a : arguments) {
+    std::copy_n(local.data.begin() + from + a.from, a.size, local.data.begin() + to + a.to);
+    std::copy_n(local.unknown.begin() + from + a.from, a.size, local.unknown.begin() + to + a.to);
   }
 }
 
@@ -30,7 +30,7 @@ void call(Warp& warp, const Instruction& in, Mask mask) {
     for_lanes(mask, [&](int lane) {
       const int64_t caller = warp.frames[lane].back().local_base;
       warp.enter(lane, *in.callee, &in, warp.position() + 1);
-      copy_parameters(warp.local[lane], in.arguments, caller, warp.frames[lane].back().local_base);
+      pass(warp.local[lane], in.arguments, caller, warp.frames[lane].back().local_base);
     });
   } else if (in.callee->function->name == "vprintf") {
     return;  // what a kernel prints is not shown
@@ -46,7 +46,7 @@ void ret(Warp& warp, const Instruction&, Mask mask) {
     const Frame frame = warp.frames[lane].back();
     warp.leave(lane);
     if (frame.call) {
-      copy_parameters(warp.local[lane], frame.call->results, frame.local_base, warp.frames[lane].back().local_base);
+      pass(warp.local[lane], frame.call->results, frame.local_base, warp.frames[lane].back().local_base);
     }
   });
 }

@@ -46,6 +46,10 @@ std::vector<PtxImage> ptx_images(const void* fat_binary) {
   return images;
 }
 
+Image::~Image() {
+  for (const auto& [name, bytes] : variables_) Memory::instance().remove(reinterpret_cast<void*>(address(name)));
+}
+
 bool Image::load(int compute_capability) {
   if (module_) return true;
   PtxImage best;

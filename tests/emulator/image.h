@@ -21,6 +21,7 @@ std::vector<PtxImage> ptx_images(const void* fat_binary);
 class Image {
  public:
   explicit Image(const void* fat_binary) : fat_binary_(fat_binary) {}
+  ~Image();
 
   // nullptr where the image has no PTX for the device, or no such kernel.
   const Program* program(const std::string& kernel, int compute_capability);

@@ -71,11 +71,11 @@ int sum_of_products(uint32_t a, uint32_t b) {
   return sum;
 }
 template <class T>
-Handler dp4a() {
-  return run_lanes<[](uint32_t a, uint32_t b, uint32_t c) {
-    return c + static_cast<uint32_t>(sum_of_products<T>(a, b));
-  },
-                   uint32_t, uint32_t, uint32_t, uint32_t>;
+constexpr auto dot_product =
+    [](uint32_t a, uint32_t b, uint32_t c) { return c + static_cast<uint32_t>(sum_of_products<T>(a, b)); };
+Handler dp4a(const Instruction& in) {
+  const bool is_signed = in.type() == Type::s32;
+  return is_signed ? same_types<dot_product<int8_t>, uint32_t>() : same_types<dot_product<uint8_t>, uint32_t>();
 }
 
 // .cc leaves the bit above the result in the lane's carry flag, addc, subc and madc take it from there.
@@ -153,7 +153,7 @@ const InstructionRow kRows[] = {
                  Longs>},
     {"bfind.shiftamt", "",
      elementwise<[](auto a) { return magnitude(a) ? std::countl_zero(magnitude(a)) : ~0u; }, Longs>},
-    {"dp4a", "", [](const Instruction& in) { return in.type() == Type::s32 ? dp4a<int8_t>() : dp4a<uint8_t>(); }},
+    {"dp4a", "", dp4a},
 };
 
 }  // namespace

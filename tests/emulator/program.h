@@ -66,10 +66,10 @@ struct Instruction {
   Space space = Space::generic;
   std::vector<int> targets;  // of a branch: positions in the program
   const Routine* callee = nullptr;
-  struct Copy {
+  struct Argument {  // of a call: bytes that go from one frame to another
     int64_t from, to, size;
   };
-  std::vector<Copy> arguments, results;  // of a call: from one frame to another
+  std::vector<Argument> arguments, results;
   std::vector<std::string> words;
   const Statement* statement = nullptr;
 

@@ -314,6 +314,9 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   COMPARE("setp.neu.f64", "64");
   SEVERAL32("lop3.b32", "lop3.b32 d, a, b, c, 0x6a;");
   SEVERAL32("bfi.b32", "bfi.b32 d, a, b, c, 11;");
+  SEVERAL32("slct.u32.s32", "slct.u32.s32 d, a, b, c;");
+  SEVERAL32("testp.finite.f32", ".reg .pred p; testp.finite.f32 p, a; selp.b32 d, 1, 0, p;");
+  SEVERAL32("testp.subnormal.f32", ".reg .pred p; testp.subnormal.f32 p, a; selp.b32 d, 1, 0, p;");
   SEVERAL32("selp.b32", ".reg .pred p; setp.lt.u32 p, a, b; selp.b32 d, b, c, p;");
   SEVERAL32("setp.lt.and.s32",
             ".reg .pred p, q; setp.ge.s32 q, b, c; setp.lt.and.s32 p, a, b, q; selp.b32 d, 1, 0, p;");

@@ -104,7 +104,9 @@ __global__ void memory_kernel(const uint32_t* in, uint32_t* out, int n) {
   if (i % 2) {  // 16 bytes, as four numbers or two
     reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(in)[i];
   } else {
-    reinterpret_cast<double2*>(out)[i] = reinterpret_cast<const double2*>(in)[i];
+    double a, b;
+    asm volatile("ld.global.v2.f64 {%0, %1}, [%2];" : "=d"(a), "=d"(b) : "l"(in + 4 * i));
+    asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(out + 4 * i), "d"(a), "d"(b) : "memory");
   }
   reinterpret_cast<uint2*>(shared)[i] = reinterpret_cast<const uint2*>(in)[i];
   reversed[threads - 1 - i] = in[i];
