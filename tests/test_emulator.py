@@ -467,3 +467,21 @@ def test_counters(emulator):
     assert (counters.written.distinct, counters.written.total) == (4 * m * n, 2 * 4 * m * n)  # two stores to a sector
     sites = counters.conflicts.values()
     assert sites and not [site for site in sites if site.conflicts]
+
+
+@pytest.mark.parametrize("stride", [0, 1, 2, 3, 4, 8, 16, 32, 33])
+def test_counters_of_strided_reads(emulator, stride):
+    """Sectors of 32 bytes in global memory; in shared memory, words of the same bank take turns."""
+    words = random_words(32 * 33)
+    out = torch.zeros(32, dtype=torch.int32)
+    run(emulator, "strided", words, out, stride)
+    assert out.tolist() == [words[i * stride].item() + i * stride for i in LANES]
+    (counters,) = emulator.counters().values()
+    sectors = {(words.data_ptr() + 4 * i * stride) // 32 for i in LANES}
+    assert counters.read.distinct == counters.read.total == 32 * len(sectors)
+    assert counters.written.distinct == counters.written.total == 4 * 32
+    source = (KERNELS / "warp.cu").read_text().splitlines()
+    (line,) = [number for number, text in enumerate(source, 1) if text.endswith("// strided")]
+    (site,) = [site for site in counters.conflicts.values() if site.line == line]
+    banks = Counter(word % 32 for word in {i * stride for i in LANES})
+    assert (site.accesses, site.wavefronts, site.conflicts) == (1, max(banks.values()), max(banks.values()) - 1)

@@ -138,6 +138,15 @@ __global__ void memory_kernel(const uint32_t* in, uint32_t* out, int n) {
   *reinterpret_cast<uint16_t*>(row) = uint16_t(in[i]);
 }
 
+// One warp reads every `stride`-th word, of global and then of shared memory.
+__global__ void strided_kernel(const uint32_t* in, uint32_t* out, int stride) {
+  __shared__ uint32_t shared[32 * 33];
+  for (int i = threadIdx.x; i < 32 * 33; i += 32) shared[i] = i;
+  __syncwarp();
+  const uint32_t word = in[threadIdx.x * stride];
+  out[threadIdx.x] = word + shared[threadIdx.x * stride];  // strided
+}
+
 // Sums that do not depend on the order.
 __global__ void atomics_kernel(const uint32_t* in, uint32_t* out, int n) {
   __shared__ uint32_t block_sum;
@@ -206,6 +215,11 @@ extern "C" int control(const int* values, int* out, int n) {
 
 extern "C" int memory(const uint32_t* in, uint32_t* out, int threads) {
   memory_kernel<<<1, threads, threads * 2 * sizeof(uint32_t)>>>(in, out, 4 * threads);
+  return cudaGetLastError();
+}
+
+extern "C" int strided(const uint32_t* in, uint32_t* out, int stride) {
+  strided_kernel<<<1, 32>>>(in, out, stride);
   return cudaGetLastError();
 }
 
