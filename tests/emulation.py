@@ -22,6 +22,9 @@ DIRECTORY = Path(
     os.environ.get("VITKERNELS_EMULATOR", Path(__file__).parent.parent / "build" / "emulator" / "tests" / "emulator")
 )
 
+KERNELS = Path(__file__).parent / "emulator" / "kernels"
+LANES = range(32)
+
 
 def why_not() -> str | None:
     """The reason why there is no emulator, or ``None``."""
@@ -56,6 +59,11 @@ class Emulator:
         passed = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
         error: int = getattr(self.kernels, name)(*passed)
         return error
+
+    def compute(self, name: str, *args: Any, **options: Any) -> None:
+        """:meth:`run`, which must succeed."""
+        assert self.run(name, *args, **options) == 0, self.errors()
+        assert self.errors() == []
 
     @contextmanager
     def on_cpu_tensors(self) -> Iterator[None]:

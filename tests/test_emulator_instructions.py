@@ -4,18 +4,18 @@ import math
 import random
 import re
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
-from emulation import DIRECTORY, needs_emulator
+from emulation import DIRECTORY, KERNELS, needs_emulator
 from ptx_numbers import FORMATS, is_nan
 from ptx_semantics import SEVERAL, Instruction, Undefined, width
 
 pytestmark = needs_emulator
 
-SOURCE = Path(__file__).parent / "emulator" / "kernels" / "arithmetic.cu"
-TABLE = re.findall(r'^  (ROW\d|COMPARE|SEVERAL\d*)\("([^"]+)",\s+([^;]+)', SOURCE.read_text(), re.MULTILINE)
+TABLE = re.findall(
+    r'^  (ROW\d|COMPARE|SEVERAL\d*)\("([^"]+)",\s+([^;]+)', (KERNELS / "arithmetic.cu").read_text(), re.MULTILINE
+)
 ROWS = {
     name: [64] * 4 if kind.startswith("SEVERAL") else list(map(int, re.findall(r"\d+", bits)))
     for kind, name, bits in TABLE
@@ -83,8 +83,7 @@ def results(emulator):
     ys[::5] = xs[::5]
     columns = [torch.tensor([w - (w >> 63 << 64) for w in column]) for column in (xs, ys, zs)]
     out = torch.full((len(ROWS), len(xs)), -1)
-    emulator.run("arithmetic", *columns, out, len(xs))
-    assert emulator.errors() == []
+    emulator.compute("arithmetic", *columns, out, len(xs))
     found = [[w & (1 << 64) - 1 for w in row] for row in out.tolist()]
     return list(zip(xs, ys, zs, strict=True)), dict(zip(ROWS, found, strict=True))
 
