@@ -1,6 +1,5 @@
 // cvt between all types, and cvta between address spaces.
 #include <algorithm>
-#include <cfenv>
 
 #include "elementwise.h"
 
@@ -9,17 +8,6 @@ namespace {
 
 template <class T>
 constexpr bool is_float = std::is_floating_point_v<typename Computed<T>::type>;
-
-class HostRounding {
- public:
-  explicit HostRounding(Rounding r) {
-    std::fesetround(r == Rounding::zero   ? FE_TOWARDZERO
-                    : r == Rounding::down ? FE_DOWNWARD
-                    : r == Rounding::up   ? FE_UPWARD
-                                          : FE_TONEAREST);
-  }
-  ~HostRounding() { std::fesetround(FE_TONEAREST); }
-};
 
 // To an integer: rounded as the instruction says and clamped to the range. NaN becomes 0, with 64 bits on either side the
 // highest bit alone.

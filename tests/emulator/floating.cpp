@@ -1,26 +1,14 @@
 // Floating-point arithmetic. Roundings other than to nearest are set in the host's control word around the instruction;
 // .approx and .full functions are the correctly rounded ones of the host, which lie within the bounds PTX gives.
-#include <cfenv>
-
 #include "elementwise.h"
 
 namespace emulator {
 namespace {
 
-int host_rounding(Rounding rounding) {
-  switch (rounding) {
-    case Rounding::zero: return FE_TOWARDZERO;
-    case Rounding::down: return FE_DOWNWARD;
-    case Rounding::up: return FE_UPWARD;
-    default: return FE_TONEAREST;
-  }
-}
-
 template <Handler handler>
 void in_rounding(Warp& warp, const Instruction& in, Mask mask) {
-  std::fesetround(host_rounding(in.rounding));
+  const HostRounding scope(in.rounding);
   handler(warp, in, mask);
-  std::fesetround(FE_TONEAREST);
 }
 
 // The formula evaluated in the rounding the instruction names; narrow formats round when their result is encoded.

@@ -24,12 +24,12 @@ void move_matrices(Warp& warp, const Instruction& in, Mask mask) {
   const Operand &pointer = in.operands[loads], &registers = in.operands[!loads];
   const int count = in.has("x4") ? 4 : in.has("x2") ? 2 : 1;
   const bool transposed = in.has("trans");
-  uint64_t addresses[kLanes];
+  uint64_t addresses[kLanes];  // all read before the register of one can be written
+  for (int lane = 0; lane < count * kMatrixRows; ++lane) addresses[lane] = warp.address(pointer, lane);
   for (int i = 0; i < count; ++i) {
     Place rows[kMatrixRows];
     for (int r = 0; r < kMatrixRows; ++r) {
       const int lane = i * kMatrixRows + r;
-      addresses[lane] = warp.address(pointer, lane);
       rows[r] = warp.reach(lane, Space::shared, addresses[lane], kRowBytes, access);
     }
     const Row held = warp.row(part(registers, i));
@@ -60,7 +60,7 @@ template <class T, class Accumulator, int k>
 void mma(Warp& warp, const Instruction& in, Mask mask) {
   check_whole_warp(warp, mask);
   constexpr int m = 16, n = 8, elements = 4 / kBytes<T>, bits = 32 / elements;
-  constexpr int c_elements = 4 / kBytes<Accumulator>;
+  constexpr int c_bytes = kBytes<Accumulator>, c_elements = 4 / c_bytes;
   static double a[m][k], b[n][k];             // [m, k], [n, k]
   bool a_unknown[m] = {}, b_unknown[n] = {};  // a row of A, a column of B
   const auto read = [&](const Operand& o, auto&& place) {
@@ -84,25 +84,24 @@ void mma(Warp& warp, const Instruction& in, Mask mask) {
     b[column][row] = value;
     b_unknown[column] |= unknown;
   });
-  for (int i = 0; i < 4 / c_elements; ++i) {
-    const Row c = warp.row(in.operands[3].parts[i]), d = warp.row(in.operands[0].parts[i]);
+  uint64_t sums[4 / c_elements][kLanes] = {};
+  unsigned unknown[4 / c_elements][kLanes] = {};
+  for (int element = 0; element < 4; ++element) {
+    const int i = element / c_elements, e = element % c_elements;
+    const Row c = warp.row(in.operands[3].parts[i]);
     for (int lane = 0; lane < kLanes; ++lane) {
-      uint64_t value = 0;
-      unsigned unknown = 0;
-      for (int e = 0; e < c_elements; ++e) {
-        const int element = i * c_elements + e, row = lane / 4 + 8 * (element >> 1),
-                  column = lane % 4 * 2 + (element & 1);
-        constexpr int shift = 8 * kBytes<Accumulator>;
-        double sum = 0;
-        for (int j = 0; j < k; ++j) sum += a[row][j] * b[column][j];
-        sum += static_cast<double>(number<Accumulator>(c.value[lane] >> shift * e));
-        value |= bits_of<Accumulator>(sum) << shift * e;
-        const bool c_unknown = c.unknown[lane] >> kBytes<Accumulator> * e & kUnknown<Accumulator>;
-        if (a_unknown[row] || b_unknown[column] || c_unknown)
-          unknown |= kUnknown<Accumulator> << kBytes<Accumulator> * e;
-      }
-      d.set(lane, value, unknown);
+      const int row = lane / 4 + 8 * (element >> 1), column = lane % 4 * 2 + (element & 1);
+      double sum = 0;
+      for (int j = 0; j < k; ++j) sum += a[row][j] * b[column][j];
+      sum += static_cast<double>(number<Accumulator>(c.value[lane] >> 8 * c_bytes * e));
+      sums[i][lane] |= bits_of<Accumulator>(sum) << 8 * c_bytes * e;
+      const bool c_unknown = c.unknown[lane] >> c_bytes * e & kUnknown<Accumulator>;
+      if (a_unknown[row] || b_unknown[column] || c_unknown) unknown[i][lane] |= kUnknown<Accumulator> << c_bytes * e;
     }
+  }
+  for (int i = 0; i < 4 / c_elements; ++i) {
+    const Row d = warp.row(in.operands[0].parts[i]);
+    for (int lane = 0; lane < kLanes; ++lane) d.set(lane, sums[i][lane], unknown[i][lane]);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -165,6 +166,16 @@ uint32_t double_to_narrow(double value, Rounding rounding) {
   }
   return (bits | static_cast<uint32_t>(negative) << (T::exponent_bits + T::mantissa_bits)) << T::register_shift;
 }
+
+// The host rounds float and double this way as long as it lives.
+class HostRounding {
+ public:
+  explicit HostRounding(Rounding r) {
+    const bool zero = r == Rounding::zero, down = r == Rounding::down, up = r == Rounding::up;
+    std::fesetround(zero ? FE_TOWARDZERO : down ? FE_DOWNWARD : up ? FE_UPWARD : FE_TONEAREST);
+  }
+  ~HostRounding() { std::fesetround(FE_TONEAREST); }
+};
 
 // The number in the low bits of a register.
 template <class T>

@@ -42,19 +42,15 @@ void setp(Warp& warp, const Instruction& in, Mask mask) {
   const Row c = combines ? warp.row(in.operands[3]) : p;
   const bool is_and = in.has("and"), is_or = in.has("or");
   for_lanes(mask, [&](int lane) {
-    const auto put = [&](const Row& target, bool value, bool unknown) {
-      if (combines) {
-        const bool other = (c.value[lane] & 1) != in.operands[3].negated;
-        unknown |= c.unknown[lane] & 1;
-        value = is_and ? value && other : is_or ? value || other : value != other;
-      }
-      target.value[lane] = value;
-      target.unknown[lane] = unknown;
+    const bool other = combines && (c.value[lane] & 1) != in.operands[3].negated;
+    const bool other_unknown = combines && c.unknown[lane] & 1;
+    const auto combined = [&](bool value) {
+      return !combines ? value : is_and ? value && other : is_or ? value || other : value != other;
     };
     const Comparison<compare, T> low(in, a, b, lane, 0), high(in, a, b, lane, Element<T>::count - 1);
-    const bool packed = Element<T>::count == 2;
-    if (!pair.empty()) put(q, packed ? high.value : !low.value, high.unknown);
-    put(p, low.value, low.unknown);
+    const bool second = Element<T>::count == 2 ? high.value : !low.value;
+    p.set(lane, combined(low.value), low.unknown || other_unknown);
+    if (!pair.empty()) q.set(lane, combined(second), high.unknown || other_unknown);
   });
 }
 
