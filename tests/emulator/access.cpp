@@ -18,7 +18,7 @@ Space window_of(uint64_t address) {
   }
 }
 
-std::string range(uint64_t begin, int bytes) {
+std::string range(int64_t begin, int bytes) {
   return "bytes [" + std::to_string(begin) + ", " + std::to_string(begin + bytes) + ")";
 }
 
@@ -78,7 +78,8 @@ Place Warp::reach(int lane, Space space, uint64_t address, int bytes, Access acc
     fail("out_of_bounds", "a generic address of another space", lane);
   }
   const auto check = [&](uint64_t begin, uint64_t end, const char* what) {
-    if (address < begin || address + bytes > end) {
+    const uint64_t size = end - begin, width = bytes;
+    if (address < begin || width > size || address - begin > size - width) {
       fail("out_of_bounds", range(address - begin, bytes) + " of " + std::to_string(end - begin) + " bytes of " + what,
            lane);
     }

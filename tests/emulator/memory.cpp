@@ -8,7 +8,8 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kWordBytes = 4;  // in which writes of the host are looked for
+constexpr size_t kNear = 1 << 20;  // bytes within which a message names an allocation
+constexpr size_t kWordBytes = 4;   // in which writes of the host are looked for
 
 uint8_t pattern(uintptr_t address) {
   uint64_t x = (address / 8) * 0x9e3779b97f4a7c15ull;
@@ -69,7 +70,9 @@ void Memory::remove(void* begin) {
 }
 
 Allocation* Memory::find(uintptr_t address, size_t bytes) {
-  const auto holds = [=](const Allocation& a) { return address >= a.begin && address + bytes <= a.begin + a.bytes; };
+  const auto holds = [=](const Allocation& a) {
+    return address >= a.begin && bytes <= a.bytes && address - a.begin <= a.bytes - bytes;
+  };
   if (last_ && holds(*last_)) return last_;
   auto next = allocations_.upper_bound(address);
   if (next == allocations_.begin() || !holds((--next)->second)) return nullptr;
@@ -86,13 +89,12 @@ std::string Memory::nearest(uintptr_t address) const {
   for (const auto& [begin, a] : allocations_) {
     if (!best || distance(a) < distance(*best)) best = &a;
   }
-  if (!best) return text.str() + ", and no memory is allocated";
-  if (address < best->begin) {
-    text << ", " << best->begin - address << " bytes before";
-  } else {
-    text << ", at byte " << address - best->begin << " of";
-  }
-  text << " the nearest allocation of " << best->bytes << " bytes";
+  if (!best || distance(*best) > kNear) return text.str() + ", where nothing is allocated";
+  if (address < best->begin)
+    text << ", " << best->begin - address << " bytes before an allocation of ";
+  else
+    text << ", byte " << address - best->begin << " of an allocation of ";
+  text << best->bytes << " bytes";
   return text.str();
 }
 
