@@ -8,6 +8,7 @@ import pytest
 import torch
 import vitkernels as vk
 from vitkernels import _library
+from vitkernels.info import describe
 
 
 def python(code, **environment):
@@ -42,7 +43,55 @@ def test_old_torch_is_refused(monkeypatch):
 
 def test_backends():
     assert _library.backends()["cpu"] == "loaded"
-    assert "CUDA" in _library.backends()["cuda"]
+    assert _library.backends()["cuda"] == "loaded" or "CUDA" in _library.backends()["cuda"]
+    assert _library.why_no_kernel("attention", "cpu") is None
+    assert _library.why_no_kernel("attention", "mps") == "no kernels for it"
+
+
+CUDA_LIBRARIES = _library.cuda_library_paths()
+needs_cuda_library = pytest.mark.skipif(not CUDA_LIBRARIES, reason="built without CUDA")
+
+
+@needs_cuda_library
+def test_info_names_the_cuda_library():
+    for path in CUDA_LIBRARIES:
+        assert f"{path} ({_library.cuda_architectures(path)})" in describe()
+        assert "compute_80 (PTX)" in _library.cuda_architectures(path)
+
+
+def test_why_cuda_is_not_loaded(monkeypatch, tmp_path):
+    """The reasons, in the order in which they are looked for."""
+    monkeypatch.setattr(_library, "cpu_library_path", lambda: tmp_path / "libvitkernels_cpu.so")
+    assert _library._load_cuda() == "this build has no CUDA library"
+    (tmp_path / "libvitkernels_cuda13.so").write_bytes(b"")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _library._load_cuda() == f"torch {torch.__version__} has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert _library._load_cuda() == "torch has CUDA 12.8, this build has libvitkernels_cuda13.so"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "libvitkernels_cuda13.so: file too short" in _library._load_cuda()
+
+
+@pytest.mark.skipif(_library.backends()["cuda"] == "loaded", reason="the kernels are there")
+def test_operators_without_kernels_say_why():
+    """CUDA tensors cannot be made without CUDA; the dispatcher takes any where it is told the key."""
+    ran = python("""
+import torch, vitkernels
+from vitkernels.ops.registration import refusals
+cuda, x = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.ones(1, 1, 1, 1)
+calls = {"attention": (x, x, x, 1.0, None, None, None, None, None, False), "merge_attentions": ([x], [x[..., 0]])}
+assert calls.keys() <= refusals.keys()
+for op, args in calls.items():
+    try:
+        getattr(torch.ops.vitkernels, op).default.redispatch(cuda, *args)
+    except RuntimeError as error:
+        print(error)
+""")
+    reason = _library.backends()["cuda"]
+    assert ran.stdout.splitlines() == [
+        f"vitkernels::{op}: got CUDA tensors, takes tensors on the CPU: {reason}"
+        for op in ("attention", "merge_attentions")
+    ], ran.stderr
 
 
 def test_info_command():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
@@ -44,6 +45,47 @@ def _load() -> ctypes.CDLL:
 _cpu = _load()
 
 
+def cuda_library_paths() -> list[Path]:
+    """The CUDA libraries beside the CPU library, one for each major version of CUDA."""
+    return sorted(cpu_library_path().parent.glob("libvitkernels_cuda[0-9]*.so"))
+
+
+def cuda_architectures(path: Path) -> str:
+    """What a CUDA library holds code for, as in ``sm_80, compute_80 (PTX)``; the library need not be loaded."""
+    found = re.search(rb"vitkernels_cuda_architectures=([^;]*);", path.read_bytes())
+    names = [name.split("-") for name in found[1].decode().split()] if found else []
+    return ", ".join(f"sm_{number}" if kind == "real" else f"compute_{number} (PTX)" for number, kind in names)
+
+
+def _load_cuda() -> str:
+    """Load the library for torch's CUDA; returns ``"loaded"`` or the reason why not."""
+    paths = cuda_library_paths()
+    if not paths:
+        return "this build has no CUDA library"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    major = torch.version.cuda.split(".")[0]
+    path = cpu_library_path().parent / f"libvitkernels_cuda{major}.so"
+    if path not in paths:
+        return f"torch has CUDA {torch.version.cuda}, this build has {', '.join(p.name for p in paths)}"
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return str(error.__cause__ or error)
+    return "loaded"
+
+
+_cuda = _load_cuda()
+# As the libraries registered it, before Python registers anything.
+_implemented = {
+    (schema.name.removeprefix("vitkernels::"), device)
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("vitkernels::")
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)
+}
+
+
 def isa() -> str:
     """The instruction set in use: the best one supported, or what ``VITKERNELS_ISA`` names."""
     return str(_cpu.vitkernels_isa().decode())
@@ -59,6 +101,16 @@ def isas_supported() -> list[str]:
     return str(_cpu.vitkernels_isas_supported().decode()).split()
 
 
+def why_no_kernel(op: str, device: str) -> str | None:
+    """The reason why ``vitkernels::op`` cannot run on ``device``, or ``None`` if a library has it."""
+    if device not in backends():
+        return "no kernels for it"
+    if (op, device) in _implemented:
+        return None
+    state = backends()[device]
+    return state if state != "loaded" else f"this version has no {device} kernels for {op}"
+
+
 def backends() -> dict[str, str]:
     """Each device type with ``"loaded"`` or the reason why its kernels are not."""
-    return {"cpu": "loaded", "cuda": "this version has no CUDA kernels"}
+    return {"cpu": "loaded", "cuda": _cuda}

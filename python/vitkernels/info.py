@@ -24,6 +24,7 @@ def describe() -> str:
         "this CPU has": ", ".join(_library.isas_supported()),
         "used": used,
         "threads": str(torch.get_num_threads()),
+        **{p.stem: f"{p} ({_library.cuda_architectures(p)})" for p in _library.cuda_library_paths()},
         **{f"backend {device}": state for device, state in _library.backends().items()},
     }
     width = max(map(len, rows))

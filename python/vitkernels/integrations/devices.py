@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vitkernels._library import backends
+from vitkernels._library import why_no_kernel
 
 __all__ = ["KERNEL_DTYPES", "conditions"]
 
@@ -14,8 +14,8 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-#: Device type -> dtypes that have kernels; a device without a loaded library is absent.
-KERNEL_DTYPES = {device: _DTYPES[device] for device, state in backends().items() if state == "loaded"}
+#: Device type -> dtypes that have kernels; a device without kernels is absent.
+KERNEL_DTYPES = {device: dtypes for device, dtypes in _DTYPES.items() if why_no_kernel("attention", device) is None}
 
 
 def conditions(module: nn.Module, dropout: float) -> list[str]:
@@ -23,7 +23,7 @@ def conditions(module: nn.Module, dropout: float) -> list[str]:
     found = []
     device = next((p.device.type for p in module.parameters()), "cpu")
     if device not in KERNEL_DTYPES:
-        found.append(f"stock path on {device}: {backends().get(device, 'no kernels for it')}")
+        found.append(f"stock path on {device}: {why_no_kernel('attention', device)}")
     if dropout > 0.0:
         found.append(f"stock path in training: attention dropout {dropout:g}")
     return found

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from vitkernels._library import why_no_kernel
+
 _library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
+#: By operator: what raises in place of kernels for CUDA.
+refusals: dict[str, torch.library.Library] = {}
 
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -90,6 +94,15 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def _refuse(op: str, reason: str) -> None:
+    # PyTorch's own message does not know the reason.
+    def raise_without_kernel(*args: Any) -> None:
+        raise RuntimeError(f"vitkernels::{op}: got CUDA tensors, takes tensors on the CPU: {reason}")
+
+    refusals[op] = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
+    refusals[op].impl(op, raise_without_kernel, "CUDA")  # type: ignore[no-untyped-call]
+
+
 def register(
     op: str,
     *,
@@ -97,7 +110,10 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
-    """Register the fake implementation of ``op`` and, where it has one, its gradient."""
+    """Register for ``op`` the fake implementation, the gradient if it has one, and an error where it has no kernel."""
+    reason = why_no_kernel(op, "cuda")
+    if reason is not None:
+        _refuse(op, reason)
     torch.library.register_fake(f"vitkernels::{op}", fake)
     if backward is not None:
         torch.library.register_autograd(f"vitkernels::{op}", backward, setup_context=setup_context)

@@ -1,0 +1,61 @@
+// Tiles on their way from global to shared memory, asynchronously, 16 bytes a thread and step.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "cuda/launch.h"
+
+namespace vitkernels::cuda {
+
+// A tile of 16-bit elements in shared memory. Chunks of eight elements are permuted within groups of eight rows, so
+// that neither the copy into it nor ldmatrix meets a bank conflict.
+template <int kRows, int kColumns>
+struct SharedTile {
+  static constexpr int kSpan = kColumns % 64 == 0 ? 64 : 32;
+  static_assert(kColumns % kSpan == 0 && kRows % 8 == 0);
+  using Rows8 = cute::Layout<cute::Shape<cute::_8, cute::Int<kSpan>>, cute::Stride<cute::Int<kSpan>, cute::_1>>;
+  using Swizzled = decltype(cute::composition(cute::Swizzle<kSpan / 32 + 1, 3, 3>{}, Rows8{}));
+  using Layout = decltype(cute::tile_to_shape(Swizzled{},
+                                              cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));  // (rows,columns)
+  static constexpr int kElements = kRows * kColumns;
+};
+
+// How kThreads threads copy rows of kColumns elements.
+template <class Element, int kThreads, int kColumns>
+struct TileCopy {
+  static constexpr int kVector = 16 / sizeof(Element);
+  static constexpr int kThreadsOfRow = kColumns / kVector;
+  using Atom = cute::Copy_Atom<cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>, Element>;
+  using Threads = cute::Layout<cute::Shape<cute::Int<kThreads / kThreadsOfRow>, cute::Int<kThreadsOfRow>>,
+                               cute::Stride<cute::Int<kThreadsOfRow>, cute::_1>>;
+  using Values = cute::Layout<cute::Shape<cute::_1, cute::Int<kVector>>>;
+  using Copy = decltype(cute::make_tiled_copy(Atom{}, Threads{}, Values{}));
+};
+
+// Starts copying the tile `gT`, of which `rows` x `columns` elements exist, to `sT`; the others become zero. `columns`
+// is a multiple of the vector, and rows of `gT` begin at multiples of 16 bytes.
+template <class Copy, class Global, class Shared>
+__device__ void copy_tile_async(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns) {
+  const auto thread = copy.get_slice(threadIdx.x);
+  cute::Tensor cT = cute::make_identity_tensor(cute::product_each(cute::shape(sT)));  // (rows,columns) -> (row,column)
+  cute::Tensor tgT = thread.partition_S(gT);                                          // (CPY,CPY_M,CPY_K)
+  cute::Tensor tsT = thread.partition_D(sT);                                          // (CPY,CPY_M,CPY_K)
+  cute::Tensor tcT = thread.partition_S(cT);                                          // (CPY,CPY_M,CPY_K)
+  CUTE_UNROLL
+  for (int m = 0; m < cute::size<1>(tsT); ++m) {
+    CUTE_UNROLL
+    for (int k = 0; k < cute::size<2>(tsT); ++k) {
+      const bool exists = cute::get<0>(tcT(0, m, k)) < rows && cute::get<1>(tcT(0, m, k)) < columns;
+      cute::copy(copy.with(exists), tgT(cute::_, m, k), tsT(cute::_, m, k));
+    }
+  }
+}
+
+// Waits for all but the `kLater` groups that were committed last; a barrier shows the data to the other threads.
+template <int kLater>
+__device__ void wait_for_copies() {
+  cute::cp_async_wait<kLater>();
+}
+__device__ inline void commit_copies() { cute::cp_async_fence(); }
+
+}  // namespace vitkernels::cuda

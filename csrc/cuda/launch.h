@@ -1,0 +1,40 @@
+// How work is laid out on a grid, and what a launch returns.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace vitkernels::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+
+template <class T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// Blocks for `tasks` of which each takes `tasks_per_block`; a kernel goes on in strides of the grid where that is more
+// than a grid can have. A grid without blocks cannot be launched.
+inline unsigned blocks_for(int64_t tasks, int64_t tasks_per_block) {
+  return unsigned(std::clamp<int64_t>(ceil_div(tasks, tasks_per_block), 1, kMaxBlocks));
+}
+
+__device__ inline int lane_index() { return int(threadIdx.x) % kWarpSize; }
+
+// Of a grid of one dimension, whose blocks are whole warps.
+__device__ inline int64_t warp_of_grid() { return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize; }
+__device__ inline int64_t warps_in_grid() { return int64_t(gridDim.x) * blockDim.x / kWarpSize; }
+
+// The same bits in every lane, since each addition is commutative.
+template <class T>
+__device__ inline T warp_sum(T value) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+  }
+  return value;
+}
+
+}  // namespace vitkernels::cuda
