@@ -81,7 +81,7 @@ docs: build $(VENV)/.docs  ## build the documentation into docs/_build/html
 
 wheel: $(VENV)/.cutlass  ## build a wheel into dist/, for every GPU architecture
 	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist \
-	  --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
+	  --config-settings build-dir=build/wheel --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist docs/_build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

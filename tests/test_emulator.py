@@ -302,7 +302,7 @@ def test_counters_of_strided_reads(emulator, stride):
     sectors = {(words.data_ptr() + 4 * i * stride) // 32 for i in LANES}
     assert counters.read.distinct == counters.read.total == 32 * len(sectors)
     assert counters.written.distinct == counters.written.total == 4 * 32
-    source = (KERNELS / "warp.cu").read_text().splitlines()
+    source = (KERNELS / "memory.cu").read_text().splitlines()
     (line,) = [number for number, text in enumerate(source, 1) if text.endswith("// strided")]
     (site,) = [site for site in counters.conflicts.values() if site.line == line]
     banks = Counter(word % 32 for word in {i * stride for i in LANES})

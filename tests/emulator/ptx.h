@@ -1,3 +1,7 @@
+// Reading order: ptx.h (text), program.h (instructions with operands), warp.h (the machine), elementwise.h (from a
+// formula to an instruction), then the tables of instructions: integer, bits, floating, predicates, convert, access,
+// atomic, flow, barrier, collective, matrix, async. runtime.cpp is where a launch comes in.
+//
 // A PTX module as its text gives it: functions, variables, instructions by name. Registers and variables are resolved
 // by scope; the meaning of an instruction is decoded later (program.h).
 #pragma once
