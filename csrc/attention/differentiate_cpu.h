@@ -151,8 +151,8 @@ VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers
 // S, dP -> P, dS = P * (dP - delta) of one row, in place; gradients of the score terms on the way, those of the grid
 // into their `part`.
 template <class T>
-void differentiate_row(const Score& score, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
-                       GridRow<T>* grid_row = nullptr, int64_t part = 0) {
+VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
+                                 GridRow<T>* grid_row = nullptr, int64_t part = 0) {
   if (score.has_terms()) {
     differentiate_terms(score, at, with, logits, gradients, grid_row, part);
   } else {
