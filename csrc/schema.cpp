@@ -27,6 +27,18 @@ STABLE_TORCH_LIBRARY(vitkernels, m) {
       "bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier) -> (Tensor grad_query, "
       "Tensor grad_key, Tensor grad_value, Tensor grad_head_scale, Tensor grad_bias, Tensor grad_key_bias, "
       "Tensor grad_multiplier)");
+  // value_q (B, Nq, heads, dv), out (B, Nk, heads, dv), query_weight broadcasts to (B, Nq, heads).
+  m.def(
+      "attention_transposed(Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, float scale, "
+      "Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, Tensor? head_map, bool is_causal) -> "
+      "Tensor");
+  m.def(
+      "attention_transposed_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value_q, Tensor lse, "
+      "Tensor? query_weight, float scale, Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, "
+      "Tensor? head_map, bool is_causal, bool need_query_weight, bool need_head_scale, bool need_bias, "
+      "bool need_key_bias, bool need_multiplier) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value_q, "
+      "Tensor grad_lse, Tensor grad_query_weight, Tensor grad_head_scale, Tensor grad_bias, Tensor grad_key_bias, "
+      "Tensor grad_multiplier)");
   m.def("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor lse) -> "

@@ -35,6 +35,10 @@ def positive(*at: Any) -> Tensor:
     return normal(*at).abs() + 0.25
 
 
+def fraction(*at: Any) -> Tensor:
+    return positive(*at) / 4
+
+
 def masked(*at: Any) -> Tensor:
     """A third of the entries is -inf."""
     values = normal(*at)
@@ -61,6 +65,22 @@ def lowest_rows(generator: torch.Generator, shape: tuple[int, ...], dtype: torch
 
 def empty(*at: Any) -> Tensor:
     return torch.full_like(normal(*at), -torch.inf)
+
+
+def ones(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.ones(shape, dtype=torch.float64)
+
+
+def lse_like(*at: Any) -> Tensor:
+    """Of some hundred keys, without being theirs: probabilities of any size but none that is absurd."""
+    return normal(*at) + 6.0
+
+
+def lse_of_some(*at: Any) -> Tensor:
+    """Every third query, the first one included, sees no key."""
+    values = lse_like(*at)
+    values[:, ::3] = -torch.inf
+    return values
 
 
 def uneven_map(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -180,6 +200,17 @@ def varlen(
     return Sample("attention_varlen", id, {**tensors, "return_lse": True, **arguments}, sizes, frozenset(tags.split()))
 
 
+def transposed(
+    id: str, *, b: int = 2, q: int = 17, k: int = 33, h: int = 3, g: int | None = None, d: int = 16, v: int = 24,
+    tags: str = "", **arguments: Any,
+) -> Sample:  # fmt: skip
+    sizes = {"b": b, "q": q, "k": k, "h": h, "g": h if g is None else g, "d": d, "v": v}
+    tensors = {
+        "query": Input("bqhd"), "key": Input("bkgd"), "value_q": Input("bqhv"), "lse": statistic("bqh", lse_like),
+    }  # fmt: skip
+    return Sample("attention_transposed", id, {**tensors, **arguments}, sizes, frozenset(tags.split()))
+
+
 def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", **sizes: int) -> Sample:
     fills = lses + (times(3.0),) * (parts - len(lses))
     arguments = {"outs": [Input("bqhv")] * parts, "lses": [statistic("bqh", fill) for fill in fills]}
@@ -276,6 +307,49 @@ SAMPLES = [
     varlen("head-map", h=4, g=3, head_map=Input("h", uneven_map, dtype=torch.int64)),
     varlen("no-keys", u=0),
     varlen("no-tokens", t=0, u=0, n=2),
+    *(transposed(f"tokens-{q}-{k}", q=q, k=k) for q, k in TOKENS),
+    *(transposed(f"tokens-{q}-{k}-one-column", q=q, k=k, v=1) for q, k in TOKENS[::2]),
+    *(transposed(f"dims-{d}-{v}", d=d, v=v) for d, v in [*HEAD_DIMS, (16, 8), (16, 9)]),
+    transposed("plain", tags="core deploy linear-memory"),
+    transposed("column-sums", q=197, k=203, v=1, value_q=Input("1111", ones, expand="bqhv", learns=False), tags="core"),
+    transposed("expanded-values", v=3, value_q=Input("b1h1", expand="bqhv")),
+    transposed("few-heads", b=1, q=113, k=401, h=1, v=5),
+    *(transposed(f"query-weight-{axes}", query_weight=statistic(axes)) for axes in ("bqh", "1qh", "b1h", "q1", "1")),
+    transposed("query-weight-long", q=505, k=97, v=2, query_weight=statistic("bq1"), tags="core"),
+    transposed("query-weight-expanded", query_weight=statistic("1q1", expand="bqh")),
+    transposed("query-weight-float16", query_weight=statistic("1q1", dtype=torch.float16)),
+    transposed("number-scale", scale=0.3),
+    transposed("head-scale", scale=statistic("h", fraction), tags="core"),
+    *(transposed(f"bias-{axes}", q=49, k=49, bias=statistic(axes)) for axes in ("bhqk", "1hqk", "qk", "bhq1", "1h1k")),
+    transposed("bias-grouped-long", q=97, k=801, h=4, g=2, bias=statistic("1hqk"), tags="core"),
+    transposed("bias-expanded-batch", bias=statistic("1hqk", expand="bhqk"), v=1),
+    transposed("masked", q=33, k=197, bias=statistic("bhqk", masked)),
+    transposed("masked-rows", q=33, k=197, bias=statistic("b1qk", masked_rows), lse=statistic("bqh", lse_of_some)),
+    transposed("empty-rows", q=97, k=33, lse=statistic("bqh", lse_of_some), query_weight=statistic("bqh"), tags="core"),
+    transposed("empty-rows-one-column", q=97, k=333, v=1, lse=statistic("bqh", lse_of_some)),
+    transposed("all-rows-empty", lse=statistic("bqh", empty)),
+    *(transposed(f"key-bias-{axes}", k=49, key_bias=statistic(axes)) for axes in ("bhk", "k", "1")),
+    *(transposed(f"multiplier-{axes}", q=49, k=49, multiplier=statistic(axes)) for axes in ("bhqk", "h11")),
+    transposed(
+        "all-terms", q=97, k=333, h=4, g=2, tags="core", query_weight=statistic("1qh"), scale=statistic("h", fraction),
+        multiplier=statistic("b1qk"), bias=statistic("1hqk"), key_bias=statistic("bhk"),
+    ),
+    transposed("all-terms-causal", q=97, k=333, is_causal=True, multiplier=statistic("1h1k"), bias=statistic("bhqk")),
+    *(
+        transposed(f"causal-{q}-{k}", q=q, k=k, v=v, is_causal=True)
+        for q, k, v in [(33, 33, 24), (9, 203, 1), (203, 9, 24), (1, 33, 1)]
+    ),
+    transposed("causal-long", q=401, k=801, v=1, is_causal=True, tags="core"),
+    transposed("causal-longer-queries", q=700, k=401, is_causal=True, bias=statistic("11qk", masked)),
+    transposed("grouped", q=49, k=57, h=6, g=2),
+    transposed("one-kv-head", h=4, g=1, k=801, v=1),
+    transposed("head-map", h=4, g=3, head_map=Input("h", uneven_map, dtype=torch.int64), tags="core"),
+    transposed("shared-query", query=Input("1qhd"), b=3, tags="core"),
+    transposed("qk-norm", qk_norm="l2", scale=statistic("h", positive), tags="core mixed"),
+    transposed("no-batch", b=0, tags="core"),
+    transposed("no-queries", q=0, bias=statistic("1hqk"), query_weight=statistic("bqh")),
+    transposed("no-keys", k=0, scale=statistic("h", positive), bias=statistic("1hqk"), query_weight=statistic("q1")),
+    transposed("nothing", b=0, q=0, k=0),
     *(merge(f"parts-{parts}", parts) for parts in (1, 3)),
     merge("parts-2", 2, tags="core"),
     merge("parts-4", 4, b=1, q=601, v=7),

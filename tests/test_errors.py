@@ -12,6 +12,7 @@ def tokens(*shape, dtype=torch.float32):
 
 
 QKV = {"query": tokens(2, 5, 4, 8), "key": tokens(2, 7, 2, 8), "value": tokens(2, 7, 2, 3)}
+TRANSPOSED = {"query": QKV["query"], "key": QKV["key"], "value_q": tokens(2, 5, 4, 3), "lse": tokens(2, 5, 4)}
 PARTS = {"outs": [tokens(2, 5, 3)] * 2, "lses": [tokens(2, 5)] * 2}
 
 ATTENTION_ERRORS = [
@@ -25,6 +26,7 @@ ATTENTION_ERRORS = [
     ({"key": tokens(2, 7, 2, 8).to("meta")}, "key is on meta, takes query's device (cpu)"),
     ({"scale": float("nan")}, "scale is nan, takes a finite number"),
     ({"scale": tokens(3)}, "scale has shape (3), takes (4)"),
+    ({"query": tokens(2, 5, 4, 8, dtype=torch.int64), "qk_norm": "l2"}, "query is torch.int64, takes a floating dtype"),
     ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
     ({"bias": tokens(5, 6)}, "bias has shape (5, 6), takes one that broadcasts to (2, 4, 5, 7) = (B, heads, Nq, Nk)"),
     ({"bias": tokens(5, 7, dtype=torch.bool)}, "bias is torch.bool, takes a floating dtype"),
@@ -33,6 +35,22 @@ ATTENTION_ERRORS = [
     ({"head_map": torch.tensor([0, 1])}, "head_map has shape (2), takes (4)"),
     ({"head_map": tokens(4)}, "head_map is float32, takes int64 or int32"),
     ({"additional_keys": tokens(2, 1, 2, 8)}, "additional_keys and additional_values must be given together"),
+]
+TRANSPOSED_ERRORS = [
+    ({"key": tokens(3, 7, 2, 8)}, "key has size 3 in dimension 0, takes 2 (query's batch size)"),
+    ({"value_q": tokens(2, 5, 3)}, "value_q has shape (2, 5, 3), takes 4 dimensions (B, Nq, heads, dv)"),
+    ({"value_q": tokens(2, 7, 4, 3)}, "value_q has size 7 in dimension 1, takes 5 (query's number of tokens)"),
+    ({"value_q": tokens(2, 5, 2, 3)}, "value_q has size 2 in dimension 2, takes 4 (query's number of heads)"),
+    ({"value_q": tokens(2, 5, 4, 0)}, "value_q has head dimension 0, takes at least 1"),
+    ({"value_q": tokens(2, 5, 4, 3, dtype=torch.float16)}, "value_q is float16, takes float32"),
+    ({"lse": tokens(2, 4, 5)}, "lse has shape (2, 4, 5), takes (2, 5, 4)"),
+    ({"lse": tokens(2, 5, 4, dtype=torch.bfloat16)}, "lse is bfloat16, takes float32"),
+    (
+        {"query_weight": tokens(5)},
+        "query_weight has shape (5), takes one that broadcasts to (2, 5, 4) = (B, Nq, heads)",
+    ),
+    ({"query_weight": tokens(5, 1, dtype=torch.bool)}, "query_weight is torch.bool, takes a floating dtype"),
+    ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
 ]
 MERGE_ERRORS = [
     ({"outs": [], "lses": []}, "outs is empty, takes at least one tensor"),
@@ -43,6 +61,10 @@ MERGE_ERRORS = [
 ]
 ERRORS = [
     *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in ATTENTION_ERRORS),
+    *(
+        (vk.attention_transposed, TRANSPOSED | wrong, f"vitkernels::attention_transposed: {text}")
+        for wrong, text in TRANSPOSED_ERRORS
+    ),
     *((vk.merge_attentions, PARTS | wrong, f"vitkernels::merge_attentions: {text}") for wrong, text in MERGE_ERRORS),
 ]
 
@@ -56,4 +78,5 @@ def test_text(function, call, text):
 def test_the_calls_are_right_otherwise():
     """Else the errors above could have another reason."""
     assert vk.attention(**QKV).shape == (2, 5, 4, 3)
+    assert vk.attention_transposed(**TRANSPOSED).shape == (2, 7, 4, 3)
     assert vk.merge_attentions(**PARTS)[0].shape == (2, 5, 3)

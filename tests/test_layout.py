@@ -49,7 +49,9 @@ def expected(sample, dtype):
     return pytree.tree_leaves(differentiate(sample.function, sample.call(dtype)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @each_sample
 def test_uninitialised_memory(sample, dtype, expected, poisoned_allocations):
     for found, wanted in zip(

@@ -450,6 +450,73 @@ def test_prototypes_of_a_region():
     agree(ours, formula, tokens(2, 36, 8), tokens(3, 8))
 
 
+def test_reading_and_writing_through_one_map():
+    def block(compressed, weight):  # stands for the layers on the compressed tokens
+        return torch.tanh(compressed @ weight)
+
+    def ours(q, k, v, lookup, weight):  # [B, M, H, d], three of [B, N, H, d], [d, d]
+        read, lse = vk.attention(q, k, v, return_lse=True)
+        return lookup + vk.attention_transposed(q, k, block(read, weight), lse)
+
+    def formula(q, k, v, lookup, weight):
+        a = (dots(q, k) / 8**0.5).softmax(-1)  # [B, H, M, N]
+        read = torch.einsum("bhij,bjhd->bihd", a, v)
+        return lookup + torch.einsum("bhij,bihd->bjhd", a, block(read, weight))
+
+    agree(ours, formula, tokens(2, 9, 3, 8), *(tokens(2, 49, 3, 8) for _ in range(3)), tokens(8, 8))
+
+
+def attention_received(query, key, lse, query_weight=None):
+    """Column sums of the attention map, ``(B, Nk, heads)``."""
+    ones = query.new_ones(()).expand(*lse.shape, 1)
+    return vk.attention_transposed(query, key, ones, lse, query_weight=query_weight).squeeze(-1)
+
+
+def take(x, index):
+    """Rows ``index`` of ``x``, ``[B, N, ...]`` by ``[B, k]``."""
+    return x[torch.arange(x.size(0))[:, None], index]
+
+
+def test_tokens_that_receive_most_attention():
+    frames, places, kept, key_frame = 4, 9, 6, 2
+    is_key = torch.arange(frames * places) // places == key_frame
+
+    def keep(x, score):
+        others = score.masked_fill(is_key, -torch.inf).topk(kept).indices  # [B, kept]
+        return torch.cat([x[:, is_key], take(x, others)], 1).flatten(2) * score.mean()
+
+    def ours(q, k, v, factor):  # factor: of the key frame's queries
+        weight = torch.where(is_key, factor, 1.0)[:, None]
+        out, lse = vk.attention(q, k, v, return_lse=True)
+        return keep(out, attention_received(q, k, lse, weight).mean(-1) / q.size(1))
+
+    def formula(q, k, v, factor):
+        a = (dots(q, k) / 8**0.5).softmax(-1)  # [B, H, N, N]
+        score = (a * torch.where(is_key, factor, 1.0)[:, None]).mean((1, 2))
+        return keep(torch.einsum("bhij,bjhd->bihd", a, v), score)
+
+    agree(ours, formula, *(tokens(2, frames * places, 2, 8) for _ in range(3)), torch.tensor([3.0]))
+
+
+def test_patches_that_the_class_token_attends_to():
+    kept = 10
+
+    def reorganise(x, score):  # [B, N, H, d], [B, N - 1]
+        order = score.argsort(descending=True) + 1
+        rest = take(x, order[:, kept:]) * take(score, order[:, kept:] - 1)[..., None, None]
+        return torch.cat([x[:, :1], take(x, order[:, :kept]), rest.sum(1, keepdim=True)], 1)
+
+    def ours(q, k, v):
+        out, lse = vk.attention(q, k, v, return_lse=True)
+        return reorganise(out, attention_received(q[:, :1], k, lse[:, :1]).mean(-1)[:, 1:])
+
+    def formula(q, k, v):
+        a = (dots(q, k) / 8**0.5).softmax(-1)  # [B, H, N, N]
+        return reorganise(torch.einsum("bhij,bjhd->bihd", a, v), a[:, :, 0, 1:].mean(1))
+
+    agree(ours, formula, *(tokens(2, 26, 3, 8) for _ in range(3)))
+
+
 def test_the_table_names_these_tests():
     page = Path(__file__).parent.parent / "docs" / "mechanisms.md"
     named = set(re.findall(r"`(test_\w+)`", page.read_text()))

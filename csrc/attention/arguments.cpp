@@ -22,6 +22,8 @@ ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   return {strides[0], strides[1], strides[2], strides[3]};
 }
 
+}  // namespace
+
 void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
                       ScalarType type, const std::vector<int64_t>& target, const char* takes) {
   if (!term) return;
@@ -37,6 +39,8 @@ void check_score_term(const Checker& checker, const char* name, const OptionalTe
   checker.check(fits, name, " has shape ", shape_text(t), ", takes one that broadcasts to (", shape.str(),
                 ") = ", takes);
 }
+
+namespace {
 
 OptionalTensor with_kernel_strides(const OptionalTensor& term) {
   if (!term || term->dim() == 0) return term;

@@ -45,6 +45,10 @@ class AttentionArguments {
 
 TokenTensor token_tensor(const Tensor& t);
 
+// That a term broadcasts to `target`, which `takes` names.
+void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
+                      ScalarType type, const std::vector<int64_t>& target, const char* takes);
+
 // The gradient of a score term: zero, in the term's own shape. Sums over batch, heads or tokens are float64.
 Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params);
 

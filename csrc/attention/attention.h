@@ -74,6 +74,17 @@ struct AttentionBackwardParams : AttentionParams {
   VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups() * head_groups() * splits; }
 };
 
+// O = P^T (w V') for the P of an attention: `value` holds V' [batch, queries, heads, dv], `out` and its gradient
+// [batch, keys, heads, dv]. The forward takes nothing of AttentionBackwardParams but its base.
+struct AttentionTransposedParams : AttentionBackwardParams {
+  const void* query_weight = nullptr;  // w, in the type of the arithmetic, or null
+  ScoreStrides weight_strides;         // its key stride is 0
+  // Backward only.
+  void* grad_value_parts = nullptr;  // [splits, heads, rows, padded value_dim]: P dO, zero at first
+  void* grad_row_weight = nullptr;   // [rows, heads]: of w, before it is summed to w's own shape
+  void* grad_row_lse = nullptr;      // [rows, heads]
+};
+
 struct MergeParams {
   DType dtype = DType::kFloat32;
   int64_t parts = 0, rows = 0, dim = 0;  // rows: batch * tokens * heads, all tensors contiguous

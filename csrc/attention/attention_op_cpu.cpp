@@ -1,6 +1,5 @@
 // The operators vitkernels::attention and vitkernels::attention_varlen on the CPU, and their backward operators.
-#include "attention/arguments.h"
-#include "attention/tiles_cpu.h"
+#include "attention/logit_gradients.h"
 #include "cpu/isa.h"
 
 namespace vitkernels {
@@ -28,59 +27,13 @@ Forward run_forward(const AttentionArguments& args) {
   return {out, lse};
 }
 
-// d(head_scale)[h] = scale * sum of q.dq over all queries, in double and in order.
-Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
-  Tensor grad = empty_as(query_dot, {args.heads}, query_dot.scalar_type());
-  const auto sum = [&]<class T>(T) {
-    const T* dots = static_cast<const T*>(query_dot.const_data_ptr());  // [heads, rows]
-    for (int64_t h = 0; h < args.heads; ++h) {
-      double total = 0;
-      for (int64_t i = 0; i < query_dot.size(1); ++i) total += *dots++;
-      static_cast<T*>(grad.mutable_data_ptr())[h] = T(args.score.scale * total);
-    }
-  };
-  if (args.dtype == DType::kFloat64) {
-    sum(double{});
-  } else {
-    sum(float{});
-  }
-  return grad;
-}
-
-struct WantedTerm {
-  ScoreTerm& term;
-  const OptionalTensor& tensor;
-  bool wanted;
-  int64_t rank;
-};
-
-// Gradients of the score terms, and what they mean for the order of the work.
-std::vector<Tensor> attach_score_gradients(AttentionBackwardParams& params, const std::vector<WantedTerm>& terms,
-                                           const Tensor& like) {
-  std::vector<Tensor> grads;
-  params.splits = 0;
-  for (const WantedTerm& t : terms) {
-    if (!t.wanted || !t.tensor) {
-      grads.push_back(empty_as(like, {0}, like.scalar_type()));
-      continue;
-    }
-    grads.push_back(attach_gradient(t.term, *t.tensor, t.rank, params));
-    params.batch_is_shared |= t.term.grad_strides.batch == 0 && params.batch > 1;
-    params.heads_are_shared |= t.term.grad_strides.head == 0 && params.heads > 1;
-    // One value for all keys: the splits would write to the same place.
-    if (t.term.grad_strides.key == 0) params.splits = 1;
-  }
-  if (params.splits == 0) params.splits = backward_splits(params);
-  return grads;
-}
-
 // What the backward gets besides the forward's arguments.
 struct BackwardArguments {
   const Tensor& grad_out;
   OptionalTensor grad_lse;
   const Tensor& out;
   const Tensor& lse;
-  bool need_head_scale, need_bias, need_key_bias, need_multiplier;
+  NeededGradients needed;
 
   void check(const Checker& checker, const AttentionArguments& args) const {
     for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
@@ -100,15 +53,11 @@ struct BackwardArguments {
 };
 
 Backward run_backward(const AttentionArguments& args, const BackwardArguments& from) {
-  const ScalarType type = args.query.scalar_type(), statistics = statistics_type(args.dtype);
   const Tensor grad_out = with_unit_last_stride(from.grad_out), out = with_unit_last_stride(from.out);
   const Tensor lse = torch::stable::contiguous(from.lse);
   OptionalTensor grad_lse;
   if (from.grad_lse) grad_lse = torch::stable::contiguous(*from.grad_lse);
-  Tensor grad_query = empty_as(args.query, sizes_of(args.query), type);
-  Tensor grad_key = empty_as(args.key, sizes_of(args.key), type);
-  Tensor grad_value = empty_as(args.value, sizes_of(args.value), type);
-  const auto none = [&] { return empty_as(lse, {0}, statistics); };  // a new one each: outputs must not alias
+  Tensor grad_value = empty_as(args.value, sizes_of(args.value), args.value.scalar_type());
 
   AttentionBackwardParams params;
   args.fill(params);
@@ -116,38 +65,19 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   params.grad_out = token_tensor(grad_out);
   params.lse = const_cast<void*>(lse.const_data_ptr());
   params.grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr;
-  params.grad_query = token_tensor(grad_query);
-  params.grad_key = token_tensor(grad_key);
   params.grad_value = token_tensor(grad_value);
-  std::vector<Tensor> score_grads =
-      attach_score_gradients(params,
-                             {{params.score.bias, args.score.bias, from.need_bias, 4},
-                              {params.score.key_bias, args.score.key_bias, from.need_key_bias, 3},
-                              {params.score.multiplier, args.score.multiplier, from.need_multiplier, 4}},
-                             lse);
-
-  const Kernels& kernels = vitkernels::kernels();
-  const bool want_head_scale = from.need_head_scale && args.score.head_scale;
-  const int64_t part_elements = kernels.attention_backward_parts(params) / int64_t(lse.element_size());
-  const Tensor parts = zeros_as(lse, {part_elements}, statistics);
-  const Tensor query_dot = want_head_scale ? empty_as(lse, {args.heads, params.num_rows()}, statistics) : none();
-  params.grad_query_parts = parts.mutable_data_ptr();
-  params.query_dot = want_head_scale ? query_dot.mutable_data_ptr() : nullptr;
+  LogitGradients grads(args, from.needed, params);
 
   // An empty tensor may claim any batch size.
   const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;
   if (params.num_tasks() > 0 && !is_empty) {
+    const Kernels& kernels = vitkernels::kernels();
     const ThreadScratch scratch(args.query, kernels.attention_backward_scratch(params), params.num_tasks());
     parallel_for(0, params.num_tasks(), 1,
                  [&](int64_t begin, int64_t end) { kernels.attention_backward(params, begin, end, scratch.mine()); });
   }
-  if (args.query.numel() > 0) {
-    parallel_for(0, args.batch * args.heads, 1,
-                 [&](int64_t begin, int64_t end) { kernels.finish_query_gradient(params, begin, end); });
-  }
-  for (Tensor& grad : score_grads) grad = torch::stable::to(grad, statistics);
-  const Tensor grad_head_scale = want_head_scale ? sum_head_scale(args, query_dot) : none();
-  return {grad_query, grad_key, grad_value, grad_head_scale, score_grads[0], score_grads[1], score_grads[2]};
+  grads.finish(args, params);
+  return {grads.query, grads.key, grad_value, grads.head_scale, grads.bias, grads.key_bias, grads.multiplier};
 }
 
 Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
@@ -165,8 +95,8 @@ Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
   const Checker checker("attention_backward");
   const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
                                 is_causal);
-  const BackwardArguments from{grad_out,        grad_lse,  out,           lse,
-                               need_head_scale, need_bias, need_key_bias, need_multiplier};
+  const BackwardArguments from{
+      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
   from.check(checker, args);
   return run_backward(args, from);
 }
@@ -195,8 +125,8 @@ Backward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor gr
   const Checker checker("attention_varlen_backward");
   const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
                                 is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k});
-  const BackwardArguments from{grad_out,        grad_lse,  out,           lse,
-                               need_head_scale, need_bias, need_key_bias, need_multiplier};
+  const BackwardArguments from{
+      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
   from.check(checker, args);
   return run_backward(args, from);
 }

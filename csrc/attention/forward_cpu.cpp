@@ -22,6 +22,7 @@ namespace {
 template <class S>
 class Forward {
   using T = Compute<S>;
+  using E = Operand<S>;
 
  public:
   Forward(const AttentionParams& params, void* memory) : p(params), scratch(memory) {}
@@ -29,6 +30,7 @@ class Forward {
   int64_t scratch_size() const { return scratch.size(); }
 
   void run(int64_t begin, int64_t end) {
+    const TileScope tiles;
     batch = p.first_task ? std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1
                          : begin / tasks_of_entry;
     start_sequence();
@@ -63,7 +65,7 @@ class Forward {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
       if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
       pack(tile, tile_keys);
-      const int64_t groups = divide_up(count, kTileRows);
+      const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
                       tile_keys);
@@ -79,8 +81,8 @@ class Forward {
     const int64_t first = sequence.first_key + tile_keys.begin;
     const int64_t count = tile_keys.end - tile_keys.begin;
     key_tile.pack(p.key.at<const S>(batch, first, kv_head), p.key.token_stride, count);
-    pack_rows<T>(p.value.at<const S>(batch, first, kv_head), p.value.token_stride, count, p.value_dim, T(1), values,
-                 value_width);
+    pack_groups(p.value.at<const S>(batch, first, kv_head), p.value.token_stride, count, p.value_dim, values,
+                value_width);
   }
 
   // Adds what the queries `rows` see in one tile of keys to their sums; `block` holds the sums' rows.
@@ -88,34 +90,39 @@ class Forward {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin;
-    pack_rows<T>(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
-                 p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    key_tile.multiply(queries, count, seen.end, logits, logits_stride);         // [count, seen]
+    const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
+    pack_queries(p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride, count,
+                 p.head_dim, scale, queries, query_width);               // [count, d]
+    key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
 
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
-    T largest[kTileRows];
+    T largest[kRowGroup<E>];
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      largest[r] = p.score.has_terms()
-                       ? apply_score(row, visible, ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
-                       : row_max(row, visible);
+      largest[r] = p.score.has_terms() ? apply_score(row, visible, left_scale,
+                                                     ScoreRow<T>(p.score, batch, head, query, tile_keys.begin))
+                                       : row_max(row, visible, left_scale);
     }
+    // Their terms applied, logits need no factor any more.
+    const T logit_scale = p.score.has_terms() ? T(1) : left_scale;
+    const int64_t depth = padded_depth<E>(seen.end);
     T* group_sums = sums + (rows.begin - block.begin) * value_width;  // [count, dv]
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile_keys), tile_keys.begin);
-      const T factor =
-          exponentiate(logits + r * logits_stride, visible, seen.end, largest[r], states[query - block.begin]);
+      T* row = logits + r * logits_stride;
+      const T factor = exponentiate(row, reinterpret_cast<E*>(row), visible, depth, logit_scale, largest[r],
+                                    states[query - block.begin]);
       if (keys.count > 1 && factor != T(1)) rescale(group_sums + r * value_width, factor);
     }
-    const MatmulA<T> probabilities{logits, logits_stride, 1};
-    const MatmulB<T> value_rows{values, value_width, kPanel<T>};
+    const MatmulA<E> probabilities{reinterpret_cast<const E*>(logits), logits_stride * kGroup<E>, kGroup<E>};
+    const MatmulB<E> value_rows{values, value_width * kGroup<E>, kPanel<E> * kGroup<E>};
     if (keys.count > 1) {
-      matmul<T, true>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);  // [count, dv]
+      matmul<E, true>(probabilities, value_rows, count, value_width, depth, group_sums, value_width);  // [count, dv]
     } else {
-      matmul<T, false>(probabilities, value_rows, count, value_width, seen.end, group_sums, value_width);
+      matmul<E, false>(probabilities, value_rows, count, value_width, depth, group_sums, value_width);
     }
   }
 
@@ -141,16 +148,16 @@ class Forward {
   const int64_t tasks_of_entry = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
   const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
   const int64_t most_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
-  const int64_t query_width = round_up(p.head_dim, kWidth<T>);
+  const int64_t query_width = round_up(p.head_dim, kOperandWidth<E>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   // Rows an odd number of vectors apart do not compete for the same cache set.
   const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
-  T* queries = scratch.take<T>(kTileRows * query_width);
-  T* logits = scratch.take<T>(kTileRows * logits_stride);
-  KeyTile<T> key_tile{scratch.take<T>(most_keys * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
-                      query_width};
-  T* values = scratch.take<T>(most_keys * value_width);
+  E* queries = scratch.take<E>(kRowGroup<E> * query_width);
+  T* logits = scratch.take<T>(kRowGroup<E> * logits_stride);  // then the exponentials, as operands
+  KeyTile<E> key_tile{scratch.take<E>(most_keys * padded_depth<E>(p.head_dim)),
+                      scratch.take<E>(kMostLastKeys* query_width), p.head_dim, query_width};
+  E* values = scratch.take<E>(most_keys * value_width);
   T* sums = scratch.take<T>(most_queries * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_queries);
 

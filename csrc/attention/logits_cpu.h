@@ -10,11 +10,28 @@ namespace vitkernels::VK_ISA {
 // of as a vector that is nearly empty.
 inline constexpr int64_t kMostLastKeys = 2;
 
+// A scale that is folded into the queries costs nothing; but bfloat16 operands keep the tensors' bits.
+template <class E>
+inline constexpr bool kFoldsScale = std::is_same_v<E, Sum<E>>;
+
+// Rows of queries as operands: [rows, row_stride].
+template <class E, class S>
+void pack_queries(const S* queries, int64_t stride, int64_t rows, int64_t head_dim, Sum<E> scale, E* target,
+                  int64_t row_stride) {
+  if constexpr (kFoldsScale<E>) {
+    pack_rows<E>(queries, stride, rows, head_dim, scale, target, row_stride);
+  } else {
+    pack_operands(queries, stride, rows, head_dim, target, row_stride);
+  }
+}
+
 // A packed tile of keys.
-template <class T>
+template <class E>
 struct KeyTile {
-  T* panels;     // [keys / kPanel, d, kPanel]
-  T* last_rows;  // [kMostLastKeys, row_stride]
+  using T = Sum<E>;
+
+  E* panels;     // [keys / kPanel, d / kGroup, kPanel, kGroup]
+  E* last_rows;  // [kMostLastKeys, row_stride]
   int64_t head_dim, row_stride;
   int64_t count = 0, num_last = 0;
 
@@ -22,18 +39,19 @@ struct KeyTile {
   void pack(const S* keys, int64_t stride, int64_t num_keys) {
     count = num_keys;
     num_last = count % kWidth<T> <= kMostLastKeys ? count % kWidth<T> : 0;
-    pack_transposed<T>(keys, stride, count, head_dim, panels);
+    pack_transposed(keys, stride, count, head_dim, panels);
     if (num_last == 0) return;
-    pack_rows<T>(keys + (count - num_last) * stride, stride, num_last, head_dim, T(1), last_rows, row_stride);
+    pack_operands(keys + (count - num_last) * stride, stride, num_last, head_dim, last_rows, row_stride);
   }
 
   // logits [rows, seen] = queries [rows, d] keys^T. The columns up to the next full vector are scratch.
-  void multiply(const T* queries, int64_t rows, int64_t seen, T* logits, int64_t logits_stride) const {
+  void multiply(const E* queries, int64_t rows, int64_t seen, T* logits, int64_t logits_stride) const {
     const int64_t width = seen == count && num_last > 0 ? count - num_last : round_up(seen, kWidth<T>);
-    matmul<T, false>({queries, row_stride, 1}, {panels, kPanel<T>, head_dim * kPanel<T>}, rows, width, head_dim, logits,
-                     logits_stride);
+    const int64_t depth = padded_depth<E>(head_dim);
+    matmul<E, false>({queries, row_stride, kGroup<E>}, {panels, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width,
+                     depth, logits, logits_stride);
     for (int64_t key = width; key < seen; ++key) {
-      const T* key_row = last_rows + (key - width) * row_stride;
+      const E* key_row = last_rows + (key - width) * row_stride;
       for (int64_t r = 0; r < rows; ++r) {
         logits[r * logits_stride + key] = dot(queries + r * row_stride, key_row, row_stride);
       }

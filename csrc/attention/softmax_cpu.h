@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "attention/score.h"
+#include "cpu/convert.h"
 #include "cpu/math.h"
 #include "cpu/matmul.h"
 
@@ -84,12 +85,20 @@ struct RowState {
   T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
 
-// logits[visible] in place, with the terms applied; returns their maximum.
+// What a row's exponents are taken relative to, so that they are probabilities. An empty row (lse = -inf) has P = 0:
+// exp(-inf).
 template <class T>
-VK_INLINE T apply_score(T* logits, Range visible, const ScoreRow<T>& score) {
+VK_INLINE T exponent_offset(T lse) {
+  return lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
+}
+
+// Products become logits in place: logits[visible] with the terms applied; returns their maximum. `scale` is what the
+// products still lack.
+template <class T>
+VK_INLINE T apply_score(T* logits, Range visible, T scale, const ScoreRow<T>& score) {
   Vec<T> largest = broadcast(kMinusInfinity<T>);
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
-    const Vec<T> x = score.apply(load(logits + column), column, lanes);
+    const Vec<T> x = score.apply(load(logits + column) * scale, column, lanes);
     store(logits + column, x);
     largest = max<T>(largest, keep(x, lanes, kMinusInfinity<T>));
   });
@@ -97,38 +106,42 @@ VK_INLINE T apply_score(T* logits, Range visible, const ScoreRow<T>& score) {
 }
 
 template <class T>
-VK_INLINE T row_max(const T* logits, Range visible) {
+VK_INLINE T row_max(const T* logits, Range visible, T scale) {
   Vec<T> largest = broadcast(kMinusInfinity<T>);
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
-    largest = max<T>(largest, keep(load(logits + column), lanes, kMinusInfinity<T>));
+    largest = max<T>(largest, keep(load(logits + column) * scale, lanes, kMinusInfinity<T>));
   });
   return reduce_max<T>(largest);
 }
 
-template <class T>
-VK_INLINE void clear(T* row, Range columns) {
-  if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, T(0));
+template <class E>
+VK_INLINE void clear(E* row, Range columns) {
+  if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, E{});
 }
 
-// logits[visible] become exponentials, the other columns below `width` zero. Returns the factor by which
-// what was accumulated before must be multiplied.
+// The columns below `width` that are not visible.
 template <class T>
-VK_INLINE T exponentiate(T* logits, Range visible, int64_t width, T largest, RowState<T>& state) {
+VK_INLINE void clear_outside(T* row, Range visible, int64_t width) {
+  if (visible.empty()) return clear(row, {0, width});
+  clear(row, {0, visible.begin});
+  clear(row, {visible.end, width});
+}
+
+// probabilities[visible] become exponentials of the logits, the other columns below `width` zero; they may lie where
+// the logits are. Returns the factor by which what was accumulated before must be multiplied.
+template <class E, class T>
+VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64_t width, T scale, T largest,
+                         RowState<T>& state) {
   const T before = state.offset(), was_max = state.max;
   state.max = std::max(state.max, largest);
   const T offset = state.offset();
   Vec<T> sum{};
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
-    const Vec<T> p = keep(exp<T>(load(logits + column) - offset), lanes, T(0));
-    store(logits + column, p);
+    const Vec<T> p = keep(exp<T>(load(logits + column) * scale - offset), lanes, T(0));
+    store_narrowed<T>(probabilities + column, p, kWidth<T>);
     sum += p;
   });
-  if (visible.empty()) {
-    clear(logits, {0, width});
-  } else {
-    clear(logits, {0, visible.begin});
-    clear(logits, {visible.end, width});
-  }
+  clear_outside(probabilities, visible, width);
   const T factor = was_max == kMinusInfinity<T> ? T(0) : exp<T>(broadcast(before - offset))[0];
   state.sum = state.sum * factor + reduce_add<T>(sum);
   return factor;

@@ -2,6 +2,8 @@
 // same for any number of threads.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/attention.h"
 
 namespace vitkernels {
@@ -35,6 +37,17 @@ inline int64_t forward_query_blocks(const Axis& axis) {
 }
 
 inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
+
+// Transposed. A task owns a tile of keys; where heads are few, tiles are smaller to keep several threads busy. Every
+// tile reads all queries again, so tiles are large where the sums of a key take little memory.
+inline constexpr int64_t kFewColumns = 8;  // of V'
+
+inline Tiling transposed_keys(const AttentionParams& p) {
+  constexpr int64_t kTasks = 16, kSmallestTile = 96;
+  const int64_t wanted = kTasks / (p.batch * p.heads + 1) + 1, size = (p.num_keys() + wanted - 1) / wanted;
+  const int64_t largest = p.value_dim <= kFewColumns ? kForwardKeyTile : kBackwardKeyTile;
+  return tile_axis(p.num_keys(), std::clamp(size, kSmallestTile, largest));
+}
 
 // Ranges of keys that are worked on independently, where there are too few heads to keep many threads busy. Each
 // costs a float32 query gradient of its own, so long sequences get fewer.

@@ -22,11 +22,6 @@ VK_INLINE float widen(Float16 x) {
   return float_of(sign | rebiased << 23 | fraction << 13);
 }
 
-VK_INLINE void narrow(float x, BFloat16* p) {
-  const uint32_t to_nearest_even = 0x7fff + ((bits_of(x) >> 16) & 1);
-  p->bits = x != x ? 0x7fc0 : uint16_t((bits_of(x) + to_nearest_even) >> 16);
-}
-
 VK_INLINE void narrow(float x, Float16* p) {
   const uint16_t sign = uint16_t(bits_of(x) >> 16 & 0x8000);
   const uint32_t magnitude = bits_of(x) & 0x7fffffff;
@@ -42,6 +37,32 @@ VK_INLINE void narrow(float x, Float16* p) {
     half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
   }
   p->bits = uint16_t(sign | half);
+}
+
+// Whole vectors. NaN stays NaN.
+VK_INLINE void narrow(Vec<float> v, BFloat16* p) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  using Unsigned = VectorOf<float>::Unsigned;
+  const Unsigned bits = reinterpret_cast<Unsigned>(v), to_nearest_even = 0x7fff + ((bits >> 16) & 1);
+  const Unsigned rounded = v == v ? (bits + to_nearest_even) >> 16 : 0x7fc0 - Unsigned{};
+  const Halves halves = __builtin_convertvector(rounded, Halves);
+  std::memcpy(p, &halves, sizeof(halves));
+#endif
+}
+
+VK_INLINE void narrow(Vec<float> v, Float16* p) {
+#if defined(__AVX512F__)
+  const __m256i packed = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &packed, sizeof(packed));
+#elif defined(__AVX2__)
+  const __m128i packed = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &packed, sizeof(packed));
+#else
+  for (int i = 0; i < kWidth<float>; ++i) narrow(v[i], p + i);
+#endif
 }
 
 // `count` is at most kWidth<T>; lanes behind it become zero.
@@ -80,16 +101,7 @@ VK_INLINE void store_narrowed(S* p, Vec<T> v, int64_t count) {
     return count == kWidth<T> ? store(p, v) : store_partial(p, v, count);
   } else {
     S elements[kWidth<T>];
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<S, Float16>) {
-      const __m256i packed = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      std::memcpy(elements, &packed, sizeof(elements));
-    } else {
-#else
-    {
-#endif
-      for (int i = 0; i < kWidth<T>; ++i) narrow(v[i], &elements[i]);
-    }
+    narrow(v, elements);
     std::memcpy(p, elements, count * sizeof(S));
   }
 }

@@ -1,9 +1,20 @@
 #include "cpu/isa.h"
 
+#if defined(VITKERNELS_HAS_AVX512)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+// Only a test's emulator defines it, for CPUs without AMX.
+extern "C" __attribute__((weak)) void vitkernels_emulates_amx();
 
 namespace vitkernels {
 
@@ -19,6 +30,12 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -28,13 +45,36 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(VITKERNELS_HAS_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+// The tiles' registers are large: Linux saves them only for processes that ask.
+bool has_amx_bf16() {
+#if defined(__linux__)
+  if (vitkernels_emulates_amx) return true;
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kBFloat16) == 0 || (edx & kTiles) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first. The compiler's check includes the operating system's part (saved registers).
 const Candidate* candidates(int* count) {
   static const Candidate list[] = {
 #if defined(VITKERNELS_HAS_AVX512)
-      {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {&amx_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx_bf16()},
+      {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {&avx512::kernels, has_avx512()},
 #endif
 #if defined(VITKERNELS_HAS_AVX2)
       {&avx2::kernels,

@@ -7,6 +7,7 @@ namespace vitkernels {
 
 struct AttentionParams;
 struct AttentionBackwardParams;
+struct AttentionTransposedParams;
 struct MergeParams;
 
 // Kernels work through the tasks [begin, end) on one thread; `scratch` is theirs alone, 64-byte aligned.
@@ -19,6 +20,13 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackwardParams&, int64_t begin, int64_t end, void* scratch);
   // Tasks are (batch, head) pairs.
   void (*finish_query_gradient)(const AttentionBackwardParams&, int64_t begin, int64_t end);
+  int64_t (*attention_transposed_scratch)(const AttentionTransposedParams&);
+  void (*attention_transposed)(const AttentionTransposedParams&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*attention_transposed_backward_scratch)(const AttentionTransposedParams&);
+  int64_t (*attention_transposed_backward_parts)(const AttentionTransposedParams&);  // bytes of grad_value_parts
+  void (*attention_transposed_backward)(const AttentionTransposedParams&, int64_t begin, int64_t end, void* scratch);
+  // Tasks are (batch, head) pairs.
+  void (*finish_value_gradient)(const AttentionTransposedParams&, int64_t begin, int64_t end);
   // Tasks are rows.
   void (*merge_attentions)(const MergeParams&, int64_t begin, int64_t end);
   void (*merge_attentions_backward)(const MergeParams&, int64_t begin, int64_t end);

@@ -17,6 +17,12 @@ const Kernels kernels = {
     .attention_backward_parts = attention_backward_parts,
     .attention_backward = attention_backward,
     .finish_query_gradient = finish_query_gradient,
+    .attention_transposed_scratch = attention_transposed_scratch,
+    .attention_transposed = attention_transposed,
+    .attention_transposed_backward_scratch = attention_transposed_backward_scratch,
+    .attention_transposed_backward_parts = attention_transposed_backward_parts,
+    .attention_transposed_backward = attention_transposed_backward,
+    .finish_value_gradient = finish_value_gradient,
     .merge_attentions = merge_attentions,
     .merge_attentions_backward = merge_attentions_backward,
 };

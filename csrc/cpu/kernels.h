@@ -13,6 +13,12 @@ int64_t attention_backward_scratch(const AttentionBackwardParams&);
 int64_t attention_backward_parts(const AttentionBackwardParams&);
 void attention_backward(const AttentionBackwardParams&, int64_t begin, int64_t end, void* scratch);
 void finish_query_gradient(const AttentionBackwardParams&, int64_t begin, int64_t end);
+int64_t attention_transposed_scratch(const AttentionTransposedParams&);
+void attention_transposed(const AttentionTransposedParams&, int64_t begin, int64_t end, void* scratch);
+int64_t attention_transposed_backward_scratch(const AttentionTransposedParams&);
+int64_t attention_transposed_backward_parts(const AttentionTransposedParams&);
+void attention_transposed_backward(const AttentionTransposedParams&, int64_t begin, int64_t end, void* scratch);
+void finish_value_gradient(const AttentionTransposedParams&, int64_t begin, int64_t end);
 void merge_attentions(const MergeParams&, int64_t begin, int64_t end);
 void merge_attentions_backward(const MergeParams&, int64_t begin, int64_t end);
 

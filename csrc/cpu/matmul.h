@@ -1,116 +1,35 @@
 // Small matrix products on packed operands: C (+)= A B.
-//
-// A is read element by element through two strides (so A^T costs nothing), B in panels: columns
-// [p * kPanel, (p + 1) * kPanel) of B lie at b + p * panel_stride, their rows `row_stride` apart. A tile of
-// C stays in registers over kChain steps of the depth. An element of C is the sum of such chains of multiply-adds, in
-// the order of the depth, whatever the tile: how rows are split between tiles or threads never changes a bit.
 #pragma once
 
-#include <algorithm>
-#include <array>
-#include <utility>
-
-#include "cpu/simd.h"
+#include "cpu/matmul_operands.h"
+#include "cpu/matmul_registers.h"
+#include "cpu/matmul_tiles.h"
 
 namespace vitkernels::VK_ISA {
 
-// Registers: kTileRows * kTileVectors accumulators, kTileVectors of B, one broadcast of A.
-#if defined(__AVX512F__)
-inline constexpr int kTileRows = 14;  // of 32 registers
-#elif defined(__aarch64__)
-inline constexpr int kTileRows = 12;  // of 32
-#else
-inline constexpr int kTileRows = 6;  // of 16
-#endif
-inline constexpr int kTileVectors = 2;
+// Rows that share what a row of tiles reads of B: a good number to go through together.
+template <class E>
+inline constexpr int kRowGroup = kByTiles<E> ? 2 * kTileSize : kTileRows;
 
-// Rounding errors grow with the length of a chain; longer depths are cut.
-inline constexpr int64_t kChain = 256;
-
-template <class T>
-inline constexpr int kPanel = kTileVectors * kWidth<T>;
-
-VK_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-VK_INLINE constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-template <class T>
-struct MatmulA {
-  const T* data;
-  int64_t row_stride, depth_stride;
-};
-
-template <class T>
-struct MatmulB {
-  const T* data;
-  int64_t row_stride, panel_stride;
-};
-
-template <class T>
-using TileFunction = void (*)(MatmulA<T> a, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride);
-
-template <class T, int kRows, int kVectors, bool kAccumulate>
-void matmul_tile(MatmulA<T> a, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride) {
-  Vec<T> sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
-  }
-  const T* a_element = a.data;
-  for (int64_t k = 0; k < depth; ++k, a_element += a.depth_stride, b += b_stride) {
-    Vec<T> b_row[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) b_row[v] = load(b + v * kWidth<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> a_value = broadcast(a_element[r * a.row_stride]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += a_value * b_row[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      T* target = c + r * c_stride + v * kWidth<T>;
-      store(target, kAccumulate ? load(target) + sum[r][v] : sum[r][v]);
-    }
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; `columns` is a multiple of the vector width, `depth` padded.
+template <class E, bool kAccumulate>
+void matmul(MatmulA<E> a, MatmulB<E> b, int64_t rows, int64_t columns, int64_t depth, Sum<E>* c, int64_t c_stride) {
+  if constexpr (kByTiles<E>) {
+    matmul_tiles(a, b, rows, columns, depth, c, c_stride, kAccumulate);
+  } else {
+    matmul_registers<E, kAccumulate>(a, b, rows, columns, depth, c, c_stride);
   }
 }
 
-template <class T, int kVectors, bool kAccumulate>
-inline constexpr auto kTileFunctions = []<std::size_t... kRow>(std::index_sequence<kRow...>) {
-  return std::array<TileFunction<T>, sizeof...(kRow)>{&matmul_tile<T, int(kRow) + 1, kVectors, kAccumulate>...};
-}(std::make_index_sequence<kTileRows>());
-
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; `columns` is a multiple of the vector width.
-template <class T, bool kAccumulate>
-void matmul(MatmulA<T> a, MatmulB<T> b, int64_t rows, int64_t columns, int64_t depth, T* c, int64_t c_stride) {
-  const int64_t blocks = divide_up(rows, kTileRows);
-  for (int64_t block = 0; block < blocks; ++block) {
-    // Balanced blocks: 15 rows are 8 + 7, not 14 + 1.
-    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    const TileFunction<T> set[] = {kTileFunctions<T, 1, kAccumulate>[count - 1],
-                                   kTileFunctions<T, 2, kAccumulate>[count - 1]};
-    const TileFunction<T> add[] = {kTileFunctions<T, 1, true>[count - 1], kTileFunctions<T, 2, true>[count - 1]};
-    for (int64_t column = 0; column < columns; column += kPanel<T>) {
-      const bool wide = columns - column > kWidth<T>;
-      for (int64_t k = 0; k < depth; k += kChain) {
-        const MatmulA<T> a_block{a.data + first * a.row_stride + k * a.depth_stride, a.row_stride, a.depth_stride};
-        const T* panel = b.data + column / kPanel<T> * b.panel_stride + k * b.row_stride;
-        const auto tile = k == 0 ? set[wide] : add[wide];
-        tile(a_block, panel, b.row_stride, std::min(depth - k, kChain), c + first * c_stride + column, c_stride);
-      }
-    }
+// The product of two rows; `depth` is a multiple of the operand vector's elements.
+template <class E>
+VK_INLINE Sum<E> dot(const E* a, const E* b, int64_t depth) {
+  using Operand = Arithmetic<E>;
+  Vec<Sum<E>> sum{};
+  for (int64_t k = 0; k < depth; k += kOperandWidth<E>) {
+    sum = Operand::multiply_add(sum, Operand::load(a + k), Operand::load(b + k));
   }
-}
-
-// The product of two rows; `depth` is a multiple of the vector width.
-template <class T>
-VK_INLINE T dot(const T* a, const T* b, int64_t depth) {
-  Vec<T> sum{};
-  for (int64_t k = 0; k < depth; k += kWidth<T>) sum += load(a + k) * load(b + k);
-  return reduce_add<T>(sum);
+  return reduce_add<Sum<E>>(sum);
 }
 
 }  // namespace vitkernels::VK_ISA

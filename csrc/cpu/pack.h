@@ -3,6 +3,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/matmul.h"
+#include "cpu/pairs.h"
 
 namespace vitkernels::VK_ISA {
 
@@ -34,36 +35,75 @@ void unpack_rows(const T* source, int64_t source_stride, int64_t rows, int64_t c
   }
 }
 
+// A vector of operands as they lie in memory: `count` elements, zero behind them.
+template <class E, class S>
+VK_INLINE Vec<Sum<E>> load_operands(const S* p, int64_t count) {
+  if constexpr (std::is_same_v<E, Sum<E>>) {
+    return load_widened<E>(p, count);
+  } else {
+    static_assert(std::is_same_v<E, S>);
+    return load_pairs(p, count);
+  }
+}
+
+// target [rows, target_stride] = source [rows, columns], zero up to the next full vector.
+template <class E, class S>
+void pack_operands(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target,
+                   int64_t target_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kOperandWidth<E>) {
+      const int64_t count = std::min<int64_t>(columns - c, kOperandWidth<E>);
+      store(reinterpret_cast<Sum<E>*>(target + r * target_stride + c),
+            load_operands<E>(source + r * source_stride + c, count));
+    }
+  }
+}
+
+// target [padded rows / kGroup, width, kGroup] = source [rows, columns]: rows as the depth of a product. The padding of
+// rows is zero, and so are columns up to the next full vector.
+template <class E, class S>
+void pack_groups(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target, int64_t width) {
+  if constexpr (kGroup<E> == 1) {
+    pack_operands(source, source_stride, rows, columns, target, width);
+  } else {
+    pack_pairs(source, source_stride, rows, columns, target, width);
+  }
+}
+
 // One square of pack_transposed. Rows that are missing repeat the last one: nobody reads what comes of them.
-template <bool kFullColumns, class T, class S>
-VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* panel) {
+template <bool kFullColumns, class E, class S>
+VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* panel) {
+  using T = Sum<E>;
   constexpr int kN = kWidth<T>;
   Vec<T> square[kN];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kN; ++i) {
-    square[i] = load_widened<T>(source + std::min(i, rows - 1) * source_stride, kFullColumns ? kN : columns);
+    square[i] =
+        load_operands<E>(source + std::min(i, rows - 1) * source_stride, kFullColumns ? kOperandWidth<E> : columns);
   }
   transpose<T>(square);
 #pragma GCC unroll 16
   for (int i = 0; i < kN; ++i) {
-    if (kFullColumns || i < columns) store(panel + i * kPanel<T>, square[i]);
+    if (kFullColumns || i * kGroup<E> < padded_depth<E>(columns))
+      store(reinterpret_cast<T*>(panel) + i * kPanel<E>, square[i]);
   }
 }
 
-// target = source^T in panels of kPanel source rows: [rows / kPanel, columns, kPanel]. A panel takes
-// columns * kPanel elements; the padding up to the next full vector of rows repeats the last row.
-template <class T, class S>
-void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* target) {
-  constexpr int64_t kN = kWidth<T>;
+// target = source^T in panels of kPanel source rows: [rows / kPanel, padded columns / kGroup, kPanel, kGroup]. The
+// padding of columns is zero; the padding up to the next full vector of rows repeats the last row.
+template <class E, class S>
+void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target) {
+  constexpr int64_t kN = kWidth<Sum<E>>;
+  const int64_t depth = padded_depth<E>(columns);
   for (int64_t r = 0; r < rows; r += kN) {
-    T* panel = target + r / kPanel<T> * columns * kPanel<T> + r % kPanel<T>;
-    for (int64_t c = 0; c < columns; c += kN) {
+    E* panel = target + r / kPanel<E> * depth * kPanel<E> + r % kPanel<E> * kGroup<E>;
+    for (int64_t c = 0; c < columns; c += kOperandWidth<E>) {
       const S* corner = source + r * source_stride + c;
-      const int64_t valid_rows = std::min(rows - r, kN), valid_columns = std::min(columns - c, kN);
-      if (valid_columns == kN) {
-        pack_transposed_square<true>(corner, source_stride, valid_rows, kN, panel + c * kPanel<T>);
+      const int64_t valid_rows = std::min(rows - r, kN), valid_columns = columns - c;
+      if (valid_columns >= kOperandWidth<E>) {
+        pack_transposed_square<true>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<E>);
       } else {
-        pack_transposed_square<false>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<T>);
+        pack_transposed_square<false>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<E>);
       }
     }
   }

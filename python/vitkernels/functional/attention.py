@@ -127,9 +127,9 @@ def attention(
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
-        query, key = normalize(op, "query", query), normalize(op, "key", key)
+        query, key = normalize("attention", "query", query), normalize("attention", "key", key)
         if additional_keys is not None:
-            additional_keys = normalize(op, "additional_keys", additional_keys)
+            additional_keys = normalize("attention", "additional_keys", additional_keys)
     refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier)
     scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
     out, lse = _ops.attention(query, key, value, *scores, head_map, is_causal)
@@ -145,6 +145,7 @@ def attention(
 def normalize(op: str, name: str, t: Tensor) -> Tensor:
     """``t`` divided by its Euclidean norm over the last dimension. (float16 would hold neither norm nor epsilon.)"""
     if t.layout != torch.strided:
-        raise RuntimeError(f"{op}: {name} is a {t.layout} tensor, takes a strided one")
+        raise RuntimeError(f"vitkernels::{op}: {name} is a {t.layout} tensor, takes a strided one")
+    _ops.check_floating(op, name, t)
     wide = t.to(torch.promote_types(t.dtype, torch.float32))
     return torch.nn.functional.normalize(wide, dim=-1).to(t.dtype)

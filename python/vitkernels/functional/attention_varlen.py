@@ -107,7 +107,7 @@ def attention_varlen(
     if qk_norm not in (None, "l2"):
         raise RuntimeError(f"vitkernels::attention_varlen: qk_norm is {qk_norm!r}, takes None or 'l2'")
     if qk_norm == "l2":
-        query, key = (normalize("vitkernels::attention_varlen", n, t) for n, t in (("query", query), ("key", key)))
+        query, key = (normalize("attention_varlen", n, t) for n, t in (("query", query), ("key", key)))
     refuse_forward_mode("attention_varlen", query, key, value, bias, key_bias, multiplier)
     scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

@@ -20,7 +20,7 @@ from vitkernels.ops.registration import (
     without_autograd,
 )
 
-__all__ = ["attention", "attention_varlen", "score_arguments"]
+__all__ = ["attention", "attention_varlen", "check_floating", "score_arguments"]
 
 attention = without_autograd(torch.ops.vitkernels.attention.default)
 attention_varlen = without_autograd(torch.ops.vitkernels.attention_varlen.default)
@@ -52,11 +52,16 @@ def score_arguments(
         return number, None, None, None, None
     terms = {"scale": head_scale, "bias": bias, "key_bias": key_bias, "multiplier": multiplier}
     for name, term in terms.items():
-        # A boolean mask would otherwise be added as zeros and ones.
-        if term is not None and term.dtype not in _SCORE_DTYPES:
-            raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype")
+        if term is not None:
+            check_floating(op, name, term)
     converted = [None if term is None else term.to(dtype) for term in terms.values()]
     return number, converted[0], converted[1], converted[2], converted[3]
+
+
+def check_floating(op: str, name: str, term: Tensor) -> None:
+    """Raise unless ``term`` has a dtype of ours: a boolean mask would be taken for zeros and ones."""
+    if term.dtype not in _SCORE_DTYPES:
+        raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype")
 
 
 def _check_devices(

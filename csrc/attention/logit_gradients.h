@@ -1,0 +1,30 @@
+// The gradients that reach their tensors through the logits: of query, key, scale and the score terms. Every backward
+// operator of this engine returns them.
+#pragma once
+
+#include "attention/arguments.h"
+#include "cpu/isa.h"
+
+namespace vitkernels {
+
+struct NeededGradients {
+  bool head_scale, bias, key_bias, multiplier;
+};
+
+// Attaches the gradients to `params`, which `args` has filled; the order of the work follows from them. What is not
+// needed is empty.
+class LogitGradients {
+ public:
+  LogitGradients(const AttentionArguments& args, NeededGradients needed, AttentionBackwardParams& params);
+
+  // After the kernel: sums what the tasks left apart.
+  void finish(const AttentionArguments& args, const AttentionBackwardParams& params);
+
+  Tensor query, key, head_scale, bias, key_bias, multiplier;
+
+ private:
+  Tensor query_parts, query_dot;
+  bool needs_head_scale;
+};
+
+}  // namespace vitkernels
