@@ -23,24 +23,34 @@ ifeq ($(shell nproc),2)
 PINNED := GOMP_CPU_AFFINITY="0 1"
 endif
 
-SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 
 .DEFAULT_GOAL := help
-.PHONY: help env build demo test bench sanitize lint format docs wheel clean
+.PHONY: help env build emulator demo test bench sanitize lint format docs wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(foreach extra,test bench demo docs lint models,$(VENV)/.$(extra))  ## install what any of the commands needs
 
-build: $(VENV)/.base  ## compile the library and install the package, editable; incremental
+build: $(VENV)/.cutlass  ## compile the libraries and install the package, editable; incremental
 	$(INSTALL) --no-build-isolation --no-deps --editable .
+
+emulator: $(VENV)/.cutlass  ## compile what the tests run CUDA kernels with where there is no GPU
+ifeq ($(NVCC),)
+	@echo "No nvcc was found: the tests of CUDA kernels will be skipped. Set CUDACXX to its path."
+else
+	$(BIN)/cmake -S . -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=Release -DVITKERNELS_EMULATOR=ON -DPython_EXECUTABLE=$(abspath $(RUN))
+	$(BIN)/cmake --build build/emulator --target emulator
+endif
 
 demo: build $(VENV)/.demo $(VENV)/.models  ## run a trained vision transformer on photographs, before and after
 	$(RUN) examples/demo.py $(ARGS)
 
-test: build $(VENV)/.test $(VENV)/.models  ## run the tests; ARGS="-k merge" selects
+test: build emulator $(VENV)/.test $(VENV)/.models  ## run the tests; ARGS="-k merge" selects
 	$(RUN) -m pytest tests $(ARGS)
 
 bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch offers; ARGS=--help for options
@@ -48,7 +58,8 @@ bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch off
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVITKERNELS_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(RUN))
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DVITKERNELS_SANITIZE=ON -DVITKERNELS_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(RUN))
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  VITKERNELS_LIBRARY=$(abspath build/sanitize/libvitkernels_cpu.so) \
@@ -68,8 +79,9 @@ format: $(VENV)/.lint  ## rewrite the sources as lint wants them
 docs: build $(VENV)/.docs  ## build the documentation into docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-wheel: $(VENV)/.base  ## build a wheel into dist/
-	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(VENV)/.cutlass  ## build a wheel into dist/, for every GPU architecture
+	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist \
+	  --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist docs/_build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -78,6 +90,11 @@ $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL)
 	$(INSTALL) scikit-build-core "cmake>=3.25" ninja pybind11
+	touch $@
+
+# Headers that nvcc needs; what the package requires besides is for its Python part.
+$(VENV)/.cutlass: $(VENV)/.base
+	$(INSTALL) --no-deps nvidia-cutlass==4.2.0.0
 	touch $@
 
 $(VENV)/.%: pyproject.toml $(VENV)/.base

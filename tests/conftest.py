@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import emulation
 import pytest
 import torch
+from emulation import cuda_kernels, emulator  # noqa: F401  fixtures
 from vitkernels import _library
 
 
-def pytest_report_header() -> str:
-    return f"vitkernels: {_library.isa()}, {torch.get_num_threads()} threads, {_library.cpu_library_path()}"
+def pytest_report_header() -> list[str]:
+    return [
+        f"vitkernels: {_library.isa()}, {torch.get_num_threads()} threads, {_library.cpu_library_path()}",
+        f"CUDA kernels: {emulation.why_not() or f'emulated, {emulation.DIRECTORY}'}",
+    ]
 
 
 def _state() -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""What the compiled library asks of its surroundings: torch's stable C functions, the C and C++ runtimes, no more."""
+"""What the compiled libraries ask of their surroundings: torch's stable C functions, the C and C++ runtimes, only."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import emulation
 import pytest
 from vitkernels import _library
 
@@ -16,12 +17,17 @@ SYSTEM_LIBRARIES = ("libstdc++.so.", "libgcc_s.so.", "libm.so.", "libc.so.", "li
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 
 
+each_library = pytest.mark.parametrize(
+    "library", [_library.cpu_library_path(), *_library.cuda_library_paths()], ids=lambda path: path.stem
+)
+
+
 def lines(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def undefined_symbols():
-    return [line.split()[-1] for line in lines("nm", "-D", "--undefined-only", str(_library.cpu_library_path()))]
+def undefined_symbols(library):
+    return [line.split()[-1] for line in lines("nm", "-D", "--undefined-only", str(library))]
 
 
 def stable_symbols():
@@ -29,31 +35,39 @@ def stable_symbols():
     return {line for line in text.splitlines() if line and not line.startswith("#")}
 
 
-def test_torch_symbols_are_stable():
-    used = {s for s in undefined_symbols() if re.match(r"(aoti_)?torch_", s)}
+@each_library
+def test_torch_symbols_are_stable(library):
+    used = {s for s in undefined_symbols(library) if re.match(r"(aoti_)?torch_", s)}
     assert used, "the library uses nothing of torch: is it the right file?"
     assert not used - stable_symbols()
 
 
-def test_other_symbols_have_a_version():
+@each_library
+def test_other_symbols_have_a_version(library):
     """Those of the C and C++ runtimes do; one of torch's C++ or of Python's C API does not."""
     weak = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "vitkernels_emulates_amx"}
-    others = {s for s in undefined_symbols() if not re.match(r"(aoti_)?torch_", s)} - weak
+    others = {s for s in undefined_symbols(library) if not re.match(r"(aoti_)?torch_", s)} - weak
     assert not {s for s in others if not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|LIBC|OMP)", s)}
 
 
-def test_needed_libraries():
-    dynamic = "\n".join(lines("readelf", "--dynamic", "--wide", str(_library.cpu_library_path())))
+@each_library
+def test_needed_libraries(library):
+    """The CUDA runtime is part of the CUDA library: torch's may be of another version."""
+    dynamic = "\n".join(lines("readelf", "--dynamic", "--wide", str(library)))
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
-    assert "libtorch_cpu.so" in needed
-    assert not [n for n in needed if n != "libtorch_cpu.so" and not n.startswith(SYSTEM_LIBRARIES)]
+    torch_libraries = (
+        {"libtorch_cpu.so"} if library == _library.cpu_library_path() else {"libtorch_cpu.so", "libtorch_cuda.so"}
+    )
+    assert {n for n in needed if not n.startswith(SYSTEM_LIBRARIES)} == torch_libraries
 
 
-def test_exported_symbols():
+@each_library
+def test_exported_symbols(library):
     """No function or variable that another library's could be taken for; no unique symbol, which outlives dlclose."""
-    exported = [line.split()[-2:] for line in lines("nm", "-D", "--defined-only", str(_library.cpu_library_path()))]
+    exported = [line.split()[-2:] for line in lines("nm", "-D", "--defined-only", str(library))]
     strong = {name for kind, name in exported if kind not in "WV"} - {"__bss_start", "_edata", "_end"}
-    assert strong == {"vitkernels_isa", "vitkernels_isas_built", "vitkernels_isas_supported"}
+    functions = {"vitkernels_isa", "vitkernels_isas_built", "vitkernels_isas_supported"}
+    assert strong == (functions if library == _library.cpu_library_path() else set())
 
 
 @pytest.mark.parametrize("isa", _library.isas_built())
@@ -75,3 +89,20 @@ def test_wheel_is_for_every_python():
         pytest.skip("not installed as a package")
     tags = re.findall(r"^Tag: (.+)$", wheel or "", re.MULTILINE)
     assert tags and all(tag.startswith("py3-none-") for tag in tags)
+
+
+def ptx_instructions(library):
+    """The PTX in a library without what a build may change: source lines, and the hash in the name of a namespace."""
+    texts = re.findall(rb"\.version [^\0]+", library.read_bytes())
+    text = re.sub(r"_N__[0-9a-f]{8}_", "_", "\n".join(sorted(t.decode() for t in texts)))
+    text = text.split("\t.section")[0]
+    code = [line.strip() for line in text.splitlines()]
+    return [line for line in code if line and not re.match(r"\.loc|\.file|\.target|//|\$L__tmp", line)]
+
+
+@emulation.needs_emulator
+@pytest.mark.skipif(not _library.cuda_library_paths(), reason="built without CUDA")
+def test_the_emulated_code_is_the_shipped_code():
+    shipped = ptx_instructions(_library.cuda_library_paths()[0])
+    assert len(shipped) > 1000
+    assert shipped == ptx_instructions(emulation.DIRECTORY / "libvitkernels_cuda_emulated.so")

@@ -12,7 +12,7 @@ else()
 endif()
 if(NOT EXISTS ${cutlass_include}/cute/tensor.hpp)
   message(FATAL_ERROR "vitkernels: the CUDA library needs CUTLASS, and ${cutlass_include}/cute/tensor.hpp does not "
-                      "exist: pip install --no-deps nvidia-cutlass==4.2.0.0, set CUTLASS_DIR to a checkout, or build "
+                      "exist: pip install --no-deps nvidia-cutlass (third_party/README.md has the version), set CUTLASS_DIR to a checkout, or build "
                       "without CUDA (VITKERNELS_CUDA=OFF)")
 endif()
 file(STRINGS ${cutlass_include}/cutlass/version.h cutlass_version REGEX "define CUTLASS_(MAJOR|MINOR|PATCH)")

@@ -17,18 +17,22 @@ struct Packing {
   int64_t max_seqlen_q, max_seqlen_k;
 };
 
+// Where the values of integer tensors (head_map, cu_seqlens) are read and checked: here, or by the kernels.
+enum class IntegersOn { kHost, kDevice };
+
 // Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
 class AttentionArguments {
  public:
   AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key, const Tensor& value,
                      ScoreArguments score, const OptionalTensor& head_map, bool is_causal,
-                     const std::optional<Packing>& packing = std::nullopt);
+                     const std::optional<Packing>& packing = std::nullopt, IntegersOn integers = IntegersOn::kHost);
 
   void fill(AttentionParams& params) const;
   std::vector<int64_t> out_sizes() const;
   std::vector<int64_t> lse_sizes() const;
 
   Tensor query, key, value;
+  OptionalTensor head_map;
   ScoreArguments score;
   DType dtype;
   bool is_causal;

@@ -14,7 +14,7 @@ struct SharedTile {
   static constexpr int kSpan = kColumns % 64 == 0 ? 64 : 32;
   static_assert(kColumns % kSpan == 0 && kRows % 8 == 0);
   using Rows8 = cute::Layout<cute::Shape<cute::_8, cute::Int<kSpan>>, cute::Stride<cute::Int<kSpan>, cute::_1>>;
-  using Swizzled = decltype(cute::composition(cute::Swizzle < kSpan == 64 ? 3 : 2, 3, 3 > {}, Rows8{}));
+  using Swizzled = decltype(cute::composition(cute::Swizzle<kSpan / 32 + 1, 3, 3>{}, Rows8{}));
   using Layout = decltype(cute::tile_to_shape(Swizzled{},
                                               cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));  // (rows,columns)
   static constexpr int kElements = kRows * kColumns;
@@ -38,9 +38,9 @@ template <class Copy, class Global, class Shared>
 __device__ void copy_tile_async(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns) {
   const auto thread = copy.get_slice(threadIdx.x);
   cute::Tensor cT = cute::make_identity_tensor(cute::product_each(cute::shape(sT)));  // (rows,columns) -> (row,column)
-  cute::Tensor tgT = thread.partition_S(gT);                      // (CPY,CPY_M,CPY_K)
-  cute::Tensor tsT = thread.partition_D(sT);                      // (CPY,CPY_M,CPY_K)
-  cute::Tensor tcT = thread.partition_S(cT);                      // (CPY,CPY_M,CPY_K)
+  cute::Tensor tgT = thread.partition_S(gT);                                          // (CPY,CPY_M,CPY_K)
+  cute::Tensor tsT = thread.partition_D(sT);                                          // (CPY,CPY_M,CPY_K)
+  cute::Tensor tcT = thread.partition_S(cT);                                          // (CPY,CPY_M,CPY_K)
   CUTE_UNROLL
   for (int m = 0; m < cute::size<1>(tsT); ++m) {
     CUTE_UNROLL

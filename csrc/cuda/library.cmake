@@ -36,7 +36,9 @@ if(VITKERNELS_EMULATOR)
 endif()
 target_compile_options(vitkernels_cuda_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:${nvcc_flags}>")
 
-add_library(vitkernels_cuda_objects OBJECT csrc/attention/forward_cuda.cu
+add_library(vitkernels_cuda_objects OBJECT csrc/attention/arguments.cpp
+                                           csrc/attention/attention_op_cuda.cpp
+                                           csrc/attention/forward_cuda.cu
                                            csrc/attention/merge_attentions_cuda.cu
                                            csrc/attention/merge_attentions_op_cuda.cpp
                                            csrc/cuda/library.cpp)
@@ -45,9 +47,13 @@ list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
 target_compile_definitions(vitkernels_cuda_objects PRIVATE USE_CUDA  # declares torch's shims for streams
                                                            VITKERNELS_CUDA_ARCHITECTURES="${architectures}")
 
+add_library(torch_cuda SHARED csrc/cuda/torch_cuda_stub.cpp)
+set_target_properties(torch_cuda PROPERTIES CXX_VISIBILITY_PRESET default
+                                            LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/stub)
+
 # The runtime is linked in, so that the library does not depend on the one that torch brings.
 add_library(vitkernels_cuda MODULE $<TARGET_OBJECTS:vitkernels_cuda_objects>)
-target_link_libraries(vitkernels_cuda PRIVATE vitkernels_cuda_objects)
+target_link_libraries(vitkernels_cuda PRIVATE vitkernels_cuda_objects torch_cuda)
 set_target_properties(vitkernels_cuda PROPERTIES OUTPUT_NAME vitkernels_cuda${cuda_major} INSTALL_RPATH ""
   LINKER_LANGUAGE CUDA CUDA_RUNTIME_LIBRARY Static)
 install(TARGETS vitkernels_cuda LIBRARY DESTINATION .)

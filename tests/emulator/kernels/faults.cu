@@ -1,4 +1,4 @@
-// Kernels with one mistake each, in the line that ends with its name; and the same deed done properly, which is none.
+// Kernels with one mistake each, in the line that ends with its name (or in either of two); and the same deed done properly, which is none.
 // They run with two warps on `data`, n words of which the test filled all but the last.
 
 #include <cstdint>
@@ -23,8 +23,9 @@ __global__ void vector_across_end(uint32_t* data, int n) {
 }
 
 __global__ void null_pointer(uint32_t* data, int n) {
-  uint32_t* none = n > 0 ? nullptr : data;
-  *none = 1;  // null_pointer
+  uint32_t* none;
+  asm volatile("mov.u64 %0, 0;" : "=l"(none));  // what C++ knows to be null, the compiler takes for unreachable
+  *none = 1;                                    // null_pointer
 }
 
 __global__ void shared_beyond(uint32_t* data, int n) {
@@ -69,8 +70,8 @@ __global__ void race_of_read_and_write(uint32_t* data, int n) {
   __shared__ uint32_t tile[kThreads];
   tile[threadIdx.x] = n;
   __syncthreads();
-  const uint32_t other = tile[kThreads - 1 - threadIdx.x];
-  tile[threadIdx.x] = other + 1;  // race_of_read_and_write
+  const uint32_t other = tile[kThreads - 1 - threadIdx.x];  // race_of_read_and_write
+  tile[threadIdx.x] = other + 1;                            // race_of_read_and_write
   __syncthreads();
   data[threadIdx.x] = tile[threadIdx.x];
 }
@@ -84,7 +85,7 @@ __global__ void barriers_that_differ(uint32_t* data, int n) {
   if (threadIdx.x < 32) {
     asm volatile("bar.sync 1, 64;" ::: "memory");  // barriers_that_differ
   } else {
-    asm volatile("bar.sync 2, 64;" ::: "memory");
+    asm volatile("bar.sync 2, 64;" ::: "memory");  // barriers_that_differ
   }
   data[threadIdx.x] = n;
 }
@@ -112,7 +113,7 @@ __global__ void no_mistake(uint32_t* data, int n) {
 // Where a mistake shows only in some orders of the warps.
 __global__ void write_then_read(uint32_t* data, int n) {
   __shared__ uint32_t tile[kThreads];
-  tile[threadIdx.x] = n + threadIdx.x;
+  tile[threadIdx.x] = n + threadIdx.x;                   // write_then_read
   data[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];  // write_then_read
 }
 

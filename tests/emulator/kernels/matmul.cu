@@ -61,10 +61,7 @@ __global__ void __launch_bounds__(kThreads) matmul(const Element* a, const Eleme
   const int steps = ceil_div(k, kTile);
   start_copy(0);
   for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps)
-      start_copy(step + 1);
-    else
-      commit_copies();
+    step + 1 < steps ? start_copy(step + 1) : commit_copies();
     if constexpr (kMistake != kNoWait) wait_for_copies<1>();
     if constexpr (kMistake == kDivergentBarrier) {
       if (threadIdx.x % 2 == 0) __syncthreads();

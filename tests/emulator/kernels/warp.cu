@@ -4,10 +4,10 @@
 
 namespace {
 
-// Rows of out, in order: the test names them.
-__global__ void exchange_kernel(const uint32_t* values, const uint32_t* lanes, uint32_t mask, uint32_t* out) {
+// The rows of out are in the order of the calls.
+__global__ void shuffle_kernel(const uint32_t* values, const uint32_t* lanes, uint32_t* out) {
   const int i = threadIdx.x;
-  if (!(mask >> i & 1)) return;
+  const uint32_t mask = 0xffffffffu;
   int row = 0;
   const auto put = [&](uint32_t value) { out[row++ * 32 + i] = value; };
   const uint32_t v = values[i];
@@ -19,6 +19,14 @@ __global__ void exchange_kernel(const uint32_t* values, const uint32_t* lanes, u
   put(__shfl_down_sync(mask, v, 5, 8));
   put(__shfl_xor_sync(mask, v, 6));
   put(__shfl_xor_sync(mask, v, 9, 8));
+}
+
+__global__ void vote_kernel(const uint32_t* values, uint32_t mask, uint32_t* out) {
+  const int i = threadIdx.x;
+  if (!(mask >> i & 1)) return;
+  int row = 0;
+  const auto put = [&](uint32_t value) { out[row++ * 32 + i] = value; };
+  const uint32_t v = values[i];
   put(__ballot_sync(mask, v & 1));
   put(__all_sync(mask, v & 1));
   put(__any_sync(mask, v & 1));
@@ -173,8 +181,13 @@ __global__ void async_copy_kernel(const uint32_t* in, uint32_t* out, int valid) 
 
 }  // namespace
 
-extern "C" int exchange(const uint32_t* values, const uint32_t* lanes, uint32_t mask, uint32_t* out) {
-  exchange_kernel<<<1, 32>>>(values, lanes, mask, out);
+extern "C" int shuffle(const uint32_t* values, const uint32_t* lanes, uint32_t* out) {
+  shuffle_kernel<<<1, 32>>>(values, lanes, out);
+  return cudaGetLastError();
+}
+
+extern "C" int vote(const uint32_t* values, uint32_t mask, uint32_t* out) {
+  vote_kernel<<<1, 32>>>(values, mask, out);
   return cudaGetLastError();
 }
 
@@ -189,7 +202,7 @@ extern "C" int memory(const uint32_t* in, uint32_t* out, int threads) {
 }
 
 extern "C" int atomics(const uint32_t* in, uint32_t* out, int n) {
-  atomics_kernel<<<(n + 63) / 64, 64>>>(in, out, n);
+  if (n > 0) atomics_kernel<<<(n + 63) / 64, 64>>>(in, out, n);
   counter_kernel<<<1, 1>>>(out + 9);
   return cudaGetLastError();
 }

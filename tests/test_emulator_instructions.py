@@ -1,0 +1,140 @@
+"""The stand-in runtime's arithmetic, instruction by instruction, against the PTX manual's definitions in Python."""
+
+import math
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import needs_emulator
+from ptx_numbers import FORMATS, is_nan
+from ptx_semantics import Instruction, Undefined, width
+
+pytestmark = needs_emulator
+
+SOURCE = Path(__file__).parent / "emulator" / "kernels" / "arithmetic.cu"
+TABLE = re.findall(r'^  (?:ROW\d|COMPARE)\("([^"]+)", (.+)\);$', SOURCE.read_text(), re.MULTILINE)
+ROWS = {name: [int(bits) for bits in re.findall(r"\d+", widths)] for name, widths in TABLE}
+assert len(ROWS) == len(TABLE), "an instruction twice"
+
+# By instruction: the exact function, the largest relative and absolute error that the manual allows.
+APPROXIMATE = {
+    "ex2.approx": (lambda x: 2.0**x, 2**-22, 0),
+    "lg2.approx": (math.log2, 2**-22, 2**-22),
+    "rcp.approx": (lambda x: 1 / x, 2**-23, 0),
+    "rsqrt.approx": (lambda x: x**-0.5, 2**-22.9, 0),
+    "sqrt.approx": (math.sqrt, 2**-23, 0),
+    "sin.approx": (math.sin, 0, 2**-20.5),
+    "cos.approx": (math.cos, 0, 2**-20.5),
+    "tanh.approx": (math.tanh, 2**-10.9, 0),
+    "div.approx": (lambda x, y: x / y, 2**-22, 0),
+    "div.full": (lambda x, y: x / y, 2**-22, 0),
+}
+
+
+def words():
+    """Hostile integers, and numbers of every format: limits, ties, infinities, NaN, subnormals, random bits."""
+    generator = random.Random(0)
+    found = [
+        0,
+        1,
+        2,
+        3,
+        7,
+        8,
+        31,
+        32,
+        33,
+        63,
+        64,
+        255,
+        0x5410,
+        0x7FFFFFFF,
+        0x80000000,
+        0xFFFFFFFF,
+        1 << 63,
+        (1 << 64) - 1,
+    ]
+    for name in ("f16", "bf16", "f32", "f64"):
+        format = FORMATS[name]
+        values = (0.5, 1, -1, 1.5, 2.5, -3.5, 0.1, 3, -17.75, 300, 1e4, 7e4, 3e9, -1e10, 1e19, 1e-5, 1e-40)
+        found += [format.encode(Fraction(v)) for v in values]
+        top = format.encode(math.inf)
+        found += [top, top | 1 << format.bits - 1, format.encode(math.nan), top - 1, 1, 1 << format.bits - 1]
+        if format.bits == 16:  # pairs for the packed types
+            found += [generator.getrandbits(32) for _ in range(8)]
+    found += [generator.getrandbits(bits) for bits in (8, 16, 32, 64) for _ in range(6)]
+    found += [FORMATS["f32"].encode(Fraction(generator.uniform(-8, 8))) for _ in range(24)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(emulator):
+    """The inputs, and by instruction the result on each."""
+    xs = words()
+    generator = random.Random(1)
+    ys, zs = (generator.sample(xs, len(xs)) for _ in range(2))
+    ys[::5] = xs[::5]
+    columns = [torch.tensor([w - (w >> 63 << 64) for w in column]) for column in (xs, ys, zs)]
+    out = torch.full((len(ROWS), len(xs)), -1)
+    emulator.run("arithmetic", *columns, out, len(xs))
+    assert emulator.errors() == []
+    found = [[w & (1 << 64) - 1 for w in row] for row in out.tolist()]
+    return list(zip(xs, ys, zs, strict=True)), dict(zip(ROWS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_instruction(name, results):
+    inputs, found = results
+    instruction = Instruction(name)
+    to, *operands = ROWS[name] if instruction.op != "setp" else [1, ROWS[name][0], ROWS[name][0]]
+    defined = 0
+    for triple, word in zip(inputs, found[name], strict=True):
+        args = [w & (1 << bits) - 1 for w, bits in zip(triple, operands, strict=False)]
+        shown = f"{name} of {[hex(a) for a in args]} is {word:#x}"
+        try:
+            expected = instruction(*args) & (1 << to) - 1
+        except Undefined:
+            defined += check_approximation(instruction, args, word, shown)
+            continue
+        defined += 1
+        if name == "cvt.rna.tf32.f32":
+            word &= ~0x1FFF
+        assert word == expected or both_nan(instruction, word, expected), f"{shown}, expected {expected:#x}"
+    assert defined > 20, "hardly a result was compared"
+
+
+def both_nan(instruction, word, expected):
+    """A NaN may be any: in every number that the word holds."""
+    type = instruction.types[0].removesuffix("x2")
+    if type not in FORMATS or type == "tf32" or instruction.op == "setp":
+        return False
+    bits = FORMATS[type].bits
+    parts = range(0, width(instruction.types[0]), bits)
+    numbers = [[w >> part & (1 << bits) - 1 for part in parts] for w in (word, expected)]
+    return all(a == b or all(is_nan(FORMATS[type].decode(n)) for n in (a, b)) for a, b in zip(*numbers, strict=True))
+
+
+def check_approximation(instruction, args, word, shown):
+    """Whether the manual bounds the error here; the result is then within it."""
+    name = ".".join(instruction.name.split(".")[:2])
+    if name not in APPROXIMATE:
+        return False
+    function, relative, absolute = APPROXIMATE[name]
+    numbers = [float(instruction.decode(a)) for a in args]
+    periodic = instruction.op in ("sin", "cos")
+    if any(math.isnan(x) or math.isinf(x) or not 2**-100 < abs(x) < 2**100 for x in numbers) or (
+        periodic and abs(numbers[0]) > 2 * math.pi
+    ):
+        return False
+    try:
+        exact = function(*numbers)
+    except (OverflowError, ValueError):
+        return False
+    if isinstance(exact, complex) or not 2**-120 < abs(exact) < 2**120:
+        return False
+    found = float(FORMATS["f32"].decode(word))
+    assert abs(found - exact) <= relative * abs(exact) + absolute, f"{shown}: {found}, expected {exact}"
+    return True
