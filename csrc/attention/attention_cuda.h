@@ -20,8 +20,8 @@ struct AttentionCudaParams : AttentionParams {
   // The kv head that a query head reads, -1 if the map names none that exists.
   VK_HOST_DEVICE int64_t kv_head(int64_t head) const {
     if (!head_map) return head / (heads / kv_heads);
-    const int64_t mapped = head_map_is_int64 ? static_cast<const int64_t*>(head_map)[head]
-                                             : static_cast<const int32_t*>(head_map)[head];
+    const int64_t mapped =
+        head_map_is_int64 ? static_cast<const int64_t*>(head_map)[head] : static_cast<const int32_t*>(head_map)[head];
     return mapped >= 0 && mapped < kv_heads ? mapped : -1;
   }
 };

@@ -51,8 +51,7 @@ struct ForwardKernel {
   }
 
   static int64_t num_tasks(const AttentionCudaParams& p) {
-    return ceil_div<int64_t>(p.num_queries(), kTile.queries) * p.heads * p.batch *
-           ceil_div<int64_t>(p.value_dim, kDim);
+    return ceil_div<int64_t>(p.num_queries(), kTile.queries) * p.heads * p.batch * ceil_div<int64_t>(p.value_dim, kDim);
   }
 
   // Rows of a tensor from `first` on, kDim columns of them.
@@ -115,7 +114,7 @@ struct ForwardKernel {
       multiply_tile(mma, logits, sQ, sK, int(p.head_dim));
 
       Tensor logit_rows = by_rows(logits);  // (rows,columns)
-      apply_score(logit_rows, coordinates, p.score, axis, task.batch, task.head, task.rows, keys);
+      apply_score<kTile.keys>(logit_rows, coordinates, p.score, axis, task.batch, task.head, task.rows, keys);
       softmax.exponentiate(logit_rows, [&](int r, float factor) {
         CUTE_UNROLL
         for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) *= factor;
@@ -134,8 +133,9 @@ struct ForwardKernel {
   static __device__ void finish(const AttentionCudaParams& p, const Task& task, const Mma& mma, Out& out,
                                 const Softmax& softmax, Shared& sO, int rows, int columns) {
     const auto thread = mma.get_slice(threadIdx.x);
-    Tensor out_rows = by_rows(out);                                            // (rows,columns)
-    Tensor cO = by_rows(thread.partition_C(make_identity_tensor(product_each(shape(sO)))));  // (rows,columns) -> (row,column)
+    Tensor out_rows = by_rows(out);  // (rows,columns)
+    Tensor cO =
+        by_rows(thread.partition_C(make_identity_tensor(product_each(shape(sO)))));  // (rows,columns) -> (row,column)
     CUTE_UNROLL
     for (int r = 0; r < size<0>(out_rows); ++r) {
       const float factor = softmax.sum[r] == 0.0f ? 0.0f : 1.0f / softmax.sum[r];

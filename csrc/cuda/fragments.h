@@ -31,8 +31,8 @@ template <class Element, class Fragment>
 __device__ auto convert(const Fragment& fragment) {
   cute::Tensor result = cute::make_tensor<Element>(fragment.layout());
   const cutlass::NumericArrayConverter<Element, float, decltype(cute::size(fragment))::value> rounded;
-  const auto& source = *reinterpret_cast<const cutlass::Array<float, decltype(cute::size(fragment))::value>*>(
-      fragment.data());
+  const auto& source =
+      *reinterpret_cast<const cutlass::Array<float, decltype(cute::size(fragment))::value>*>(fragment.data());
   const auto converted = rounded(source);
   CUTE_UNROLL
   for (int i = 0; i < cute::size(fragment); ++i) result(i) = converted[i];
