@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kMaxHeads = 1 << 20;            // the head map is a table in memory
 constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
 
-// Strides of a tensor broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
+}  // namespace
+
 ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   int64_t strides[4] = {};
   int64_t running = 1;
@@ -21,8 +22,6 @@ ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   if (rank == 3) return {strides[1], strides[2], 0, strides[3]};
   return {strides[0], strides[1], strides[2], strides[3]};
 }
-
-}  // namespace
 
 void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
                       ScalarType type, const std::vector<int64_t>& target, const char* takes) {

@@ -49,6 +49,10 @@ class AttentionArguments {
 
 TokenTensor token_tensor(const Tensor& t);
 
+// Strides of a tensor that is broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
+// `contiguous`: as if it were.
+ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous);
+
 // That a term broadcasts to `target`, which `takes` names.
 void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
                       ScalarType type, const std::vector<int64_t>& target, const char* takes);

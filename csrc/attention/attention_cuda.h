@@ -26,9 +26,33 @@ struct AttentionCudaParams : AttentionParams {
   }
 };
 
+struct AttentionBackwardCudaParams : AttentionCudaParams {
+  TokenTensor grad_out, grad_query, grad_key, grad_value;
+  const float* grad_lse = nullptr;  // as lse, or null
+  float* delta = nullptr;           // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta)
+  bool grad_out_is_aligned = false, grad_query_is_aligned = false, grad_key_is_aligned = false,
+       grad_value_is_aligned = false;
+};
+
+// What the gradient of a score term sums: that of the logits (biases), times the scaled product (multiplier), times the
+// product and everything else on it (scale of a head).
+enum class TermFactor { kOne, kScaledProduct, kProduct };
+
+struct TermGradient {
+  TermFactor factor = TermFactor::kOne;
+  ScoreStrides strides;
+  float* data = nullptr;
+};
+
 inline constexpr int64_t kMaxCudaHeadDim = 256;
 
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);
+// Writes delta, which the others read.
+cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& params, cudaStream_t stream);
+cudaError_t launch_attention_backward_keys(const AttentionBackwardCudaParams& params, cudaStream_t stream);
+cudaError_t launch_attention_backward_queries(const AttentionBackwardCudaParams& params, cudaStream_t stream);
+cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& params, const TermGradient& term,
+                                           cudaStream_t stream);
 cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stream);
 cudaError_t launch_merge_attentions_backward(const MergeParams& params, cudaStream_t stream);
 

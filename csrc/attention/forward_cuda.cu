@@ -7,6 +7,7 @@
 #include "attention/attention_cuda.h"
 #include "attention/score_cuda.h"
 #include "attention/tiles_cuda.h"
+#include "attention/tokens_cuda.h"
 #include "cuda/copy.h"
 #include "cuda/fragments.h"
 #include "cuda/mma.h"
@@ -54,14 +55,6 @@ struct ForwardKernel {
     return ceil_div<int64_t>(p.num_queries(), kTile.queries) * p.heads * p.batch * ceil_div<int64_t>(p.value_dim, kDim);
   }
 
-  // Rows of a tensor from `first` on, kDim columns of them.
-  template <int kRows>
-  static __device__ auto global_tile(const TokenTensor& t, int64_t batch, int64_t first, int64_t head, int64_t column) {
-    const Element* data = t.at<const Element>(batch, first, head) + column;
-    return make_tensor(make_gmem_ptr(data),
-                       make_layout(Shape<Int<kRows>, Int<kDim>>{}, make_stride(t.token_stride, _1{})));  // (rows,dim)
-  }
-
   static __device__ void run(const AttentionCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
     const Axis& axis = p.pattern.axis[0];
@@ -80,7 +73,7 @@ struct ForwardKernel {
       return intersect({first, first + kTile.keys}, {0, axis.num_keys});
     };
     const auto start_tile = [&](const TokenTensor& t, auto& sT, Range keys, int64_t column, int64_t dim, bool aligned) {
-      copy_tile(Copy{}, global_tile<kTile.keys>(t, task.batch, keys.begin, task.kv_head, column), sT,
+      copy_tile(Copy{}, token_tile<Element, kTile.keys, kDim>(t, task.batch, keys.begin, task.kv_head, column), sT,
                 int(keys.end - keys.begin), int(dim), aligned);
       commit_copies();
     };
@@ -100,8 +93,8 @@ struct ForwardKernel {
 
     const int64_t first_tile = seen.begin / kTile.keys, end_tile = ceil_div<int64_t>(seen.end, kTile.keys);
     if (!seen.empty()) {
-      copy_tile(Copy{}, global_tile<kTile.queries>(p.query, task.batch, task.rows.begin, task.head, 0), sQ, rows,
-                int(p.head_dim), p.query_is_aligned);
+      copy_tile(Copy{}, token_tile<Element, kTile.queries, kDim>(p.query, task.batch, task.rows.begin, task.head, 0),
+                sQ, rows, int(p.head_dim), p.query_is_aligned);
       start_keys(keys_of(first_tile));
     }
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
@@ -168,27 +161,15 @@ __global__ void __launch_bounds__(ForwardKernel<Element, kDim>::kThreads)
 template <class Element, int kDim>
 cudaError_t launch(const AttentionCudaParams& p, cudaStream_t stream) {
   using Kernel = ForwardKernel<Element, kDim>;
-  const int64_t tasks = Kernel::num_tasks(p);
-  if (tasks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  constexpr auto kernel = attention<Element, kDim>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<unsigned(tasks), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_tasks(attention<Element, kDim>, Kernel::num_tasks(p), Kernel::kThreads, Kernel::kSharedBytes, stream,
+                      p);
 }
 
 }  // namespace
 
 cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
-  const int64_t dim = std::max(p.head_dim, std::min<int64_t>(p.value_dim, 256));
-  const auto by_element = [&]<class Element>(Element) {
-    if (dim <= 32) return launch<Element, 32>(p, stream);
-    if (dim <= 64) return launch<Element, 64>(p, stream);
-    if (dim <= 128) return launch<Element, 128>(p, stream);
-    return launch<Element, 256>(p, stream);
-  };
-  return p.dtype == DType::kBFloat16 ? by_element(cutlass::bfloat16_t{}) : by_element(cutlass::half_t{});
+  return dispatch_tile(p,
+                       [&]<class Element, int kDim>(Element, Int<kDim>) { return launch<Element, kDim>(p, stream); });
 }
 
 }  // namespace vitkernels

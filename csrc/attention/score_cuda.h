@@ -33,8 +33,8 @@ struct TermsOfRow {
   }
 };
 
-// `products` (rows,columns) of the queries from `rows.begin` on with the keys from `keys.begin` on become logits in units
-// of log 2. `coordinates` gives the place of each in the tile, which has room for kKeys keys.
+// `products` (queries,keys) of the queries from `rows.begin` on with the keys from `keys.begin` on become logits.
+// `coordinates` gives the (query,key) of each in the tile, which has room for kKeys keys.
 template <int kKeys, class Products, class Coordinates>
 __device__ void apply_score(Products& products, const Coordinates& coordinates, const Score& score, const Axis& axis,
                             int64_t batch, int64_t head, Range rows, Range keys) {
@@ -42,7 +42,7 @@ __device__ void apply_score(Products& products, const Coordinates& coordinates, 
   const bool is_whole = keys.end - keys.begin == kKeys && axis.all_keys(rows).end >= keys.end;
   if (!score.has_terms() && is_whole) {
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(products); ++i) products(i) *= scale * kLog2e;
+    for (int i = 0; i < cute::size(products); ++i) products(i) *= scale;
     return;
   }
   CUTE_UNROLL
@@ -54,7 +54,7 @@ __device__ void apply_score(Products& products, const Coordinates& coordinates, 
     CUTE_UNROLL
     for (int c = 0; c < cute::size<1>(products); ++c) {
       const int64_t key = keys.begin + cute::get<1>(coordinates(r, c));
-      products(r, c) = key >= visible.begin && key < visible.end ? terms.apply(products(r, c) * scale, key) * kLog2e
+      products(r, c) = key >= visible.begin && key < visible.end ? terms.apply(products(r, c) * scale, key)
                                                                  : -std::numeric_limits<float>::infinity();
     }
   }

@@ -22,4 +22,23 @@ constexpr ForwardTile forward_tile(int dim) {
   return {.queries = 64, .keys = 32, .warps = 4};                   // 64 KB
 }
 
+// A block of threads owns keys (or queries), sixteen a warp, and goes through the queries (or keys) in tiles of which one
+// arrives while the other is multiplied.
+struct BackwardTile {
+  int owned, streamed, warps;
+  int columns;  // of the gradients of keys and values that fit into registers together
+
+  constexpr int threads() const { return warps * 32; }
+  // Two tensors of each: keys and values, queries and output gradients. A gradient of the score terms needs one stage.
+  constexpr int shared_bytes(int dim, int stages) const { return 2 * (owned + stages * streamed) * dim * 2; }
+};
+
+// As forward_tile. Not measured on a GPU yet.
+constexpr BackwardTile backward_tile(int dim) {
+  if (dim <= 32) return {.owned = 64, .streamed = 64, .warps = 4, .columns = 32};    // 24 KB
+  if (dim <= 64) return {.owned = 64, .streamed = 64, .warps = 4, .columns = 64};    // 48 KB
+  if (dim <= 128) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 128};  // 64 KB
+  return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                  // 96 KB
+}
+
 }  // namespace vitkernels

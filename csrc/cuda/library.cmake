@@ -38,6 +38,8 @@ target_compile_options(vitkernels_cuda_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUD
 
 add_library(vitkernels_cuda_objects OBJECT csrc/attention/arguments.cpp
                                            csrc/attention/attention_op_cuda.cpp
+                                           csrc/attention/backward_cuda.cu
+                                           csrc/attention/backward_terms_cuda.cu
                                            csrc/attention/forward_cuda.cu
                                            csrc/attention/merge_attentions_cuda.cu
                                            csrc/attention/merge_attentions_op_cuda.cpp

@@ -1,5 +1,4 @@
-// Softmax of rows that come in tiles of columns, in the registers of a warp. Logits are in units of log 2: 2^x is what
-// the hardware computes.
+// Softmax of rows that come in tiles of columns, in the registers of a warp.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -11,9 +10,10 @@ namespace vitkernels::cuda {
 
 inline constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-__device__ inline float exp2_fast(float x) {
+// e^(x - offset). The difference first: a mask may hold the lowest finite number, which times log2(e) is none.
+__device__ inline float exp_from(float x, float offset) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"((x - offset) * kLog2e));
   return y;
 }
 
@@ -46,13 +46,13 @@ struct OnlineSoftmax {
       largest = combine_quad(largest, [](float a, float b) { return fmaxf(a, b); });
       // A row that saw nothing yet must not give inf - inf.
       const float offset = largest == kNothing ? 0.0f : largest;
-      const float factor = exp2_fast(max[r] - offset);
+      const float factor = exp_from(max[r], offset);
       max[r] = largest;
       sum[r] *= factor;
       rescale(r, factor);
       CUTE_UNROLL
       for (int c = 0; c < cute::size<1>(logits); ++c) {
-        logits(r, c) = exp2_fast(logits(r, c) - offset);
+        logits(r, c) = exp_from(logits(r, c), offset);
         sum[r] += logits(r, c);
       }
     }
@@ -63,8 +63,8 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) sum[r] = combine_quad(sum[r], [](float a, float b) { return a + b; });
   }
 
-  // Natural logarithm of the sum of exponentials; NaN stays NaN.
-  __device__ float lse(int r) const { return sum[r] == 0.0f ? kNothing : (max[r] + log2f(sum[r])) * kLn2; }
+  // NaN stays NaN.
+  __device__ float lse(int r) const { return sum[r] == 0.0f ? kNothing : max[r] + log2f(sum[r]) * kLn2; }
 };
 
 }  // namespace vitkernels::cuda
