@@ -152,3 +152,8 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
 
 }  // namespace
 }  // namespace vitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&vitkernels::attention_cuda));
+  m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward_cuda));
+}
