@@ -92,7 +92,7 @@ def test_half_gate(sample, cuda_kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_takes_half_precision(dtype, cuda_kernels):
     call = next(s for s in ATTENTION if s.id == "plain").call(dtype)
-    with pytest.raises(RuntimeError, match="attention: query is float(32|64), takes bfloat16 or float16 on a GPU"):
+    with pytest.raises(RuntimeError, match=r"attention: query is float(32|64), takes bfloat16 or float16 on a GPU"):
         vk.attention(**call)
     assert not cuda_kernels.launches()
 
@@ -150,7 +150,7 @@ def test_layout_gate(sample, layout, cuda_kernels):
 
 
 def raised_by_the_host(row):
-    return not row[2].startswith("head_map[")  # a kernel reads the map
+    return " head_map[" not in row[2]  # a kernel reads the map
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_errors_gate(function, call, text, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_fuzz_gate(name, cuda_kernels, monkeypatch):
+@pytest.mark.parametrize(("name", "bad", "good"), [("merge_attentions", 400, 40), ("attention", 100, 10)])
+def test_fuzz_gate(name, bad, good, cuda_kernels, monkeypatch):
     monkeypatch.setattr(fuzz_worker, "SMALL_SAMPLES", chosen(samples.SMALL_SAMPLES, functions=(name,)))
     monkeypatch.setattr(fuzz_worker, "CALL_DTYPES", FUNCTIONS[name])
     # Indices are not read on the host.
@@ -171,8 +171,8 @@ def test_fuzz_gate(name, cuda_kernels, monkeypatch):
     generator = random.Random(20261121)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, wrong = fuzz_worker.bad_calls(generator, 400)
-        wrong += fuzz_worker.good_calls(generator, 40)
+        _, wrong = fuzz_worker.bad_calls(generator, bad)
+        wrong += fuzz_worker.good_calls(generator, good)
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -184,10 +184,11 @@ def test_number_of_parts_is_limited(cuda_kernels):
         vk.merge_attentions([out] * 65, [lse] * 65)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @each(samples.SAMPLES, tag="core", functions=tuple(FUNCTIONS))
 def test_same_bits_in_any_order_of_warps(sample, seed, cuda_kernels):
-    call = sample.call(FUNCTIONS[sample.operator][-1])
+    some_tiles = {letter: min(n, 150) for letter, n in sample.sizes.items()}
+    call = sample.call(FUNCTIONS[sample.operator][-1], sizes=some_tiles)
     expected = differentiate(sample.function, call)
     cuda_kernels.configure(seed=seed + 1)
     found = differentiate(sample.function, call)
