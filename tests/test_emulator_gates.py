@@ -162,7 +162,7 @@ def test_errors_gate(function, call, text, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
-@pytest.mark.parametrize(("name", "bad", "good"), [("merge_attentions", 400, 40), ("attention", 100, 10)])
+@pytest.mark.parametrize(("name", "bad", "good"), [("merge_attentions", 400, 40), ("attention", 60, 6)])
 def test_fuzz_gate(name, bad, good, cuda_kernels, monkeypatch):
     monkeypatch.setattr(fuzz_worker, "SMALL_SAMPLES", chosen(samples.SMALL_SAMPLES, functions=(name,)))
     monkeypatch.setattr(fuzz_worker, "CALL_DTYPES", FUNCTIONS[name])

@@ -28,10 +28,6 @@ struct BackwardKernel {
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps>;
 
-  static __device__ Range tile_of(int64_t index, int64_t size, int64_t count) {
-    return intersect({index * size, (index + 1) * size}, {0, count});
-  }
-
   static VK_HOST_DEVICE int64_t num_owned(const AttentionParams& p) {
     return kOwnsKeys ? p.num_keys() : p.num_queries();
   }

@@ -49,10 +49,6 @@ struct TermKernel {
     }
   };
 
-  static __device__ Range tile_of(int64_t index, int64_t size, int64_t count) {
-    return intersect({index * size, (index + 1) * size}, {0, count});
-  }
-
   static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, unsigned char* shared) {
     const Axes axes(p, term.strides);
     int64_t index = blockIdx.x;

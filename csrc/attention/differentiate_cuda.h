@@ -10,6 +10,11 @@
 
 namespace vitkernels::cuda {
 
+// The tile `index` of `count` tokens.
+__device__ inline Range tile_of(int64_t index, int64_t size, int64_t count) {
+  return intersect({index * size, (index + 1) * size}, {0, count});
+}
+
 enum class Side { kQueries, kKeys };  // with output gradients, with values
 
 // kRows tokens of both tensors of a side in shared memory, one behind the other.
@@ -75,16 +80,16 @@ __device__ auto coordinates_of(const Mma& mma) {
 template <class Logits, class Grads, class Coordinates>
 __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& coordinates,
                               const AttentionBackwardCudaParams& p, int64_t batch, int64_t head, Range rows) {
-  constexpr float kNothing = std::numeric_limits<float>::infinity();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   CUTE_UNROLL
   for (int r = 0; r < cute::size<0>(logits); ++r) {
     const int64_t query = rows.begin + cute::get<0>(coordinates(r, 0));
     // A query that does not exist, or saw no key, has probabilities of zero.
-    float offset = kNothing, delta = 0.0f;
+    float offset = kInfinity, delta = 0.0f;
     if (query < rows.end) {
       const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
       const float lse = static_cast<const float*>(p.lse)[row];
-      offset = lse == -kNothing ? kNothing : lse;
+      offset = lse == -kInfinity ? kInfinity : lse;
       delta = p.delta[row];
     }
     CUTE_UNROLL

@@ -35,8 +35,8 @@ struct BackwardTile {
 
 // As forward_tile. Not measured on a GPU yet.
 constexpr BackwardTile backward_tile(int dim) {
-  if (dim <= 32) return {.owned = 64, .streamed = 64, .warps = 4, .columns = 32};    // 24 KB
-  if (dim <= 64) return {.owned = 64, .streamed = 64, .warps = 4, .columns = 64};    // 48 KB
+  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};    // 16 KB
+  if (dim <= 64) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64};    // 32 KB
   if (dim <= 128) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 128};  // 64 KB
   return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                  // 96 KB
 }
