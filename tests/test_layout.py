@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_sample
-def test_strides_and_padding(sample, dtype, layout):
-    call = replace(sample.call(dtype), torch.clone)
+def test_strides_and_padding(sample, dtype, layout, sizes=None):
+    call = replace(sample.call(dtype, sizes=sizes), torch.clone)
     expected = differentiate(sample.function, call)
     found = differentiate(sample.function, replace(call, layout), change=layout)
     for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
@@ -23,9 +23,9 @@ def test_strides_and_padding(sample, dtype, layout):
 
 
 @each_sample
-def test_expanded_gradients(sample):
+def test_expanded_gradients(sample, dtype=torch.float32, sizes=None):
     """``out.sum().backward()`` brings a gradient with strides of zero."""
-    call = sample.call(torch.float32)
+    call = sample.call(dtype, sizes=sizes)
     expected = differentiate(sample.function, call, change=torch.ones_like)
     found = differentiate(sample.function, call, change=lambda t: torch.ones(()).to(t.dtype).expand(t.shape))
     for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):

@@ -6,13 +6,13 @@ from calls import NAMESPACE, defined_operators, differentiate, learning, operato
 from samples import SMALL_SAMPLES, each_small_sample, each_tagged
 
 
-def small_calls(sample):
-    return operator_calls(sample.function, sample.call(torch.float32, sizes=sample.small()))
+def small_calls(sample, dtype=torch.float32):
+    return operator_calls(sample.function, sample.call(dtype, sizes=sample.small()))
 
 
 @each_small_sample
-def test_opcheck(sample):
-    for op, args in small_calls(sample):
+def test_opcheck(sample, dtype=torch.float32):
+    for op, args in small_calls(sample, dtype):
         torch.library.opcheck(op, args, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"])
 
 

@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kMaxHeads = 1 << 20;            // the head map is a table in memory
 constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
 
-// Strides of a tensor broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
+}  // namespace
+
 ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   int64_t strides[4] = {};
   int64_t running = 1;
@@ -21,8 +22,6 @@ ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   if (rank == 3) return {strides[1], strides[2], 0, strides[3]};
   return {strides[0], strides[1], strides[2], strides[3]};
 }
-
-}  // namespace
 
 void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
                       ScalarType type, const std::vector<int64_t>& target, const char* takes) {
@@ -57,13 +56,18 @@ ScoreTerm score_term(const OptionalTensor& term, int64_t rank) {
   return result;
 }
 
-// The values of an int64 or int32 vector.
-std::vector<int64_t> read_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
+void check_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
   checker.strided_like(name, t, like);
   checker.rank(name, t, 1, "(integers)");
   const ScalarType type = t.scalar_type();
   checker.check(type == ScalarType::Long || type == ScalarType::Int, name, " is ", dtype_text(type),
                 ", takes int64 or int32");
+}
+
+// The values of an int64 or int32 vector.
+std::vector<int64_t> read_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
+  check_integers(checker, name, t, like);
+  const ScalarType type = t.scalar_type();
   std::vector<int64_t> values(t.size(0));
   for (size_t i = 0; i < values.size(); ++i) {
     const int64_t at = int64_t(i) * t.stride(0);
@@ -74,7 +78,7 @@ std::vector<int64_t> read_integers(const Checker& checker, const char* name, con
 }
 
 std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor& head_map, const Tensor& query,
-                                   int64_t heads, int64_t kv_heads) {
+                                   int64_t heads, int64_t kv_heads, IntegersOn integers) {
   std::vector<int64_t> map(heads);
   if (!head_map) {
     checker.check(kv_heads > 0 && heads % kv_heads == 0, "key has ", kv_heads, " heads, takes a divisor of query's ",
@@ -84,6 +88,10 @@ std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor&
   }
   checker.defined("head_map", *head_map);
   checker.shape("head_map", *head_map, {heads});
+  if (integers == IntegersOn::kDevice) {
+    check_integers(checker, "head_map", *head_map, query);
+    return {};
+  }
   map = read_integers(checker, "head_map", *head_map, query);
   for (int64_t h = 0; h < heads; ++h) {
     checker.check(map[h] >= 0 && map[h] < kv_heads, "head_map[", h, "] is ", map[h], ", takes 0 to ", kv_heads - 1);
@@ -110,11 +118,12 @@ std::vector<int64_t> read_offsets(const Checker& checker, const char* name, cons
 
 AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key,
                                        const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
-                                       bool is_causal, const std::optional<Packing>& packing)
+                                       bool is_causal, const std::optional<Packing>& packing, IntegersOn integers)
     : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
   check_tokens(checker, packing);
-  kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads);
-  list_heads();
+  kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads, integers);
+  if (integers == IntegersOn::kHost) list_heads();
+  if (head_map) this->head_map = torch::stable::contiguous(*head_map);
   check_score(checker);
   this->query = with_unit_last_stride(query);
   this->key = with_unit_last_stride(key);

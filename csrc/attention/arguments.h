@@ -19,18 +19,22 @@ struct Packing {
   int64_t max_seqlen_q, max_seqlen_k;
 };
 
+// Where the values of integer tensors (head_map, cu_seqlens) are read and checked: here, or by the kernels.
+enum class IntegersOn { kHost, kDevice };
+
 // Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
 class AttentionArguments {
  public:
   AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key, const Tensor& value,
                      ScoreArguments score, const OptionalTensor& head_map, bool is_causal,
-                     const std::optional<Packing>& packing = std::nullopt);
+                     const std::optional<Packing>& packing = std::nullopt, IntegersOn integers = IntegersOn::kHost);
 
   void fill(AttentionParams& params) const;
   std::vector<int64_t> out_sizes() const;
   std::vector<int64_t> lse_sizes() const;
 
   Tensor query, key, value;
+  OptionalTensor head_map;
   ScoreArguments score;
   GridScore on_grid;
   DType dtype;
@@ -47,6 +51,10 @@ class AttentionArguments {
 };
 
 TokenTensor token_tensor(const Tensor& t);
+
+// Strides of a tensor that is broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
+// `contiguous`: as if it were.
+ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous);
 
 // That a term broadcasts to `target`, which `takes` names.
 void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,

@@ -1,4 +1,5 @@
 // The operators vitkernels::attention and vitkernels::attention_varlen on the CPU, and their backward operators.
+#include "attention/backward_arguments.h"
 #include "attention/logit_gradients.h"
 #include "cpu/isa.h"
 
@@ -29,31 +30,6 @@ Forward run_forward(const AttentionArguments& args) {
   }
   return {out, lse};
 }
-
-// What the backward gets besides the forward's arguments.
-struct BackwardArguments {
-  const Tensor& grad_out;
-  OptionalTensor grad_lse;
-  const Tensor& out;
-  const Tensor& lse;
-  NeededGradients needed;
-
-  void check(const Checker& checker, const AttentionArguments& args) const {
-    for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
-      checker.strided_like(name, *t, args.query);
-      checker.dtype(name, *t, args.query.scalar_type());
-      checker.shape(name, *t, args.out_sizes());
-    }
-    const Tensor* rows[] = {&lse, grad_lse ? &*grad_lse : nullptr};
-    for (const Tensor* t : rows) {
-      const char* name = t == &lse ? "lse" : "grad_lse";
-      if (!t) continue;
-      checker.strided_like(name, *t, args.query);
-      checker.dtype(name, *t, statistics_type(args.dtype));
-      checker.shape(name, *t, args.lse_sizes());
-    }
-  }
-};
 
 Backward run_backward(const AttentionArguments& args, const BackwardArguments& from) {
   const Tensor grad_out = with_unit_last_stride(from.grad_out), out = with_unit_last_stride(from.out);

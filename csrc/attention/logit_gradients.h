@@ -2,15 +2,10 @@
 // operator of this engine returns them.
 #pragma once
 
-#include "attention/arguments.h"
+#include "attention/backward_arguments.h"
 #include "cpu/isa.h"
 
 namespace vitkernels {
-
-struct NeededGradients {
-  bool head_scale, bias, key_bias, multiplier;
-  WantedOnGrid on_grid = {};
-};
 
 // Attaches the gradients to `params`, which `args` has filled; the order of the work follows from them. What is not
 // needed is empty.

@@ -37,6 +37,9 @@ struct Axis {
 
   // Keys that at least one of the queries in `u` sees. Both ends of a rule's range grow with u.
   VK_HOST_DEVICE Range any_keys(Range u) const { return {keys(u.begin).begin, keys(u.end - 1).end}; }
+
+  // Keys that all of them see.
+  VK_HOST_DEVICE Range all_keys(Range u) const { return {keys(u.end - 1).begin, keys(u.begin).end}; }
 };
 
 inline constexpr int kMaxAxes = 3;

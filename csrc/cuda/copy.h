@@ -51,6 +51,48 @@ __device__ void copy_tile_async(const Copy& copy, const Global& gT, const Shared
   }
 }
 
+// The same with loads of single elements, for rows that begin anywhere.
+template <class Copy, class Global, class Shared>
+__device__ void copy_tile_by_elements(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns) {
+  using Element = typename Shared::value_type;
+  const auto thread = copy.get_slice(threadIdx.x);
+  cute::Tensor cT = cute::make_identity_tensor(cute::product_each(cute::shape(sT)));  // (rows,columns) -> (row,column)
+  cute::Tensor tcT = thread.partition_S(cT);                                          // (CPY,CPY_M,CPY_K)
+  for (int i = 0; i < cute::size(tcT); ++i) {
+    const int row = cute::get<0>(tcT(i)), column = cute::get<1>(tcT(i));
+    sT(row, column) = row < rows && column < columns ? gT(row, column) : Element(0);
+  }
+}
+
+template <class Copy, class Global, class Shared>
+__device__ void copy_tile(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns, bool aligned) {
+  if (aligned) {
+    copy_tile_async(copy, gT, sT, rows, columns);
+  } else {
+    copy_tile_by_elements(copy, gT, sT, rows, columns);
+  }
+}
+
+// The way back: rows x columns of `sT` to rows `stride` apart.
+template <int kThreads, class Shared, class Element>
+__device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t stride, int rows, int columns,
+                                    bool aligned) {
+  constexpr int kVector = 16 / sizeof(Element), kColumns = decltype(cute::size<1>(sT))::value;
+  constexpr int kVectors = kColumns / kVector, kRows = decltype(cute::size<0>(sT))::value;
+  CUTE_UNROLL
+  for (int first = 0; first < kRows * kVectors; first += kThreads) {
+    const int i = first + int(threadIdx.x), row = i / kVectors, column = i % kVectors * kVector;
+    if (i >= kRows * kVectors || row >= rows || column >= columns) continue;
+    const Element* from = &sT(row, column);
+    Element* to = target + row * stride + column;
+    if (aligned) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int c = 0; c < kVector && column + c < columns; ++c) to[c] = from[c];
+    }
+  }
+}
+
 // Waits for all but the `kLater` groups that were committed last; a barrier shows the data to the other threads.
 template <int kLater>
 __device__ void wait_for_copies() {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace vitkernels::cuda {
 
@@ -20,6 +21,18 @@ constexpr T ceil_div(T a, T b) {
 // than a grid can have. A grid without blocks cannot be launched.
 inline unsigned blocks_for(int64_t tasks, int64_t tasks_per_block) {
   return unsigned(std::clamp<int64_t>(ceil_div(tasks, tasks_per_block), 1, kMaxBlocks));
+}
+
+// One thread block for each task. Above 48 KB of shared memory a kernel must be told.
+template <class... Params>
+cudaError_t launch_tasks(void (*kernel)(Params...), int64_t tasks, int threads, int shared_bytes, cudaStream_t stream,
+                         const std::type_identity_t<Params>&... params) {
+  if (tasks == 0) return cudaSuccess;
+  if (tasks > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<unsigned(tasks), threads, shared_bytes, stream>>>(params...);
+  return cudaGetLastError();
 }
 
 __device__ inline int lane_index() { return int(threadIdx.x) % kWarpSize; }

@@ -36,7 +36,13 @@ if(VITKERNELS_EMULATOR)
 endif()
 target_compile_options(vitkernels_cuda_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:${nvcc_flags}>")
 
-add_library(vitkernels_cuda_objects OBJECT csrc/attention/merge_attentions_cuda.cu
+add_library(vitkernels_cuda_objects OBJECT csrc/attention/arguments.cpp
+                                           csrc/attention/grid_arguments.cpp
+                                           csrc/attention/attention_op_cuda.cpp
+                                           csrc/attention/backward_cuda.cu
+                                           csrc/attention/backward_terms_cuda.cu
+                                           csrc/attention/forward_cuda.cu
+                                           csrc/attention/merge_attentions_cuda.cu
                                            csrc/attention/merge_attentions_op_cuda.cpp
                                            csrc/cuda/library.cpp)
 target_link_libraries(vitkernels_cuda_objects PUBLIC vitkernels_cuda_flags torch_stable)

@@ -18,6 +18,8 @@ struct TensorCore<cutlass::half_t> {
   using Atom = cute::SM80_16x8x16_F32F16F16F32_TN;
 };
 
+inline constexpr int kDepthOfStep = 16;
+
 // Warps stacked along the rows of the result. A step takes 16 columns, two instructions wide, so that one ldmatrix of
 // four matrices feeds it.
 template <class Element, int kWarps>
@@ -29,9 +31,14 @@ using TileMma = cute::TiledMMA<cute::MMA_Atom<typename TensorCore<Element>::Atom
 template <class Element>
 using OperandCopy = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Element>;
 
-// sums += a b^T for one tile. `sA` is (rows, depth), `sB` is (columns, depth), both in shared memory.
+// Operands whose depth is not contiguous are transposed on their way.
+template <class Element>
+using TransposedOperandCopy = cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>;
+
+// sums += a b^T for one tile, over the first `depth` columns. `sA` is (rows, depth), `sB` is (columns, depth), both in
+// shared memory and zero behind the depth.
 template <class Mma, class Sums, class TileA, class TileB>
-__device__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB) {
+__device__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB, int depth) {
   using Element = typename TileA::value_type;
   const auto thread = mma.get_slice(threadIdx.x);
   cute::Tensor rA = thread.partition_fragment_A(sA);  // (MMA,MMA_M,MMA_K)
@@ -46,10 +53,48 @@ __device__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const
 
   CUTE_UNROLL
   for (int k = 0; k < cute::size<2>(rA); ++k) {
+    if (k * kDepthOfStep >= depth) break;
     cute::copy(OperandCopy<Element>{}, tAsA(cute::_, cute::_, k), tArA(cute::_, cute::_, k));
     cute::copy(OperandCopy<Element>{}, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k));
     cute::gemm(mma, rA(cute::_, cute::_, k), rB(cute::_, cute::_, k), sums);
   }
+}
+
+// sums += a b, a in registers (operand A, (MMA,MMA_M,MMA_K)), `sB` (depth, columns) in shared memory; the first `columns`
+// columns only.
+template <class Mma, class Sums, class OperandA, class TileB>
+__device__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA, const TileB& sB, int columns) {
+  using Element = typename TileB::value_type;
+  constexpr int kDepth = decltype(cute::size<0>(sB))::value, kColumns = decltype(cute::size<1>(sB))::value;
+  cute::Tensor sBt = cute::make_tensor(
+      sB.data(), cute::composition(sB.layout(), cute::make_layout(cute::Shape<cute::Int<kColumns>, cute::Int<kDepth>>{},
+                                                                  cute::LayoutRight{})));  // (columns,depth)
+  const auto thread = mma.get_slice(threadIdx.x);
+  cute::Tensor rB = thread.partition_fragment_B(sBt);  // (MMA,MMA_N,MMA_K)
+  const auto copy = cute::make_tiled_copy_B(TransposedOperandCopy<Element>{}, mma).get_slice(threadIdx.x);
+  cute::Tensor tBsB = copy.partition_S(sBt);  // (CPY,CPY_N,CPY_K)
+  cute::Tensor tBrB = copy.retile_D(rB);      // (CPY,CPY_N,CPY_K)
+
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(rA); ++k) {
+    CUTE_UNROLL
+    for (int n = 0; n < cute::size<1>(tBrB); ++n) {
+      constexpr int kColumnsOfCopy = kColumns / decltype(cute::size<1>(tBrB))::value;
+      if (n * kColumnsOfCopy < columns) {
+        cute::copy(TransposedOperandCopy<Element>{}, tBsB(cute::_, n, k), tBrB(cute::_, n, k));
+      } else {
+        cute::clear(tBrB(cute::_, n, k));
+      }
+    }
+    cute::gemm(mma, rA(cute::_, cute::_, k), rB(cute::_, cute::_, k), sums);
+  }
+}
+
+// A result, converted to operands, from registers to shared memory.
+template <class Mma, class Result, class Shared>
+__device__ void store_result(const Mma& mma, const Result& rC, Shared& sC) {
+  cute::Tensor tCsC = mma.get_slice(threadIdx.x).partition_C(sC);  // (MMA,MMA_M,MMA_N)
+  cute::copy(cute::AutoVectorizingCopy{}, rC, tCsC);
 }
 
 }  // namespace vitkernels::cuda

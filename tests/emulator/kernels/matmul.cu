@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) matmul(const Element* a, const Eleme
     } else if constexpr (kMistake != kNoBarrier) {
       __syncthreads();
     }
-    multiply_tile(mma, sums, shared_tile(smem_a, step % kStages), shared_tile(smem_b, step % kStages));
+    multiply_tile(mma, sums, shared_tile(smem_a, step % kStages), shared_tile(smem_b, step % kStages), kTile);
     if constexpr (kMistake != kNoSecondBarrier) __syncthreads();
   }
 

@@ -1,0 +1,121 @@
+// What every backward kernel shares: a tile's operands on their way to shared memory, and the way from logits and the
+// gradient of P to P and the gradient of the logits, in the registers of a warp.
+#pragma once
+
+#include "attention/score_cuda.h"
+#include "attention/tokens_cuda.h"
+#include "cuda/copy.h"
+#include "cuda/fragments.h"
+#include "cuda/mma.h"
+
+namespace vitkernels::cuda {
+
+// The tile `index` of `count` tokens.
+__device__ inline Range tile_of(int64_t index, int64_t size, int64_t count) {
+  return intersect({index * size, (index + 1) * size}, {0, count});
+}
+
+enum class Side { kQueries, kKeys };  // with output gradients, with values
+
+// kRows tokens of both tensors of a side in shared memory, one behind the other.
+template <class Element, int kRows, int kDim>
+struct SharedPair {
+  using Tile = SharedTile<kRows, kDim>;
+  static constexpr int kElements = 2 * Tile::kElements;
+
+  Element* data;
+
+  // `column` begins a whole number of the tile's chunks: those lie one behind the other.
+  template <int kColumns = kDim>
+  __device__ auto part(int index, int column = 0) const {
+    return cute::make_tensor(cute::make_smem_ptr(data + index * int{Tile::kElements} + column * kRows),
+                             typename SharedTile<kRows, kColumns>::Layout{});  // (rows,columns)
+  }
+  __device__ auto first() const { return part(0); }
+  __device__ auto second() const { return part(1); }
+
+  // Starts the copy of `tokens`.
+  template <Side kSide, class Copy>
+  __device__ void copy(const AttentionBackwardCudaParams& p, int64_t batch, int64_t head, Range tokens) const {
+    const auto one = [&](const TokenTensor& t, auto sT, int64_t dim, bool aligned) {
+      copy_tile(Copy{}, token_tile<Element, kRows, kDim>(t, batch, tokens.begin, head, 0), sT,
+                int(tokens.end - tokens.begin), int(dim), aligned);
+    };
+    if constexpr (kSide == Side::kQueries) {
+      one(p.query, first(), p.head_dim, p.query_is_aligned);
+      one(p.grad_out, second(), p.value_dim, p.grad_out_is_aligned);
+    } else {
+      one(p.key, first(), p.head_dim, p.key_is_aligned);
+      one(p.value, second(), p.value_dim, p.value_is_aligned);
+    }
+    commit_copies();
+  }
+};
+
+// (rows,columns) as (queries,keys).
+template <Side kRowsAre, class Rows>
+__device__ auto queries_by_keys(Rows&& rows) {
+  if constexpr (kRowsAre == Side::kQueries) {
+    return cute::make_tensor(rows.data(), rows.layout());
+  } else {
+    return cute::make_tensor(rows.data(), cute::select<1, 0>(rows.layout()));
+  }
+}
+
+// For a thread, the (query,key) of each sum of a tile of kRows x kColumns, as (queries,keys).
+template <Side kRowsAre, int kRows, int kColumns, class Mma>
+__device__ auto coordinates_of(const Mma& mma) {
+  const auto thread = mma.get_slice(threadIdx.x);
+  if constexpr (kRowsAre == Side::kQueries) {
+    return by_rows(
+        thread.partition_C(cute::make_identity_tensor(cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{})));
+  } else {
+    const auto by_query = cute::make_identity_tensor(cute::Shape<cute::Int<kColumns>, cute::Int<kRows>>{});
+    const auto by_key = cute::make_tensor(by_query.data(), cute::select<1, 0>(by_query.layout()));  // (keys,queries)
+    return queries_by_keys<kRowsAre>(by_rows(thread.partition_C(by_key)));
+  }
+}
+
+// `logits` and `grads`, the gradient of P, both (queries,keys), become P and P * (dP - delta).
+template <class Logits, class Grads, class Coordinates>
+__device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& coordinates,
+                              const AttentionBackwardCudaParams& p, int64_t batch, int64_t head, Range rows) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  CUTE_UNROLL
+  for (int r = 0; r < cute::size<0>(logits); ++r) {
+    const int64_t query = rows.begin + cute::get<0>(coordinates(r, 0));
+    // A query that does not exist, or saw no key, has probabilities of zero.
+    float offset = kInfinity, delta = 0.0f;
+    if (query < rows.end) {
+      const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
+      const float lse = static_cast<const float*>(p.lse)[row];
+      offset = lse == -kInfinity ? kInfinity : lse;
+      delta = p.delta[row];
+    }
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(logits); ++c) {
+      logits(r, c) = exp_from(logits(r, c), offset);
+      grads(r, c) = logits(r, c) * (grads(r, c) - delta);
+    }
+  }
+}
+
+// The gradient of the logits becomes that of the scaled products: times `factor` and the multiplier.
+template <class Grads, class Coordinates>
+__device__ void multiply_grads(Grads& grads, const Coordinates& coordinates, const ScoreTerm& multiplier, float factor,
+                               int64_t batch, int64_t head, Range rows, Range keys) {
+  CUTE_UNROLL
+  for (int r = 0; r < cute::size<0>(grads); ++r) {
+    const int64_t query = rows.begin + cute::get<0>(coordinates(r, 0));
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(grads); ++c) {
+      const int64_t key = keys.begin + cute::get<1>(coordinates(r, c));
+      grads(r, c) *= factor;
+      if (multiplier.data && query < rows.end && key < keys.end) {
+        grads(r, c) *= static_cast<const float*>(multiplier.data)[multiplier.strides.offset(batch, head, query, key)];
+      }
+    }
+  }
+}
+
+}  // namespace vitkernels::cuda

@@ -1,0 +1,44 @@
+// Tile sizes of the attention kernels on a GPU.
+#pragma once
+
+#include <cstdint>
+
+namespace vitkernels {
+
+// A block of threads takes `queries` queries of one head, sixteen a warp, and goes through the keys in tiles.
+struct ForwardTile {
+  int queries, keys, warps;
+
+  constexpr int threads() const { return warps * 32; }
+  // Queries, keys and values as 16-bit elements of `dim` columns.
+  constexpr int shared_bytes(int dim) const { return (queries + 2 * keys) * dim * 2; }
+};
+
+// By the padded head dimension. All fit into the 99 KB of consumer GPUs. Not measured on a GPU yet.
+constexpr ForwardTile forward_tile(int dim) {
+  if (dim <= 32) return {.queries = 128, .keys = 128, .warps = 8};  // 24 KB
+  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};   // 32 KB
+  if (dim <= 128) return {.queries = 64, .keys = 64, .warps = 4};   // 48 KB
+  return {.queries = 64, .keys = 32, .warps = 4};                   // 64 KB
+}
+
+// A block of threads owns keys (or queries), sixteen a warp, and goes through the queries (or keys) in tiles of which one
+// arrives while the other is multiplied.
+struct BackwardTile {
+  int owned, streamed, warps;
+  int columns;  // of the gradients of keys and values that fit into registers together
+
+  constexpr int threads() const { return warps * 32; }
+  // Two tensors of each: keys and values, queries and output gradients. A gradient of the score terms needs one stage.
+  constexpr int shared_bytes(int dim, int stages) const { return 2 * (owned + stages * streamed) * dim * 2; }
+};
+
+// As forward_tile. Not measured on a GPU yet.
+constexpr BackwardTile backward_tile(int dim) {
+  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};    // 16 KB
+  if (dim <= 64) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64};    // 32 KB
+  if (dim <= 128) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 128};  // 64 KB
+  return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                  // 96 KB
+}
+
+}  // namespace vitkernels

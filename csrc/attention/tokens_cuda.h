@@ -1,0 +1,33 @@
+// Tiles of token tensors, and the kernel instance that takes their elements and head dimension.
+#pragma once
+
+#include <algorithm>
+#include <cute/tensor.hpp>
+
+#include "attention/attention_cuda.h"
+
+namespace vitkernels::cuda {
+
+// kRows tokens of one head from `first` on, kColumns of their columns from `column` on.
+template <class Element, int kRows, int kColumns>
+__device__ auto token_tile(const TokenTensor& t, int64_t batch, int64_t first, int64_t head, int64_t column) {
+  const Element* data = t.at<const Element>(batch, first, head) + column;
+  return cute::make_tensor(cute::make_gmem_ptr(data),
+                           cute::make_layout(cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{},
+                                             cute::make_stride(t.token_stride, cute::_1{})));  // (rows,columns)
+}
+
+// Calls f(element, padded head dimension).
+template <class Function>
+cudaError_t dispatch_tile(const AttentionParams& p, Function&& f) {
+  const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
+  const auto by_dim = [&](auto element) {
+    if (dim <= 32) return f(element, cute::Int<32>{});
+    if (dim <= 64) return f(element, cute::Int<64>{});
+    if (dim <= 128) return f(element, cute::Int<128>{});
+    return f(element, cute::Int<256>{});
+  };
+  return p.dtype == DType::kBFloat16 ? by_dim(cutlass::bfloat16_t{}) : by_dim(cutlass::half_t{});
+}
+
+}  // namespace vitkernels::cuda

@@ -1,0 +1,42 @@
+// Results of tensor cores in the registers of a warp: as rows and columns, and as operands of the next product.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cute/tensor.hpp>
+
+namespace vitkernels::cuda {
+
+// (MMA,MMA_M,MMA_N), of which a thread has ((2 columns, 2 rows),..), as (rows,columns).
+template <class Fragment>
+__device__ auto by_rows(Fragment&& fragment) {
+  const auto divided = cute::logical_divide(fragment.layout(), cute::Shape<cute::_2>{});  // ((2,2),MMA_M,MMA_N)
+  return cute::make_tensor(
+      fragment.data(),
+      cute::make_layout(cute::make_layout(cute::get<0, 1>(divided), cute::get<1>(divided)),
+                        cute::make_layout(cute::get<0, 0>(divided), cute::get<2>(divided))));  // ((2,MMA_M),(2,MMA_N))
+}
+
+// Sums as the first operand of a product whose depth were their columns: two instructions' columns are one's depth.
+template <class Fragment>
+__device__ auto as_operand_a(Fragment&& fragment) {
+  const auto divided = cute::logical_divide(
+      fragment.layout(), cute::Shape<cute::Underscore, cute::Underscore, cute::_2>{});  // (4,MMA_M,(2,MMA_N/2))
+  return cute::make_tensor(fragment.data(),
+                           cute::make_layout(cute::make_layout(cute::get<0>(divided), cute::get<2, 0>(divided)),
+                                             cute::get<1>(divided), cute::get<2, 1>(divided)));  // ((4,2),MMA_M,MMA_K)
+}
+
+template <class Element, class Fragment>
+__device__ auto convert(const Fragment& fragment) {
+  cute::Tensor result = cute::make_tensor<Element>(fragment.layout());
+  const cutlass::NumericArrayConverter<Element, float, decltype(cute::size(fragment))::value> rounded;
+  const auto& source =
+      *reinterpret_cast<const cutlass::Array<float, decltype(cute::size(fragment))::value>*>(fragment.data());
+  const auto converted = rounded(source);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(fragment); ++i) result(i) = converted[i];
+  return result;
+}
+
+}  // namespace vitkernels::cuda
