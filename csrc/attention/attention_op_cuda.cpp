@@ -17,6 +17,8 @@ void check_not_on_grid(const Checker& checker, const GridArguments& on_grid) {
   absent("bias_table", on_grid.bias_table);
   absent("multiplier_table", on_grid.multiplier_table);
   for (const OptionalTensor& term : on_grid.rel_pos) absent("rel_pos", term);
+  checker.check(on_grid.num_prefix_tokens == 0, "num_prefix_tokens is ", on_grid.num_prefix_tokens,
+                ", takes 0 on a GPU");
 }
 
 // What the kernels do not do, with the reason in words.
