@@ -149,12 +149,18 @@ MOVES = ("ld", "st", "mov", "selp")
 
 
 def instructions_in(library):
-    """The PTX instructions of a library's kernels; what moves data does not care for its type."""
+    """The PTX instructions of a library; modifiers in any order, and a move is the same for every type and width."""
     text = b"\n".join(re.findall(rb"\.version [^\0]+", (DIRECTORY / library).read_bytes())).decode()
     names = re.findall(
         r"^\s*(?:[{]\s*)?(?:@!?%?\w+\s+)?([a-z][a-z0-9]*(?:[.:][\w:]+)+)\s", re.sub(";", "\n", text), re.M
     )
-    return {re.sub(r"\.[fsu](\d+)$", r".b\1", name) if name.split(".")[0] in MOVES else name for name in names}
+    found = set()
+    for name in names:
+        op, *modifiers = name.split(".")
+        if op in MOVES:
+            modifiers = [m for m in modifiers if not re.fullmatch(r"v[24]|[bfsu]\d+", m)]
+        found.add((op, *sorted(modifiers)))
+    return found
 
 
 def test_the_library_uses_instructions_that_are_tested():

@@ -190,6 +190,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW2("rem.s64", "64", "64", "64");
   ROW2("rem.u64", "64", "64", "64");
   ROW2("min.s64", "64", "64", "64");
+  ROW2("max.s64", "64", "64", "64");
   ROW2("max.u64", "64", "64", "64");
   ROW2("and.b64", "64", "64", "64");
   ROW2("or.b64", "64", "64", "64");
@@ -266,6 +267,9 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW3("fma.rn.bf16", "16", "16", "16", "16");
   ROW3("fma.rn.bf16x2", "32", "32", "32", "32");
   ROW3("fma.rn.relu.f16x2", "32", "32", "32", "32");
+  COMPARE("setp.eq.s16", "16");
+  COMPARE("setp.ne.s16", "16");
+  COMPARE("setp.gt.s64", "64");
   COMPARE("setp.eq.s32", "32");
   COMPARE("setp.ne.s32", "32");
   COMPARE("setp.lt.s32", "32");
