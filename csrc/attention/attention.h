@@ -13,6 +13,7 @@ namespace vitkernels {
 struct TokenTensor {
   void* data = nullptr;
   int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
+  bool is_aligned = false;  // rows begin at multiples of 16 bytes and are whole numbers of them
 
   template <class S>
   VK_HOST_DEVICE S* at(int64_t batch, int64_t token, int64_t head) const {
@@ -25,6 +26,10 @@ struct Sequence {
   Axis axis;
   int64_t first_query = 0, first_key = 0;
   int64_t first_row = 0;  // of its queries among those of all entries
+
+  // From tokens of the entry to those of a tensor.
+  VK_HOST_DEVICE Range query_tokens(Range queries) const { return relative_to(queries, -first_query); }
+  VK_HOST_DEVICE Range key_tokens(Range keys) const { return relative_to(keys, -first_key); }
 };
 
 // In a packed batch the tokens of all entries follow one another along the token axis (and batch strides are zero);

@@ -10,19 +10,49 @@ namespace vitkernels {
 // Each part costs four pointers of a kernel's arguments, which are limited to 4 KB.
 inline constexpr int64_t kMaxMergeParts = 64;
 
-// Values that lie in tensors on the device: read there, and checked there.
+// Integers that lie in a tensor on the device: read there, and checked there.
+struct DeviceIntegers {
+  const void* data = nullptr;  // null: absent
+  bool is_int64 = false;
+
+  VK_HOST_DEVICE explicit operator bool() const { return data; }
+  VK_HOST_DEVICE int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
 struct AttentionCudaParams : AttentionParams {
-  const void* head_map = nullptr;  // [heads], or null: equal groups
-  bool head_map_is_int64 = false;
-  // Rows begin at multiples of 16 bytes and are whole numbers of them.
-  bool query_is_aligned = false, key_is_aligned = false, value_is_aligned = false, out_is_aligned = false;
+  DeviceIntegers head_map;                      // [heads], or absent: equal groups
+  DeviceIntegers cu_seqlens_q, cu_seqlens_k;    // [batch + 1] of a packed batch, else absent
+  int64_t packed_queries = 0, packed_keys = 0;  // tokens of a packed batch
 
   // The kv head that a query head reads, -1 if the map names none that exists.
   VK_HOST_DEVICE int64_t kv_head(int64_t head) const {
     if (!head_map) return head / (heads / kv_heads);
-    const int64_t mapped =
-        head_map_is_int64 ? static_cast<const int64_t*>(head_map)[head] : static_cast<const int32_t*>(head_map)[head];
+    const int64_t mapped = head_map[head];
     return mapped >= 0 && mapped < kv_heads ? mapped : -1;
+  }
+
+  VK_HOST_DEVICE bool is_packed() const { return bool(cu_seqlens_q); }
+  VK_HOST_DEVICE int64_t num_rows() const { return is_packed() ? packed_queries : batch * num_queries(); }
+
+  VK_HOST_DEVICE Sequence sequence(int64_t entry) const {
+    Sequence s{.axis = pattern.axis[0], .first_row = entry * num_queries()};
+    if (is_packed()) {
+      const Range queries = tokens_of(cu_seqlens_q, entry, num_queries(), packed_queries);
+      const Range keys = tokens_of(cu_seqlens_k, entry, num_keys(), packed_keys);
+      s.first_row = s.first_query = queries.begin, s.first_key = keys.begin;
+      s.axis.num_queries = queries.end - queries.begin, s.axis.num_keys = keys.end - keys.begin;
+    }
+    return s;
+  }
+
+ private:
+  // Whatever the offsets say, tokens that exist, and no more than the longest entry has.
+  static VK_HOST_DEVICE Range tokens_of(const DeviceIntegers& offsets, int64_t entry, int64_t longest, int64_t count) {
+    const int64_t begin = offsets[entry], end = offsets[entry + 1];
+    if (begin < 0 || begin > count || end < begin) return {0, 0};
+    return intersect({begin, begin + longest}, {begin, end < count ? end : count});
   }
 };
 
@@ -30,8 +60,6 @@ struct AttentionBackwardCudaParams : AttentionCudaParams {
   TokenTensor grad_out, grad_query, grad_key, grad_value;
   const float* grad_lse = nullptr;  // as lse, or null
   float* delta = nullptr;           // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta)
-  bool grad_out_is_aligned = false, grad_query_is_aligned = false, grad_key_is_aligned = false,
-       grad_value_is_aligned = false;
 };
 
 // What the gradient of a score term sums: that of the logits (biases), times the scaled product (multiplier), times the

@@ -1,76 +1,25 @@
-// The operators vitkernels::attention and vitkernels::attention_backward on a GPU.
-#include "attention/attention_cuda.h"
-#include "attention/backward_arguments.h"
+// The operator vitkernels::attention on a GPU.
+#include "attention/arguments_cuda.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor>;
-using Backward =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-void check_not_on_grid(const Checker& checker, const GridArguments& on_grid) {
-  const auto absent = [&](const char* name, const OptionalTensor& term) {
-    checker.check(!term, name, " is given, takes None on a GPU");
-  };
-  absent("bias_table", on_grid.bias_table);
-  absent("multiplier_table", on_grid.multiplier_table);
-  for (const OptionalTensor& term : on_grid.rel_pos) absent("rel_pos", term);
-  checker.check(on_grid.num_prefix_tokens == 0, "num_prefix_tokens is ", on_grid.num_prefix_tokens,
-                ", takes 0 on a GPU");
-}
-
-// What the kernels do not do, with the reason in words.
-void check_supported(const Checker& checker, const AttentionArguments& args) {
-  checker.check(args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16, "query is ",
-                dtype_text(args.query.scalar_type()), ", takes bfloat16 or float16 on a GPU");
-  checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",
-                kMaxCudaHeadDim, " on a GPU");
-}
-
-// Whether rows begin at multiples of 16 bytes and are whole numbers of them.
-bool is_aligned(const Tensor& t) {
-  constexpr int64_t kBytes = 16, kElementBytes = 2;
-  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kBytes == 0;
-  for (int64_t i = 0; i < t.dim() - 1; ++i) aligned = aligned && t.stride(i) * kElementBytes % kBytes == 0;
-  return aligned && t.size(t.dim() - 1) * kElementBytes % kBytes == 0;
-}
-
-void attach(const Tensor& t, TokenTensor& tokens, bool& aligned) {
-  tokens = token_tensor(t);
-  aligned = is_aligned(t);
-}
-
-void fill(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params) {
-  args.fill(params);
-  params.kv_head_of = params.first_head = params.head_list = nullptr;  // those are on the host
-  attach(args.query, params.query, params.query_is_aligned);
-  attach(args.key, params.key, params.key_is_aligned);
-  attach(args.value, params.value, params.value_is_aligned);
-  attach(out, params.out, params.out_is_aligned);
-  params.lse = const_cast<void*>(lse.const_data_ptr());
-  if (args.head_map) {
-    params.head_map = args.head_map->const_data_ptr();
-    params.head_map_is_int64 = args.head_map->scalar_type() == ScalarType::Long;
-  }
-}
-
-Forward attention_cuda(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-                       OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                       OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
-                       OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
-                       int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
+std::tuple<Tensor, Tensor> attention_cuda(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
+                                          OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                          OptionalTensor multiplier, OptionalTensor bias_table,
+                                          OptionalTensor multiplier_table, OptionalTensor rel_pos_depth,
+                                          OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
+                                          int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
   const Checker checker("attention");
-  check_not_on_grid(checker,
-                    {bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens});
-  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
-                                is_causal, std::nullopt, IntegersOn::kDevice);
-  check_supported(checker, args);
+  const GridArguments on_grid{
+      bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
+  const AttentionArguments args = arguments_on_device(
+      checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid}, head_map, is_causal);
   Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
   AttentionCudaParams params;
-  fill(args, out, lse, params);
+  fill_on_device(args, out, lse, params);
   if (lse.numel() > 0) {
     const OnDevice device(query);
     check_cuda(checker, launch_attention(params, device.stream()));
@@ -78,110 +27,7 @@ Forward attention_cuda(const Tensor& query, const Tensor& key, const Tensor& val
   return {out, lse};
 }
 
-// Gradients that are all zero where there is nothing to sum.
-class Gradients {
- public:
-  Gradients(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from)
-      : checker_(checker),
-        args_(args),
-        is_empty_(from.lse.numel() == 0 || args.key.numel() == 0),
-        grad_out_(with_unit_last_stride(from.grad_out)),
-        out_(with_unit_last_stride(from.out)),
-        lse_(torch::stable::contiguous(from.lse)),
-        delta_(empty_as(args.query, args.lse_sizes(), ScalarType::Float)),
-        query_(like(args.query)),
-        key_(like(args.key)),
-        value_(like(args.value)) {
-    fill(args, out_, lse_, params_);
-    if (from.grad_lse) grad_lse_ = torch::stable::contiguous(*from.grad_lse);
-    params_.grad_lse = grad_lse_ ? static_cast<const float*>(grad_lse_->const_data_ptr()) : nullptr;
-    params_.delta = static_cast<float*>(delta_.mutable_data_ptr());
-    attach(grad_out_, params_.grad_out, params_.grad_out_is_aligned);
-    attach(query_, params_.grad_query, params_.grad_query_is_aligned);
-    attach(key_, params_.grad_key, params_.grad_key_is_aligned);
-    attach(value_, params_.grad_value, params_.grad_value_is_aligned);
-  }
-
-  Backward compute(NeededGradients needed) const {
-    std::optional<OnDevice> device;
-    if (!is_empty_) {
-      device.emplace(args_.query);
-      check_cuda(checker_, launch_attention_backward_delta(params_, device->stream()));
-      check_cuda(checker_, launch_attention_backward_keys(params_, device->stream()));
-      check_cuda(checker_, launch_attention_backward_queries(params_, device->stream()));
-    }
-    const ScoreArguments& score = args_.score;
-    const auto strides = [](const OptionalTensor& t, int64_t rank) {
-      return t ? score_strides(*t, rank, true) : ScoreStrides{};
-    };
-    return {query_,
-            key_,
-            value_,
-            term(score.head_scale, needed.head_scale, TermFactor::kProduct, {.head = 1}, device),
-            term(score.bias, needed.bias, TermFactor::kOne, strides(score.bias, 4), device),
-            term(score.key_bias, needed.key_bias, TermFactor::kOne, strides(score.key_bias, 3), device),
-            term(score.multiplier, needed.multiplier, TermFactor::kScaledProduct, strides(score.multiplier, 4), device),
-            none(),
-            none(),
-            none(),
-            none(),
-            none()};
-  }
-
- private:
-  // A new one each: outputs must not alias.
-  Tensor none() const { return empty_as(args_.query, {0}, ScalarType::Float); }
-
-  Tensor like(const Tensor& t) const {
-    return is_empty_ ? zeros_as(t, sizes_of(t), t.scalar_type()) : empty_as(t, sizes_of(t), t.scalar_type());
-  }
-
-  Tensor term(const OptionalTensor& tensor, bool is_needed, TermFactor factor, ScoreStrides strides,
-              const std::optional<OnDevice>& device) const {
-    if (!tensor || !is_needed) return none();
-    Tensor grad = like(*tensor);
-    if (!is_empty_) {
-      const TermGradient gradient{factor, strides, static_cast<float*>(grad.mutable_data_ptr())};
-      check_cuda(checker_, launch_attention_backward_term(params_, gradient, device->stream()));
-    }
-    return grad;
-  }
-
-  const Checker& checker_;
-  const AttentionArguments& args_;
-  bool is_empty_;
-  Tensor grad_out_, out_, lse_, delta_;
-  OptionalTensor grad_lse_;
-  Tensor query_, key_, value_;
-  AttentionBackwardCudaParams params_;
-};
-
-Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
-                                 const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
-                                 double scale, OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                                 OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
-                                 OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
-                                 OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
-                                 bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias,
-                                 bool need_multiplier, bool, bool, bool, bool, bool) {
-  const Checker checker("attention_backward");
-  check_not_on_grid(checker,
-                    {bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens});
-  const AttentionArguments args(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
-                                is_causal, std::nullopt, IntegersOn::kDevice);
-  check_supported(checker, args);
-  checker.check(args.value_dim <= kMaxCudaHeadDim, "value has head dimension ", args.value_dim, ", takes at most ",
-                kMaxCudaHeadDim, " on a GPU");
-  const BackwardArguments from{
-      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
-  from.check(checker, args);
-  return Gradients(checker, args, from).compute(from.needed);
-}
-
 }  // namespace
 }  // namespace vitkernels
 
-STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) {
-  m.impl("attention", TORCH_BOX(&vitkernels::attention_cuda));
-  m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) { m.impl("attention", TORCH_BOX(&vitkernels::attention_cuda)); }

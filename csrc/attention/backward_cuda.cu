@@ -7,6 +7,7 @@
 
 #include "attention/differentiate_cuda.h"
 #include "attention/tiles_cuda.h"
+#include "cuda/epilogue.h"
 
 namespace vitkernels {
 namespace {
@@ -28,33 +29,32 @@ struct BackwardKernel {
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps>;
 
-  static VK_HOST_DEVICE int64_t num_owned(const AttentionParams& p) {
-    return kOwnsKeys ? p.num_keys() : p.num_queries();
-  }
-  static VK_HOST_DEVICE int64_t num_streamed(const AttentionParams& p) {
-    return kOwnsKeys ? p.num_queries() : p.num_keys();
-  }
+  static VK_HOST_DEVICE int64_t num_owned(const Axis& axis) { return kOwnsKeys ? axis.num_keys : axis.num_queries; }
+  static VK_HOST_DEVICE int64_t num_streamed(const Axis& axis) { return kOwnsKeys ? axis.num_queries : axis.num_keys; }
   static VK_HOST_DEVICE int64_t num_owners(const AttentionParams& p) { return kOwnsKeys ? p.kv_heads : p.heads; }
 
   // Tokens of one head, and the columns of their gradients.
   struct Task {
     int64_t batch, head;
+    Sequence sequence;
     Range tokens;
     int first_column;
   };
 
-  static __device__ Task task_of_block(const AttentionParams& p) {
-    const int64_t blocks = ceil_div<int64_t>(num_owned(p), kTile.owned);
-    const int64_t block = blockIdx.x % blocks, of_head = blockIdx.x / blocks;
-    const int64_t of_batch = of_head / num_owners(p);
-    return {.batch = of_batch % p.batch,
-            .head = of_head % num_owners(p),
-            .tokens = tile_of(block, kTile.owned, num_owned(p)),
-            .first_column = int(of_batch / p.batch) * kColumns};
+  static __device__ Task task_of_block(const AttentionCudaParams& p) {
+    TaskIndex index(blockIdx.x);
+    const int64_t block = index.take(ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned));
+    const int64_t head = index.take(num_owners(p)), batch = index.take(p.batch);
+    const Sequence sequence = p.sequence(batch);
+    return {.batch = batch,
+            .head = head,
+            .sequence = sequence,
+            .tokens = tile_of(block, kTile.owned, num_owned(sequence.axis)),
+            .first_column = int(index.rest()) * kColumns};
   }
 
   static int64_t num_tasks(const AttentionParams& p) {
-    return ceil_div<int64_t>(num_owned(p), kTile.owned) * num_owners(p) * p.batch *
+    return ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned) * num_owners(p) * p.batch *
            ceil_div<int64_t>(std::max(p.head_dim, p.value_dim), kColumns);
   }
 
@@ -66,14 +66,14 @@ struct BackwardKernel {
   static __device__ Step first_step(const Task& task) { return {.head = kOwnsKeys ? 0 : task.head, .tile = -1}; }
 
   static __device__ bool advance(const AttentionCudaParams& p, const Task& task, Step& step) {
-    const int64_t tiles = ceil_div<int64_t>(num_streamed(p), kTile.streamed);
+    const Axis& axis = task.sequence.axis;
+    const int64_t tiles = ceil_div<int64_t>(num_streamed(axis), kTile.streamed);
     const int64_t end_head = kOwnsKeys ? p.heads : task.head + 1;
-    const Axis& axis = p.pattern.axis[0];
     for (++step.tile; step.head < end_head; ++step.head, step.tile = 0) {
       const int64_t kv_head = p.kv_head(step.head);
       if (kOwnsKeys ? kv_head != task.head : kv_head < 0) continue;
       for (; step.tile < tiles; ++step.tile) {
-        const Range streamed = tile_of(step.tile, kTile.streamed, num_streamed(p));
+        const Range streamed = tile_of(step.tile, kTile.streamed, num_streamed(axis));
         const Range rows = kOwnsKeys ? streamed : task.tokens, keys = kOwnsKeys ? task.tokens : streamed;
         if (!intersect(axis.any_keys(rows), keys).empty()) return true;
       }
@@ -83,11 +83,14 @@ struct BackwardKernel {
 
   static __device__ void run(const AttentionBackwardCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
+    if (task.tokens.empty()) return;
+    const Sequence& sequence = task.sequence;
+    const Axis& axis = sequence.axis;
     const Owned owned{shared};
     const auto stage = [&](int i) { return Streamed{shared + int{Owned::kElements} + i * int{Streamed::kElements}}; };
     const auto start = [&](const Step& step, int i) {
-      stage(i).template copy<kOther, Copy>(p, task.batch, kOwnsKeys ? step.head : p.kv_head(step.head),
-                                           tile_of(step.tile, kTile.streamed, num_streamed(p)));
+      stage(i).template copy<kOther, Copy>(p, sequence, task.batch, kOwnsKeys ? step.head : p.kv_head(step.head),
+                                           tile_of(step.tile, kTile.streamed, num_streamed(axis)));
     };
     const int columns = int(p.head_dim) - task.first_column, value_columns = int(p.value_dim) - task.first_column;
 
@@ -101,7 +104,7 @@ struct BackwardKernel {
     Step step = first_step(task);
     bool exists = advance(p, task, step);
     if (exists) {
-      owned.template copy<kOwner, Copy>(p, task.batch, task.head, task.tokens);
+      owned.template copy<kOwner, Copy>(p, sequence, task.batch, task.head, task.tokens);
       start(step, 0);
     }
     for (int i = 0; exists; i ^= 1) {
@@ -111,7 +114,7 @@ struct BackwardKernel {
       exists = advance(p, task, step);
       if (exists) start(step, i ^ 1);
 
-      const Range streamed = tile_of(now.tile, kTile.streamed, num_streamed(p));
+      const Range streamed = tile_of(now.tile, kTile.streamed, num_streamed(axis));
       const Range rows = kOwnsKeys ? streamed : task.tokens, keys = kOwnsKeys ? task.tokens : streamed;
       Tensor probs = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kTile.streamed>>{});  // (MMA,MMA_M,MMA_N)
       Tensor grads = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kTile.streamed>>{});  // (MMA,MMA_M,MMA_N)
@@ -122,8 +125,8 @@ struct BackwardKernel {
 
       Tensor logits = queries_by_keys<kOwner>(by_rows(probs));       // (queries,keys)
       Tensor logit_grads = queries_by_keys<kOwner>(by_rows(grads));  // (queries,keys)
-      apply_score<kKeys>(logits, coordinates, p.score, p.pattern.axis[0], task.batch, now.head, rows, keys);
-      differentiate(logits, logit_grads, coordinates, p, task.batch, now.head, rows);
+      apply_score<kKeys>(logits, coordinates, p.score, axis, task.batch, now.head, rows, keys);
+      differentiate(logits, logit_grads, coordinates, p, sequence.first_row, now.head, rows);
       // The scale of all heads waits for the end: small gradients would leave the range of fp16.
       const float head_scale = p.score.head_scale ? static_cast<const float*>(p.score.head_scale)[now.head] : 1.0f;
       multiply_grads(logit_grads, coordinates, p.score.multiplier, head_scale, task.batch, now.head, rows, keys);
@@ -138,21 +141,15 @@ struct BackwardKernel {
     CUTE_UNROLL
     for (int i = 0; i < size(grad); ++i) grad(i) *= float(p.score.scale);
 
-    __syncthreads();  // nobody reads the owned tile any more: the gradients leave through it
-    const auto finish = [&](int index, const auto& result, const TokenTensor& target, int width, bool aligned) {
+    // The gradients leave through the owned tile.
+    const auto finish = [&](int index, const auto& result, const TokenTensor& target, int width) {
       auto sT = owned.template part<kColumns>(index);  // (owned,columns)
-      store_result(mma, convert<Element>(result), sT);
-      __syncthreads();
-      copy_rows_to_global<kThreads>(sT,
-                                    target.at<Element>(task.batch, task.tokens.begin, task.head) + task.first_column,
-                                    target.token_stride, int(task.tokens.end - task.tokens.begin), width, aligned);
+      const Range tokens = kOwnsKeys ? sequence.key_tokens(task.tokens) : sequence.query_tokens(task.tokens);
+      store_tile<kThreads>(mma, result, sT, target.at<Element>(task.batch, tokens.begin, task.head) + task.first_column,
+                           target.token_stride, int(tokens.end - tokens.begin), width, target.is_aligned);
     };
-    if constexpr (kOwnsKeys) {
-      finish(0, grad, p.grad_key, columns, p.grad_key_is_aligned);
-      finish(1, grad_value, p.grad_value, value_columns, p.grad_value_is_aligned);
-    } else {
-      finish(0, grad, p.grad_query, columns, p.grad_query_is_aligned);
-    }
+    finish(0, grad, kOwnsKeys ? p.grad_key : p.grad_query, columns);
+    if constexpr (kOwnsKeys) finish(1, grad_value, p.grad_value, value_columns);
   }
 };
 
@@ -174,10 +171,10 @@ __global__ void __launch_bounds__(BackwardKernel<Element, kDim, Side::kQueries>:
 template <class Element>
 __global__ void attention_backward_delta(const __grid_constant__ AttentionBackwardCudaParams p) {
   for (int64_t row = warp_of_grid(); row < p.num_rows() * p.heads; row += warps_in_grid()) {
-    const int64_t head = row % p.heads, query = row / p.heads % p.num_queries();
-    const int64_t batch = row / p.heads / p.num_queries();
-    const Element* out = p.out.at<const Element>(batch, query, head);
-    const Element* grad_out = p.grad_out.at<const Element>(batch, query, head);
+    TaskIndex index(row);
+    const int64_t head = index.take(p.heads), token = index.take(p.is_packed() ? p.packed_queries : p.num_queries());
+    const Element* out = p.out.at<const Element>(index.rest(), token, head);
+    const Element* grad_out = p.grad_out.at<const Element>(index.rest(), token, head);
     float sum = 0.0f;
     for (int64_t c = lane_index(); c < p.value_dim; c += kWarpSize) sum += float(out[c]) * float(grad_out[c]);
     sum = warp_sum(sum);

@@ -51,14 +51,10 @@ struct TermKernel {
 
   static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, unsigned char* shared) {
     const Axes axes(p, term.strides);
-    int64_t index = blockIdx.x;
-    const auto owner = [&](const TermAxis& axis) {
-      const int64_t at = index % axis.num_owners();
-      index /= axis.num_owners();
-      return at;
-    };
-    const int64_t key_tile = owner(axes.key_tile), query_tile = owner(axes.query_tile);
-    const int64_t of_head = owner(axes.head), of_batch = owner(axes.batch);
+    TaskIndex index(blockIdx.x);
+    const int64_t key_tile = index.take(axes.key_tile.num_owners());
+    const int64_t query_tile = index.take(axes.query_tile.num_owners());
+    const int64_t of_head = index.take(axes.head.num_owners()), of_batch = index.rest();
     const Range batches = axes.batch.served(of_batch), heads = axes.head.served(of_head);
     const Range query_tiles = axes.query_tile.served(query_tile), key_tiles = axes.key_tile.served(key_tile);
 
@@ -66,16 +62,19 @@ struct TermKernel {
     Tensor sums = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kKeys>>{});  // (MMA,MMA_M,MMA_N)
     clear(sums);
     for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
+      const Sequence sequence = p.sequence(batch);
       for (int64_t head = heads.begin; head < heads.end; ++head) {
         const int64_t kv_head = p.kv_head(head);
         if (kv_head < 0) continue;
         for (int64_t q = query_tiles.begin; q < query_tiles.end; ++q) {
-          const Range rows = tile_of(q, kQueries, p.num_queries());
-          const Range seen = p.pattern.axis[0].any_keys(rows);
+          const Range rows = tile_of(q, kQueries, sequence.axis.num_queries);
+          if (rows.empty()) break;
+          const Range seen = sequence.axis.any_keys(rows);
           for (int64_t k = key_tiles.begin; k < key_tiles.end; ++k) {
-            const Range keys = tile_of(k, kKeys, p.num_keys());
+            const Range keys = tile_of(k, kKeys, sequence.axis.num_keys);
             if (!intersect(seen, keys).empty()) {
-              add_tile(p, term, mma, sums, reinterpret_cast<Element*>(shared), batch, head, kv_head, rows, keys);
+              add_tile(p, term, mma, sums, reinterpret_cast<Element*>(shared), sequence, batch, head, kv_head, rows,
+                       keys);
             }
           }
         }
@@ -89,13 +88,13 @@ struct TermKernel {
 
   template <class Sums>
   static __device__ void add_tile(const AttentionBackwardCudaParams& p, const TermGradient& term, const Mma& mma,
-                                  Sums& sums, Element* shared, int64_t batch, int64_t head, int64_t kv_head, Range rows,
-                                  Range keys) {
+                                  Sums& sums, Element* shared, const Sequence& sequence, int64_t batch, int64_t head,
+                                  int64_t kv_head, Range rows, Range keys) {
     const Queries of_queries{shared};
     const Keys of_keys{shared + int{Queries::kElements}};
     __syncthreads();  // nobody reads the last tile any more
-    of_queries.template copy<Side::kQueries, Copy>(p, batch, head, rows);
-    of_keys.template copy<Side::kKeys, Copy>(p, batch, kv_head, keys);
+    of_queries.template copy<Side::kQueries, Copy>(p, sequence, batch, head, rows);
+    of_keys.template copy<Side::kKeys, Copy>(p, sequence, batch, kv_head, keys);
     wait_for_copies<0>();
     __syncthreads();
 
@@ -111,8 +110,8 @@ struct TermKernel {
     const auto coordinates = coordinates_of<Side::kQueries, kQueries, kKeys>(mma);  // (queries,keys)
     Tensor logits = by_rows(probs);                                                 // (queries,keys)
     Tensor logit_grads = by_rows(grads);                                            // (queries,keys)
-    apply_score<kKeys>(logits, coordinates, p.score, p.pattern.axis[0], batch, head, rows, keys);
-    differentiate(logits, logit_grads, coordinates, p, batch, head, rows);
+    apply_score<kKeys>(logits, coordinates, p.score, sequence.axis, batch, head, rows, keys);
+    differentiate(logits, logit_grads, coordinates, p, sequence.first_row, head, rows);
     if (term.factor == TermFactor::kProduct) {
       multiply_grads(logit_grads, coordinates, p.score.multiplier, float(p.score.scale), batch, head, rows, keys);
     }

@@ -7,13 +7,9 @@
 #include "cuda/copy.h"
 #include "cuda/fragments.h"
 #include "cuda/mma.h"
+#include "cuda/scheduler.h"
 
 namespace vitkernels::cuda {
-
-// The tile `index` of `count` tokens.
-__device__ inline Range tile_of(int64_t index, int64_t size, int64_t count) {
-  return intersect({index * size, (index + 1) * size}, {0, count});
-}
 
 enum class Side { kQueries, kKeys };  // with output gradients, with values
 
@@ -34,20 +30,14 @@ struct SharedPair {
   __device__ auto first() const { return part(0); }
   __device__ auto second() const { return part(1); }
 
-  // Starts the copy of `tokens`.
+  // Starts the copy of tokens of an entry.
   template <Side kSide, class Copy>
-  __device__ void copy(const AttentionBackwardCudaParams& p, int64_t batch, int64_t head, Range tokens) const {
-    const auto one = [&](const TokenTensor& t, auto sT, int64_t dim, bool aligned) {
-      copy_tile(Copy{}, token_tile<Element, kRows, kDim>(t, batch, tokens.begin, head, 0), sT,
-                int(tokens.end - tokens.begin), int(dim), aligned);
-    };
-    if constexpr (kSide == Side::kQueries) {
-      one(p.query, first(), p.head_dim, p.query_is_aligned);
-      one(p.grad_out, second(), p.value_dim, p.grad_out_is_aligned);
-    } else {
-      one(p.key, first(), p.head_dim, p.key_is_aligned);
-      one(p.value, second(), p.value_dim, p.value_is_aligned);
-    }
+  __device__ void copy(const AttentionBackwardCudaParams& p, const Sequence& sequence, int64_t batch, int64_t head,
+                       Range of_entry) const {
+    constexpr bool kQueries = kSide == Side::kQueries;
+    const Range tokens = kQueries ? sequence.query_tokens(of_entry) : sequence.key_tokens(of_entry);
+    start_tile<Copy>(first(), kQueries ? p.query : p.key, batch, head, tokens, 0, int(p.head_dim));
+    start_tile<Copy>(second(), kQueries ? p.grad_out : p.value, batch, head, tokens, 0, int(p.value_dim));
     commit_copies();
   }
 };
@@ -76,10 +66,11 @@ __device__ auto coordinates_of(const Mma& mma) {
   }
 }
 
-// `logits` and `grads`, the gradient of P, both (queries,keys), become P and P * (dP - delta).
+// `logits` and `grads`, the gradient of P, both (queries,keys), become P and P * (dP - delta). `first_row`: of query 0
+// among those of all entries.
 template <class Logits, class Grads, class Coordinates>
 __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& coordinates,
-                              const AttentionBackwardCudaParams& p, int64_t batch, int64_t head, Range rows) {
+                              const AttentionBackwardCudaParams& p, int64_t first_row, int64_t head, Range rows) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   CUTE_UNROLL
   for (int r = 0; r < cute::size<0>(logits); ++r) {
@@ -87,7 +78,7 @@ __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& c
     // A query that does not exist, or saw no key, has probabilities of zero.
     float offset = kInfinity, delta = 0.0f;
     if (query < rows.end) {
-      const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
+      const int64_t row = (first_row + query) * p.heads + head;
       const float lse = static_cast<const float*>(p.lse)[row];
       offset = lse == -kInfinity ? kInfinity : lse;
       delta = p.delta[row];

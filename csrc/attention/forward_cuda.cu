@@ -9,9 +9,11 @@
 #include "attention/tiles_cuda.h"
 #include "attention/tokens_cuda.h"
 #include "cuda/copy.h"
+#include "cuda/epilogue.h"
 #include "cuda/fragments.h"
 #include "cuda/mma.h"
 #include "cuda/online_softmax.h"
+#include "cuda/scheduler.h"
 
 namespace vitkernels {
 namespace {
@@ -32,23 +34,22 @@ struct ForwardKernel {
   // Which queries of which head, and which columns of the values.
   struct Task {
     int64_t batch, head, kv_head;
+    Sequence sequence;
     Range rows;
     int64_t first_column;
   };
 
   static __device__ Task task_of_block(const AttentionCudaParams& p) {
-    const int64_t blocks = ceil_div<int64_t>(p.num_queries(), kTile.queries);
-    int64_t index = blockIdx.x;
-    const int64_t block = index % blocks;
-    index /= blocks;
-    const int64_t head = index % p.heads;
-    index /= p.heads;
-    const int64_t first = block * kTile.queries;
-    return {.batch = index % p.batch,
+    TaskIndex index(blockIdx.x);
+    const int64_t block = index.take(ceil_div<int64_t>(p.num_queries(), kTile.queries));
+    const int64_t head = index.take(p.heads), batch = index.take(p.batch);
+    const Sequence sequence = p.sequence(batch);
+    return {.batch = batch,
             .head = head,
             .kv_head = p.kv_head(head),
-            .rows = intersect({first, first + kTile.queries}, {0, p.num_queries()}),
-            .first_column = index / p.batch * kDim};
+            .sequence = sequence,
+            .rows = tile_of(block, kTile.queries, sequence.axis.num_queries),
+            .first_column = index.rest() * kDim};
   }
 
   static int64_t num_tasks(const AttentionCudaParams& p) {
@@ -57,7 +58,8 @@ struct ForwardKernel {
 
   static __device__ void run(const AttentionCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
-    const Axis& axis = p.pattern.axis[0];
+    if (task.rows.empty()) return;
+    const Axis& axis = task.sequence.axis;
     const int rows = int(task.rows.end - task.rows.begin);
     const int columns = int(min(p.value_dim - task.first_column, int64_t(kDim)));
 
@@ -68,18 +70,15 @@ struct ForwardKernel {
     Tensor sV = make_tensor(make_smem_ptr(shared_values), typename SharedKeys::Layout{});  // (keys,dim)
 
     const Range seen = task.kv_head < 0 ? Range{0, 0} : axis.any_keys(task.rows);
-    const auto keys_of = [&](int64_t tile) {
-      const int64_t first = tile * kTile.keys;
-      return intersect({first, first + kTile.keys}, {0, axis.num_keys});
-    };
-    const auto start_tile = [&](const TokenTensor& t, auto& sT, Range keys, int64_t column, int64_t dim, bool aligned) {
-      copy_tile(Copy{}, token_tile<Element, kTile.keys, kDim>(t, task.batch, keys.begin, task.kv_head, column), sT,
-                int(keys.end - keys.begin), int(dim), aligned);
+    const auto keys_of = [&](int64_t tile) { return tile_of(tile, kTile.keys, axis.num_keys); };
+    const auto start_keys = [&](Range keys) {
+      start_tile<Copy>(sK, p.key, task.batch, task.kv_head, task.sequence.key_tokens(keys), 0, int(p.head_dim));
       commit_copies();
     };
-    const auto start_keys = [&](Range keys) { start_tile(p.key, sK, keys, 0, p.head_dim, p.key_is_aligned); };
     const auto start_values = [&](Range keys) {
-      start_tile(p.value, sV, keys, task.first_column, columns, p.value_is_aligned);
+      start_tile<Copy>(sV, p.value, task.batch, task.kv_head, task.sequence.key_tokens(keys), task.first_column,
+                       columns);
+      commit_copies();
     };
 
     const Mma mma;
@@ -93,8 +92,7 @@ struct ForwardKernel {
 
     const int64_t first_tile = seen.begin / kTile.keys, end_tile = ceil_div<int64_t>(seen.end, kTile.keys);
     if (!seen.empty()) {
-      copy_tile(Copy{}, token_tile<Element, kTile.queries, kDim>(p.query, task.batch, task.rows.begin, task.head, 0),
-                sQ, rows, int(p.head_dim), p.query_is_aligned);
+      start_tile<Copy>(sQ, p.query, task.batch, task.head, task.sequence.query_tokens(task.rows), 0, int(p.head_dim));
       start_keys(keys_of(first_tile));
     }
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
@@ -139,15 +137,13 @@ struct ForwardKernel {
       }
       const int row = get<0>(cO(r, 0));
       if (get<1>(cO(r, 0)) == 0 && row < rows && task.first_column == 0) {
-        static_cast<float*>(p.lse)[((task.batch * p.num_queries()) + task.rows.begin + row) * p.heads + task.head] =
+        static_cast<float*>(p.lse)[(task.sequence.first_row + task.rows.begin + row) * p.heads + task.head] =
             softmax.lse(r);
       }
     }
-    __syncthreads();  // nobody reads the queries any more
-    store_result(mma, convert<Element>(out), sO);
-    __syncthreads();
-    Element* target = p.out.at<Element>(task.batch, task.rows.begin, task.head) + task.first_column;
-    copy_rows_to_global<kThreads>(sO, target, p.out.token_stride, rows, columns, p.out_is_aligned);
+    const int64_t first = task.sequence.query_tokens(task.rows).begin;
+    store_tile<kThreads>(mma, out, sO, p.out.at<Element>(task.batch, first, task.head) + task.first_column,
+                         p.out.token_stride, rows, columns, p.out.is_aligned);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cute/tensor.hpp>
 
 #include "attention/attention_cuda.h"
+#include "cuda/copy.h"
 
 namespace vitkernels::cuda {
 
@@ -15,6 +16,16 @@ __device__ auto token_tile(const TokenTensor& t, int64_t batch, int64_t first, i
   return cute::make_tensor(cute::make_gmem_ptr(data),
                            cute::make_layout(cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{},
                                              cute::make_stride(t.token_stride, cute::_1{})));  // (rows,columns)
+}
+
+// Starts the copy of a tile's `tokens` and its columns from `column` on; those that do not exist become zero.
+template <class Copy, class Shared>
+__device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch, int64_t head, Range tokens,
+                           int64_t column, int columns) {
+  using Element = typename Shared::value_type;
+  constexpr int kRows = decltype(cute::size<0>(sT))::value, kColumns = decltype(cute::size<1>(sT))::value;
+  copy_tile(Copy{}, token_tile<Element, kRows, kColumns>(t, batch, tokens.begin, head, column), sT,
+            int(tokens.end - tokens.begin), columns, t.is_aligned);
 }
 
 // Calls f(element, padded head dimension).

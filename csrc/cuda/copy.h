@@ -73,26 +73,6 @@ __device__ void copy_tile(const Copy& copy, const Global& gT, const Shared& sT, 
   }
 }
 
-// The way back: rows x columns of `sT` to rows `stride` apart.
-template <int kThreads, class Shared, class Element>
-__device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t stride, int rows, int columns,
-                                    bool aligned) {
-  constexpr int kVector = 16 / sizeof(Element), kColumns = decltype(cute::size<1>(sT))::value;
-  constexpr int kVectors = kColumns / kVector, kRows = decltype(cute::size<0>(sT))::value;
-  CUTE_UNROLL
-  for (int first = 0; first < kRows * kVectors; first += kThreads) {
-    const int i = first + int(threadIdx.x), row = i / kVectors, column = i % kVectors * kVector;
-    if (i >= kRows * kVectors || row >= rows || column >= columns) continue;
-    const Element* from = &sT(row, column);
-    Element* to = target + row * stride + column;
-    if (aligned) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int c = 0; c < kVector && column + c < columns; ++c) to[c] = from[c];
-    }
-  }
-}
-
 // Waits for all but the `kLater` groups that were committed last; a barrier shows the data to the other threads.
 template <int kLater>
 __device__ void wait_for_copies() {

@@ -37,6 +37,8 @@ endif()
 target_compile_options(vitkernels_cuda_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:${nvcc_flags}>")
 
 add_library(vitkernels_cuda_objects OBJECT csrc/attention/arguments.cpp
+                                           csrc/attention/arguments_cuda.cpp
+                                           csrc/attention/attention_backward_op_cuda.cpp
                                            csrc/attention/grid_arguments.cpp
                                            csrc/attention/attention_op_cuda.cpp
                                            csrc/attention/backward_cuda.cu

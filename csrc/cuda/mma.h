@@ -90,11 +90,4 @@ __device__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA,
   }
 }
 
-// A result, converted to operands, from registers to shared memory.
-template <class Mma, class Result, class Shared>
-__device__ void store_result(const Mma& mma, const Result& rC, Shared& sC) {
-  cute::Tensor tCsC = mma.get_slice(threadIdx.x).partition_C(sC);  // (MMA,MMA_M,MMA_N)
-  cute::copy(cute::AutoVectorizingCopy{}, rC, tCsC);
-}
-
 }  // namespace vitkernels::cuda

@@ -1,0 +1,42 @@
+#include "attention/arguments_cuda.h"
+
+namespace vitkernels {
+namespace {
+
+void check_not_on_grid(const Checker& checker, const GridArguments& on_grid) {
+  const auto absent = [&](const char* name, const OptionalTensor& term) {
+    checker.check(!term, name, " is given, takes None on a GPU");
+  };
+  absent("bias_table", on_grid.bias_table);
+  absent("multiplier_table", on_grid.multiplier_table);
+  for (const OptionalTensor& term : on_grid.rel_pos) absent("rel_pos", term);
+  checker.check(on_grid.num_prefix_tokens == 0, "num_prefix_tokens is ", on_grid.num_prefix_tokens,
+                ", takes 0 on a GPU");
+}
+
+DeviceIntegers integers(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
+
+}  // namespace
+
+AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
+                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
+                                       bool is_causal) {
+  check_not_on_grid(checker, score.on_grid);
+  const AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, std::nullopt,
+                                IntegersOn::kDevice);
+  checker.check(args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16, "query is ",
+                dtype_text(args.query.scalar_type()), ", takes bfloat16 or float16 on a GPU");
+  checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",
+                kMaxCudaHeadDim, " on a GPU");
+  return args;
+}
+
+void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params) {
+  args.fill(params);
+  params.kv_head_of = params.first_head = params.head_list = nullptr;  // those are on the host
+  params.out = token_tensor(out);
+  params.lse = const_cast<void*>(lse.const_data_ptr());
+  if (args.head_map) params.head_map = integers(*args.head_map);
+}
+
+}  // namespace vitkernels

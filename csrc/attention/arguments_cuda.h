@@ -1,0 +1,16 @@
+// The arguments of attention operators on a GPU: what the kernels take, and the Params that they are told.
+#pragma once
+
+#include "attention/arguments.h"
+#include "attention/attention_cuda.h"
+
+namespace vitkernels {
+
+// Values of integer tensors stay on the device, where kernels read and check them.
+AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
+                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
+                                       bool is_causal);
+
+void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params);
+
+}  // namespace vitkernels

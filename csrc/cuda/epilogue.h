@@ -1,0 +1,40 @@
+// The way out: results in registers become rows in global memory, through shared memory that nobody reads any more.
+#pragma once
+
+#include "cuda/fragments.h"
+#include "cuda/launch.h"
+
+namespace vitkernels::cuda {
+
+// rows x columns of `sT` to rows `stride` apart.
+template <int kThreads, class Shared, class Element>
+__device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t stride, int rows, int columns,
+                                    bool aligned) {
+  constexpr int kVector = 16 / sizeof(Element), kColumns = decltype(cute::size<1>(sT))::value;
+  constexpr int kVectors = kColumns / kVector, kRows = decltype(cute::size<0>(sT))::value;
+  CUTE_UNROLL
+  for (int first = 0; first < kRows * kVectors; first += kThreads) {
+    const int i = first + int(threadIdx.x), row = i / kVectors, column = i % kVectors * kVector;
+    if (i >= kRows * kVectors || row >= rows || column >= columns) continue;
+    const Element* from = &sT(row, column);
+    Element* to = target + row * stride + column;
+    if (aligned) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    } else {
+      for (int c = 0; c < kVector && column + c < columns; ++c) to[c] = from[c];
+    }
+  }
+}
+
+// The sums `rC` of a tile, rounded, to `rows` x `columns` elements at `target`, through `sC`.
+template <int kThreads, class Mma, class Sums, class Shared, class Element>
+__device__ void store_tile(const Mma& mma, const Sums& rC, Shared& sC, Element* target, int64_t stride, int rows,
+                           int columns, bool aligned) {
+  __syncthreads();                                                 // nobody reads what was there before
+  cute::Tensor tCsC = mma.get_slice(threadIdx.x).partition_C(sC);  // (MMA,MMA_M,MMA_N)
+  cute::copy(cute::AutoVectorizingCopy{}, convert<Element>(rC), tCsC);
+  __syncthreads();
+  copy_rows_to_global<kThreads>(sC, target, stride, rows, columns, aligned);
+}
+
+}  // namespace vitkernels::cuda

@@ -1,0 +1,30 @@
+// Which piece of the work a block of threads takes.
+#pragma once
+
+#include "attention/pattern.h"
+#include "cuda/launch.h"
+
+namespace vitkernels::cuda {
+
+// A block's index, taken apart into coordinates: the fastest one first.
+class TaskIndex {
+ public:
+  explicit VK_HOST_DEVICE TaskIndex(int64_t index) : rest_(index) {}
+
+  VK_HOST_DEVICE int64_t take(int64_t count) {
+    const int64_t coordinate = rest_ % count;
+    rest_ /= count;
+    return coordinate;
+  }
+  VK_HOST_DEVICE int64_t rest() const { return rest_; }
+
+ private:
+  int64_t rest_;
+};
+
+// The tile `index` of `count` tokens.
+VK_HOST_DEVICE Range tile_of(int64_t index, int64_t size, int64_t count) {
+  return intersect({index * size, (index + 1) * size}, {0, count});
+}
+
+}  // namespace vitkernels::cuda
