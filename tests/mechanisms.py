@@ -1,14 +1,8 @@
 """What the tests of mechanisms share: a mechanism is stated twice, and results and gradients are compared."""
 
-import pytest
 import torch
 
 DTYPES = {torch.float64: 1e-9, torch.float32: 3e-5}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def agree(ours, formula, *inputs):
@@ -54,6 +48,11 @@ def offset_index(height, width):
     """Index of the unsigned offset of every pair of tokens, ``(N, N)`` in ``[0, N)``."""
     offset = (grid(height, width)[:, None] - grid(height, width)).abs().long()
     return offset[..., 0] * width + offset[..., 1]
+
+
+def by_offset(function, height, width):
+    """A table ``(..., 2 height - 1, 2 width - 1)`` from a function of the vertical and the horizontal offset."""
+    return function(torch.arange(1 - height, height)[:, None], torch.arange(1 - width, width))
 
 
 def unsigned(table, height, width):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 import vitkernels as vk
-from mechanisms import agree, dots, offset_index, plain, seed, tokens, unsigned, weigh  # noqa: F401  (seed is a fixture)
+from mechanisms import agree, dots, offset_index, plain, tokens, unsigned, weigh
 
 
 def test_query_shared_by_all_windows():

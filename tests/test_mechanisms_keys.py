@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import vitkernels as vk
-from mechanisms import agree, dots, offset_index, plain, seed, tokens, unsigned, weigh  # noqa: F401  (seed is a fixture)
+from mechanisms import agree, dots, offset_index, plain, tokens, unsigned, weigh
 
 
 def test_single_head_on_part_of_the_channels():

@@ -3,12 +3,7 @@
 import torch
 import torch.nn.functional as F
 import vitkernels as vk
-from mechanisms import agree, dots, grid, offset_index, plain, seed, tokens, unsigned, weigh  # noqa: F401  (seed is a fixture)
-
-
-def by_offset(function, height, width):
-    """A table ``(..., 2 height - 1, 2 width - 1)`` from a function of the vertical and the horizontal offset."""
-    return function(torch.arange(1 - height, height)[:, None], torch.arange(1 - width, width))
+from mechanisms import agree, by_offset, dots, grid, offset_index, plain, tokens, unsigned, weigh
 
 
 def test_gaussian_mixture_mask():

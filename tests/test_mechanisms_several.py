@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 import vitkernels as vk
-from mechanisms import agree, dots, grid, plain, seed, tokens, weigh  # noqa: F401  (seed is a fixture)
+from mechanisms import agree, dots, grid, plain, tokens, weigh
 
 
 def test_agents():
