@@ -34,12 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _state() -> tuple[object, ...]:
-    return torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def unchanged_settings() -> Iterator[None]:
     """A setting of the process that one test leaves behind would decide what the next one tests."""
+    torch.manual_seed(0)
     before = _state()
     yield
     assert _state() == before
