@@ -1,13 +1,10 @@
-// The operator vitkernels::attention_backward on a GPU.
+// The operators vitkernels::attention_backward and vitkernels::attention_varlen_backward on a GPU.
 #include "attention/arguments_cuda.h"
 #include "attention/backward_arguments.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
 namespace {
-
-using Backward =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Gradients that are all zero where there is nothing to sum.
 class Gradients {
@@ -87,6 +84,13 @@ class Gradients {
   AttentionBackwardCudaParams params_;
 };
 
+Backward run_backward(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from) {
+  checker.check(args.value_dim <= kMaxCudaHeadDim, "value has head dimension ", args.value_dim, ", takes at most ",
+                kMaxCudaHeadDim, " on a GPU");
+  from.check(checker, args);
+  return Gradients(checker, args, from).compute(from.needed);
+}
+
 Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
                                  const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
                                  double scale, OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
@@ -100,12 +104,24 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
   const AttentionArguments args = arguments_on_device(
       checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid}, head_map, is_causal);
-  checker.check(args.value_dim <= kMaxCudaHeadDim, "value has head dimension ", args.value_dim, ", takes at most ",
-                kMaxCudaHeadDim, " on a GPU");
-  const BackwardArguments from{
-      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
-  from.check(checker, args);
-  return Gradients(checker, args, from).compute(from.needed);
+  return run_backward(checker, args,
+                      {grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}});
+}
+
+VarlenBackward attention_varlen_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
+                                              const Tensor& key, const Tensor& value, const Tensor& out,
+                                              const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                              int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                              OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                              OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
+                                              bool need_head_scale, bool need_bias, bool need_key_bias,
+                                              bool need_multiplier) {
+  const Checker checker("attention_varlen_backward");
+  const AttentionArguments args =
+      arguments_on_device(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
+                          is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k});
+  return without_grid(run_backward(
+      checker, args, {grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}}));
 }
 
 }  // namespace
@@ -113,4 +129,5 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward_cuda));
+  m.impl("attention_varlen_backward", TORCH_BOX(&vitkernels::attention_varlen_backward_cuda));
 }

@@ -29,6 +29,9 @@ struct BackwardKernel {
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps>;
 
+  static VK_HOST_DEVICE int64_t owned_tiles(const AttentionCudaParams& p) {
+    return kOwnsKeys ? p.key_tiles(kTile.owned) : p.query_tiles(kTile.owned);
+  }
   static VK_HOST_DEVICE int64_t num_owned(const Axis& axis) { return kOwnsKeys ? axis.num_keys : axis.num_queries; }
   static VK_HOST_DEVICE int64_t num_streamed(const Axis& axis) { return kOwnsKeys ? axis.num_queries : axis.num_keys; }
   static VK_HOST_DEVICE int64_t num_owners(const AttentionParams& p) { return kOwnsKeys ? p.kv_heads : p.heads; }
@@ -43,8 +46,8 @@ struct BackwardKernel {
 
   static __device__ Task task_of_block(const AttentionCudaParams& p) {
     TaskIndex index(blockIdx.x);
-    const int64_t block = index.take(ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned));
-    const int64_t head = index.take(num_owners(p)), batch = index.take(p.batch);
+    const int64_t block = index.take(owned_tiles(p));
+    const int64_t head = index.take(num_owners(p)), batch = index.take(p.num_entries());
     const Sequence sequence = p.sequence(batch);
     return {.batch = batch,
             .head = head,
@@ -53,9 +56,26 @@ struct BackwardKernel {
             .first_column = int(index.rest()) * kColumns};
   }
 
-  static int64_t num_tasks(const AttentionParams& p) {
-    return ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned) * num_owners(p) * p.batch *
+  static int64_t num_tasks(const AttentionCudaParams& p) {
+    return owned_tiles(p) * num_owners(p) * p.num_entries() *
            ceil_div<int64_t>(std::max(p.head_dim, p.value_dim), kColumns);
+  }
+
+  static __device__ Range tokens_of(const Sequence& sequence, Range owned) {
+    return kOwnsKeys ? sequence.key_tokens(owned) : sequence.query_tokens(owned);
+  }
+
+  // Gradients of a packed batch's tokens that no sequence covers.
+  static __device__ void clear_uncovered(const AttentionBackwardCudaParams& p, const Task& task, int columns,
+                                         int value_columns) {
+    const Range slot = kOwnsKeys ? p.key_slot(task.batch) : p.query_slot(task.batch);
+    for_uncovered(slot, tokens_of(task.sequence, {0, num_owned(task.sequence.axis)}), [&](int64_t token) {
+      clear_row<Element>(kOwnsKeys ? p.grad_key : p.grad_query, token, task.head, task.first_column,
+                         min(columns, kColumns));
+      if constexpr (kOwnsKeys) {
+        clear_row<Element>(p.grad_value, token, task.head, task.first_column, min(value_columns, kColumns));
+      }
+    });
   }
 
   // The tiles that stream past an owner, in order: for each query head that reads its keys, or for its own query head.
@@ -83,6 +103,8 @@ struct BackwardKernel {
 
   static __device__ void run(const AttentionBackwardCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
+    const int columns = int(p.head_dim) - task.first_column, value_columns = int(p.value_dim) - task.first_column;
+    if (p.is_packed() && task.tokens.begin == 0) clear_uncovered(p, task, columns, value_columns);
     if (task.tokens.empty()) return;
     const Sequence& sequence = task.sequence;
     const Axis& axis = sequence.axis;
@@ -92,7 +114,6 @@ struct BackwardKernel {
       stage(i).template copy<kOther, Copy>(p, sequence, task.batch, kOwnsKeys ? step.head : p.kv_head(step.head),
                                            tile_of(step.tile, kTile.streamed, num_streamed(axis)));
     };
-    const int columns = int(p.head_dim) - task.first_column, value_columns = int(p.value_dim) - task.first_column;
 
     const Mma mma;
     const auto coordinates = coordinates_of<kOwner, kTile.owned, kTile.streamed>(mma);        // (queries,keys)
@@ -144,7 +165,7 @@ struct BackwardKernel {
     // The gradients leave through the owned tile.
     const auto finish = [&](int index, const auto& result, const TokenTensor& target, int width) {
       auto sT = owned.template part<kColumns>(index);  // (owned,columns)
-      const Range tokens = kOwnsKeys ? sequence.key_tokens(task.tokens) : sequence.query_tokens(task.tokens);
+      const Range tokens = tokens_of(sequence, task.tokens);
       store_tile<kThreads>(mma, result, sT, target.at<Element>(task.batch, tokens.begin, task.head) + task.first_column,
                            target.token_stride, int(tokens.end - tokens.begin), width, target.is_aligned);
     };

@@ -28,9 +28,24 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
             int(tokens.end - tokens.begin), columns, t.is_aligned);
 }
 
+// Calls f(token) for those of an entry's slot that its sequence does not cover; the threads of the block share them.
+template <class Function>
+__device__ void for_uncovered(Range slot, Range covered, Function&& f) {
+  for (const Range part : {Range{slot.begin, covered.begin}, Range{covered.end, slot.end}}) {
+    const Range tokens = intersect(part, slot);
+    for (int64_t token = tokens.begin + threadIdx.x; token < tokens.end; token += blockDim.x) f(token);
+  }
+}
+
+// Sets columns of a packed tensor's row to zero.
+template <class Element>
+__device__ void clear_row(const TokenTensor& t, int64_t token, int64_t head, int64_t column, int64_t columns) {
+  for (int64_t c = 0; c < columns; ++c) t.at<Element>(0, token, head)[column + c] = Element(0);
+}
+
 // Calls f(element, padded head dimension).
 template <class Function>
-cudaError_t dispatch_tile(const AttentionParams& p, Function&& f) {
+auto dispatch_tile(const AttentionParams& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
   const auto by_dim = [&](auto element) {
     if (dim <= 32) return f(element, cute::Int<32>{});
