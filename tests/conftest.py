@@ -25,6 +25,7 @@ def _state() -> tuple[object, ...]:
 @pytest.fixture(autouse=True)
 def unchanged_settings() -> Iterator[None]:
     """A setting of the process that one test leaves behind would decide what the next one tests."""
+    torch.manual_seed(0)
     before = _state()
     yield
     assert _state() == before
