@@ -19,7 +19,10 @@ def pytest_report_header() -> list[str]:
 
 
 def _state() -> tuple[object, ...]:
-    return torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return (
+        torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

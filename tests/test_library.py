@@ -79,7 +79,7 @@ def test_operators_without_kernels_say_why():
 import torch, vitkernels
 from vitkernels.ops.registration import refusals
 cuda, x = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.ones(1, 1, 1, 1)
-calls = {"attention": (x, x, x, 1.0, *[None] * 9, 0, None, False), "merge_attentions": ([x], [x[..., 0]])}
+calls = {"attention": (x, x, x, 1.0, *[None] * 9, 0, None, False, False), "merge_attentions": ([x], [x[..., 0]])}
 assert calls.keys() <= refusals.keys()
 for op, args in calls.items():
     try:

@@ -25,7 +25,8 @@ struct AttentionCudaParams : AttentionParams {
   DeviceIntegers head_map;                      // [heads], or absent: equal groups
   DeviceIntegers cu_seqlens_q, cu_seqlens_k;    // [batch + 1] of a packed batch, else absent
   int64_t packed_queries = 0, packed_keys = 0;  // tokens of a packed batch
-  // Of the keys, in the forward. Each but an only one has results of its own, float32 and contiguous, which are joined.
+  bool allow_tf32 = false;                      // operands of float32 products are rounded to TF32
+  // The forward's splits of the keys. Where there are several, each has results of its own, which are then joined.
   int64_t splits = 1;
   float* split_out = nullptr;  // [splits, rows, heads, value_dim]
   float* split_lse = nullptr;  // [splits, rows, heads]

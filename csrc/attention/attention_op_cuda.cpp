@@ -7,12 +7,13 @@ namespace {
 
 using Forward = std::tuple<Tensor, Tensor>;
 
-Forward run_forward(const Checker& checker, const AttentionArguments& args) {
+Forward run_forward(const Checker& checker, const AttentionArguments& args, bool allow_tf32) {
   Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
   AttentionCudaParams params;
   fill_on_device(args, out, lse, params);
+  params.allow_tf32 = allow_tf32;
   params.splits = attention_key_splits(params);
   OptionalTensor split_out, split_lse;
   if (params.splits > 1) {
@@ -30,23 +31,26 @@ Forward attention_cuda(const Tensor& query, const Tensor& key, const Tensor& val
                        OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
                        OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
                        OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
-                       int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
+                       int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal, bool allow_tf32) {
   const Checker checker("attention");
   const GridArguments on_grid{
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
-  return run_forward(
-      checker, arguments_on_device(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid},
-                                   head_map, is_causal));
+  return run_forward(checker,
+                     arguments_on_device(checker, query, key, value,
+                                         {scale, head_scale, bias, key_bias, multiplier, on_grid}, head_map, is_causal),
+                     allow_tf32);
 }
 
 Forward attention_varlen_cuda(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
                               const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                               OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                              OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
+                              OptionalTensor multiplier, OptionalTensor head_map, bool is_causal, bool allow_tf32) {
   const Checker checker("attention_varlen");
-  return run_forward(checker, arguments_on_device(checker, query, key, value,
-                                                  {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal,
-                                                  Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}));
+  return run_forward(
+      checker,
+      arguments_on_device(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
+                          is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}),
+      allow_tf32);
 }
 
 }  // namespace
