@@ -129,10 +129,7 @@ VALUE_ERRORS = [
 ]
 ERRORS = [
     *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in ATTENTION_ERRORS),
-    *(
-        (vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}")
-        for wrong, text in VARLEN_ERRORS
-    ),
+    *((vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}") for wrong, text in VARLEN_ERRORS),
     *(
         (vk.attention_transposed, TRANSPOSED | wrong, f"vitkernels::attention_transposed: {text}")
         for wrong, text in TRANSPOSED_ERRORS
