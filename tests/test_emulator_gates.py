@@ -80,11 +80,7 @@ CORE = chosen(samples.SAMPLES, tag="core")
 DIMS = ("dims-1-1", "dims-16-130", "dims-64-64", "dims-80-7", "dims-111-111", "dims-256-256")
 # Those that cover every argument and every tile size, at their own sizes; and all of them at small ones.
 REFERENCE = [
-    *(
-        (s, None)
-        for s in chosen(samples.SAMPLES)
-        if s.operator not in ATTENTIONS or "core" in s.tags or s.id in (*DIMS, "many-sequences")
-    ),
+    *((s, None) for s in chosen(samples.SAMPLES) if s.operator not in ATTENTIONS or "core" in s.tags or s.id in DIMS),
     *((s, s.small()) for s in chosen(samples.SMALL_SAMPLES, functions=ATTENTIONS)),
 ]
 

@@ -38,10 +38,15 @@ struct ForwardKernel {
     Sequence sequence;
     Range rows;
     int64_t first_column, split;
+
+    __device__ int num_rows() const { return int(rows.end - rows.begin); }
+    __device__ int num_columns(const AttentionCudaParams& p) const {
+      return int(min(p.value_dim - first_column, int64_t(kDim)));
+    }
   };
 
   static __device__ Task task_of_block(const AttentionCudaParams& p) {
-    TaskIndex index(blockIdx.x);
+    TaskIndex index(block_index());
     const int64_t block = index.take(p.query_tiles(kTile.queries));
     const int64_t head = index.take(p.heads), batch = index.take(p.num_entries());
     const int64_t first_column = index.take(ceil_div<int64_t>(p.value_dim, kDim)) * kDim;
@@ -83,11 +88,10 @@ struct ForwardKernel {
 
   static __device__ void run(const AttentionCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
-    const int columns = int(min(p.value_dim - task.first_column, int64_t(kDim)));
+    const int columns = task.num_columns(p);
     if (p.is_packed() && task.rows.begin == 0) clear_uncovered(p, task, columns);
     if (task.rows.empty()) return;
     const Axis& axis = task.sequence.axis;
-    const int rows = int(task.rows.end - task.rows.begin);
 
     Element* const shared_keys = shared + int{SharedQueries::kElements};
     Element* const shared_values = shared_keys + int{SharedKeys::kElements};
@@ -142,13 +146,15 @@ struct ForwardKernel {
       multiply_operand(mma, out, as_operand_a(convert<Element>(logits)), sV, columns);
     }
     softmax.total();
-    finish(p, task, mma, out, softmax, sQ, rows, columns);
+    finish(p, mma, out, softmax, sQ);
   }
 
   // out / sum and lse. The block's queries in shared memory are not needed any more: the results leave through them.
   template <class Out, class Softmax, class Shared>
-  static __device__ void finish(const AttentionCudaParams& p, const Task& task, const Mma& mma, Out& out,
-                                const Softmax& softmax, Shared& sO, int rows, int columns) {
+  static __device__ void finish(const AttentionCudaParams& p, const Mma& mma, Out& out, const Softmax& softmax,
+                                Shared& sO) {
+    const Task task = task_of_block(p);
+    const int rows = task.num_rows(), columns = task.num_columns(p);
     const auto thread = mma.get_slice(threadIdx.x);
     const int64_t first_row = task.sequence.first_row + task.rows.begin;
     Tensor out_rows = by_rows(out);  // (rows,columns)
