@@ -52,7 +52,7 @@ def dtype_of(sample: Any, wanted: torch.dtype) -> torch.dtype:
     return wanted if why_not(sample, wanted) is None else next(d for d in DTYPES if why_not(sample, d) is None)
 
 
-def raised_alike(function: Any, call: Mapping[str, Any], text: str) -> bool:
+def raised_alike(function: Any, call: Mapping[str, Any]) -> bool:
     """Whether a GPU refuses a bad call with the CPU's words."""
     given = {name for name, value in call.items() if value is not None}
     return function.__name__ in FUNCTIONS and not given & {*ON_GRID, "num_prefix_tokens"}
