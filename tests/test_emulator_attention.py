@@ -137,10 +137,10 @@ def kernels_of(emulator):
     return [launch.kernel.removeprefix("vitkernels::") for launch in emulator.launches()]
 
 
-# b, q, k, h, d, and in how many splits the keys are cut: at least 256 keys each, where there are less than 128 blocks.
+# b, q, k, h, d, and in how many splits the keys are cut: at least 256 keys each, where there are at most 128 blocks.
 SPLITS = [
     ((1, 1, 511, 1, 16), 1), ((1, 1, 512, 1, 16), 2), ((1, 3, 1300, 2, 64), 5), ((2, 200, 801, 3, 32), 3),
-    ((22, 1, 600, 3, 16), 1), ((4, 1, 600, 16, 16), 2),
+    ((43, 1, 600, 3, 16), 1), ((8, 1, 600, 16, 16), 2),
 ]  # fmt: skip
 
 

@@ -82,7 +82,8 @@ struct ForwardKernel {
       if (task.first_column == 0) {
         lse_of(p, task)[token * p.heads + task.head] = -std::numeric_limits<float>::infinity();
       }
-      if (p.splits == 1) clear_row<Element>(p.out, token, task.head, task.first_column, columns);
+      Element* const out = p.out.at<Element>(task.batch, token, task.head) + task.first_column;
+      for (int c = 0; c < columns && p.splits == 1; ++c) out[c] = Element(0);
     });
   }
 
@@ -217,18 +218,12 @@ cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
                                  stream);
 }
 
-// By shapes alone, whatever the GPU: so many blocks keep a large one busy, and fewer keys are not worth a second kernel.
-// Not measured on a GPU yet.
-constexpr int64_t kEnoughBlocks = 128, kLeastKeysOfSplit = 256;
-
 }  // namespace
 
 int64_t attention_key_splits(const AttentionCudaParams& p) {
   const int64_t blocks = dispatch_tile(
       p, [&]<class Element, int kDim>(Element, Int<kDim>) { return ForwardKernel<Element, kDim>::tasks_of_split(p); });
-  const int64_t keys = p.key_tiles(1);
-  const int64_t most = std::min(keys / kLeastKeysOfSplit, kMaxMergeParts);
-  return std::max<int64_t>(1, std::min(most, kEnoughBlocks / std::max<int64_t>(blocks, 1)));
+  return std::min(splits_of(blocks, p.key_tiles(1)), kMaxMergeParts);
 }
 
 cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {

@@ -37,23 +37,21 @@ __device__ void for_uncovered(Range slot, Range covered, Function&& f) {
   }
 }
 
-// Sets columns of a packed tensor's row to zero.
-template <class Element>
-__device__ void clear_row(const TokenTensor& t, int64_t token, int64_t head, int64_t column, int64_t columns) {
-  for (int64_t c = 0; c < columns; ++c) t.at<Element>(0, token, head)[column + c] = Element(0);
+template <class Function>
+auto dispatch_element(DType dtype, Function&& f) {
+  return dtype == DType::kBFloat16 ? f(cutlass::bfloat16_t{}) : f(cutlass::half_t{});
 }
 
 // Calls f(element, padded head dimension).
 template <class Function>
 auto dispatch_tile(const AttentionParams& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
-  const auto by_dim = [&](auto element) {
+  return dispatch_element(p.dtype, [&](auto element) {
     if (dim <= 32) return f(element, cute::Int<32>{});
     if (dim <= 64) return f(element, cute::Int<64>{});
     if (dim <= 128) return f(element, cute::Int<128>{});
     return f(element, cute::Int<256>{});
-  };
-  return p.dtype == DType::kBFloat16 ? by_dim(cutlass::bfloat16_t{}) : by_dim(cutlass::half_t{});
+  });
 }
 
 }  // namespace vitkernels::cuda
