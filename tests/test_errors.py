@@ -13,9 +13,17 @@ def tokens(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype, device=DEVICE)
 
 
+def integers(*values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
 QKV = {"query": tokens(2, 5, 4, 8), "key": tokens(2, 7, 2, 8), "value": tokens(2, 7, 2, 3)}
 TRANSPOSED = {"query": QKV["query"], "key": QKV["key"], "value_q": tokens(2, 5, 4, 3), "lse": tokens(2, 5, 4)}
 GRID = {"query": tokens(2, 7, 4, 8)}
+VARLEN = {
+    "query": tokens(5, 4, 8), "key": tokens(7, 2, 8), "value": tokens(7, 2, 3), "cu_seqlens_q": integers(0, 2, 5),
+    "cu_seqlens_k": integers(0, 6, 7), "max_seqlen_q": 3, "max_seqlen_k": 6,
+}  # fmt: skip
 PARTS = {"outs": [tokens(2, 5, 3)] * 2, "lses": [tokens(2, 5)] * 2}
 
 ATTENTION_ERRORS = [
@@ -57,10 +65,43 @@ ATTENTION_ERRORS = [
         GRID | {"rel_pos": [tokens(13, 7)]},
         "rel_pos_width has shape (13, 7), takes (2 n - 1, 8) or (4, 2 n - 1, 8) = (heads, offsets, d)",
     ),
-    ({"head_map": torch.tensor([0, 1, 2, 0], device=DEVICE)}, "head_map[2] is 2, takes 0 to 1"),
-    ({"head_map": torch.tensor([0, 1], device=DEVICE)}, "head_map has shape (2), takes (4)"),
+    ({"head_map": integers(0, 1)}, "head_map has shape (2), takes (4)"),
     ({"head_map": tokens(4)}, "head_map is float32, takes int64 or int32"),
     ({"additional_keys": tokens(2, 1, 2, 8)}, "additional_keys and additional_values must be given together"),
+]
+VARLEN_ERRORS = [
+    ({"query": tokens(1, 5, 4, 8)}, "query has shape (1, 5, 4, 8), takes 3 dimensions (tokens, heads, d)"),
+    ({"value": tokens(6, 2, 3)}, "value has size 6 in dimension 0, takes 7 (key's number of tokens)"),
+    ({"cu_seqlens_q": tokens(3)}, "cu_seqlens_q is float32, takes int64 or int32"),
+    ({"cu_seqlens_q": tokens(dtype=torch.int64)}, "cu_seqlens_q has shape (), takes 1 dimensions (integers)"),
+    ({"cu_seqlens_q": integers(0, 5)}, "cu_seqlens_k has 3 elements, takes as many as cu_seqlens_q (2)"),
+    ({"cu_seqlens_k": integers()}, "cu_seqlens_k is empty, takes 0 and the end of each sequence"),
+    ({"max_seqlen_q": -1}, "max_seqlen_q is -1, takes 0 to 2147483648"),
+    (
+        {"bias": tokens(2, 4, 3, 7)},
+        "bias has shape (2, 4, 3, 7), takes one that broadcasts to (2, 4, 3, 6) = (B, heads, Nq, Nk)",
+    ),
+]
+# Of values inside tensors, which a GPU does not read up front.
+HEAD_MAP_ERRORS = [
+    ({"head_map": integers(0, 1, 2, 0)}, "head_map[2] is 2, takes 0 to 1"),
+    ({"head_map": integers(0, -(2**31), 1, 0, dtype=torch.int32)}, "head_map[1] is -2147483648, takes 0 to 1"),
+]
+OFFSET_ERRORS = [
+    ({"cu_seqlens_q": integers(1, 2, 5)}, "cu_seqlens_q[0] is 1, takes 0"),
+    (
+        {"cu_seqlens_q": integers(0, 6, 5)},
+        "cu_seqlens_q[1] is 6, takes at least its predecessor and at most the number of tokens 5",
+    ),
+    (
+        {"cu_seqlens_k": integers(0, 2, 1, dtype=torch.int32)},
+        "cu_seqlens_k[2] is 1, takes at least its predecessor and at most the number of tokens 7",
+    ),
+    ({"cu_seqlens_k": integers(0, 2, 6)}, "cu_seqlens_k ends with 6, takes the number of tokens 7"),
+    (
+        {"cu_seqlens_k": integers(0, 9, 7)[::2]} | {"cu_seqlens_q": integers(0, 5), "max_seqlen_q": 5},
+        "cu_seqlens_k gives sequence 0 the length 7, takes at most the largest length 6",
+    ),
 ]
 TRANSPOSED_ERRORS = [
     ({"key": tokens(3, 7, 2, 8)}, "key has size 3 in dimension 0, takes 2 (query's batch size)"),
@@ -85,8 +126,16 @@ MERGE_ERRORS = [
     ({"lses": [tokens(2, 5), tokens(2, 6)]}, "lses has shape (2, 6), takes (2, 5)"),
     ({"lses": [tokens(2, 5, dtype=torch.float64)] * 2}, "lses is float64, takes float32"),
 ]
+VALUE_ERRORS = [
+    *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in HEAD_MAP_ERRORS),
+    *(
+        (vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}")
+        for wrong, text in HEAD_MAP_ERRORS + OFFSET_ERRORS
+    ),
+]
 ERRORS = [
     *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in ATTENTION_ERRORS),
+    *((vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}") for wrong, text in VARLEN_ERRORS),
     *(
         (vk.attention_transposed, TRANSPOSED | wrong, f"vitkernels::attention_transposed: {text}")
         for wrong, text in TRANSPOSED_ERRORS
@@ -95,18 +144,29 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "call", "text"), ERRORS, ids=[text for _, _, text in ERRORS])
+def each_error(rows):
+    return pytest.mark.parametrize(("function", "call", "text"), rows, ids=[text for _, _, text in rows])
+
+
+@each_error(ERRORS)
 def test_text(function, call, text):
-    if not ON_CPU and not raised_alike(function, call, text):
+    if not ON_CPU and not raised_alike(function, call):
         pytest.skip("other words on this device, or none")
     with pytest.raises(RuntimeError, match=re.escape(text)):
         function(**call)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="values inside tensors are read by kernels alone")
+@each_error(VALUE_ERRORS)
+def test_values(function, call, text):
+    test_text(function, call, text)
 
 
 def test_the_calls_are_right_otherwise():
     """Else the errors above could have another reason."""
     for function, call, shape in (
         (vk.attention, QKV, (2, 5, 4, 3)),
+        (vk.attention_varlen, VARLEN, (5, 4, 3)),
         (vk.attention_transposed, TRANSPOSED, (2, 7, 4, 3)),
         (vk.merge_attentions, PARTS, (2, 5, 3)),
     ):

@@ -116,7 +116,8 @@ def attention(
         num_prefix_tokens: how many of the first tokens (class token, registers) have no place on the grid: for their
             rows and columns, tables have bias 0 and multiplier 1.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
-            that nobody reads, are fine.
+            that nobody reads, are fine. On a GPU, a head that does not exist is as one without keys, unless
+            ``VITKERNELS_CHECK=1`` in the environment has it raise.
         additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides ``key``; they get none of the
             terms above but the scale.
         additional_values: ``(B, Na, kv_heads, dv)``, their values.
