@@ -59,7 +59,8 @@ STABLE_TORCH_LIBRARY(vitkernels, m) {
       "Tensor? bias_table, Tensor? multiplier_table, Tensor? rel_pos_depth, Tensor? rel_pos_height, "
       "Tensor? rel_pos_width, Tensor? head_map, bool allow_tf32) -> (Tensor out, Tensor lse)");
   m.def(
-      "spatial_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+      "spatial_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor "
+      "out, "
       "Tensor lse, SymInt[] axes, float radius, bool has_outside, bool is_shared_query, Tensor? key_fill, "
       "Tensor? value_fill, float scale, Tensor? head_scale, Tensor? key_bias, Tensor? bias_table, "
       "Tensor? multiplier_table, Tensor? rel_pos_depth, Tensor? rel_pos_height, Tensor? rel_pos_width, "
