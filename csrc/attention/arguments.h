@@ -24,6 +24,20 @@ struct Packing {
 using ReadIntegers = std::vector<int64_t> (*)(const Checker& checker, const Tensor& t);
 std::vector<int64_t> read_host_integers(const Checker& checker, const Tensor& t);
 
+inline constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
+
+// Which kv head a query head reads, and the inverse (attention.h). Empty where the values stay on a device.
+struct HeadMap {
+  HeadMap() = default;
+  HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads, int64_t kv_heads,
+          ReadIntegers read = read_host_integers);
+
+  std::vector<int64_t> kv_head_of, first_head, head_list;
+};
+
+// Checks the scale, and the scale of each head, which becomes contiguous.
+void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type);
+
 // Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
 class AttentionArguments {
  public:
@@ -48,10 +62,10 @@ class AttentionArguments {
   void check_tokens(const Checker& checker, bool is_packed);
   void check_packing(const Checker& checker, const Packing& packing, ReadIntegers read);
   void check_score(const Checker& checker);
-  void list_heads();
   void count_tasks();
 
-  std::vector<int64_t> kv_head_of, first_head, head_list, query_offsets, key_offsets, first_task;
+  HeadMap heads_of;
+  std::vector<int64_t> query_offsets, key_offsets, first_task;
 };
 
 TokenTensor token_tensor(const Tensor& t);
