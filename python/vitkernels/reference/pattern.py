@@ -26,7 +26,7 @@ class AxisRule:
     shift: int
     halo: int
     stride: int
-    is_causal: int
+    is_causal: bool
     num_queries: int
     num_keys: int
     has_outside: bool = False
@@ -87,8 +87,10 @@ class AxisPattern(NamedTuple):
 
 def axis_pattern(axis: Axis, num_queries: int, num_keys: int, has_outside: bool) -> AxisPattern:
     """What the rule of ``axis`` says of every query and key, those outside the map included."""
-    whole = AxisRule(*axis.encoded(), num_queries=num_queries, num_keys=num_keys, has_outside=has_outside)
-    step = whole.step
+    rule, step, size, key_size, shift, halo, stride, is_causal = axis.encoded()
+    whole = AxisRule(
+        rule, step, size, key_size, shift, halo, stride, bool(is_causal), num_queries, num_keys, has_outside
+    )
     classes = [whole.of_class(r) for r in range(min(step, max(num_queries, num_keys)))]
     seen = [classes[u % step].keys(u // step) for u in range(num_queries)]
     own = [range(keys.start * step + u % step, keys.stop * step + u % step, step) for u, keys in enumerate(seen)]
