@@ -7,7 +7,6 @@
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kMaxHeads = 1 << 20;            // the head map is a table in memory
 constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
 
 }  // namespace
@@ -121,8 +120,7 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
                                        bool is_causal, const std::optional<Packing>& packing, IntegersOn integers)
     : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
   check_tokens(checker, packing);
-  kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads, integers);
-  if (integers == IntegersOn::kHost) list_heads();
+  heads_of = HeadMap(checker, head_map, query, heads, kv_heads, integers);
   if (head_map) this->head_map = torch::stable::contiguous(*head_map);
   check_score(checker);
   this->query = with_unit_last_stride(query);
@@ -144,8 +142,11 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
   num_tasks = first_task.back();
 }
 
-// The query heads of each kv head, in order: a counting sort of kv_head_of.
-void AttentionArguments::list_heads() {
+HeadMap::HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads,
+                 int64_t kv_heads, IntegersOn integers)
+    : kv_head_of(read_head_map(checker, head_map, query, heads, kv_heads, integers)) {
+  if (integers != IntegersOn::kHost) return;
+  // The query heads of each kv head, in order: a counting sort of kv_head_of.
   first_head.assign(kv_heads + 1, 0);
   for (const int64_t kv_head : kv_head_of) ++first_head[kv_head + 1];
   for (int64_t g = 0; g < kv_heads; ++g) first_head[g + 1] += first_head[g];
@@ -192,15 +193,18 @@ void AttentionArguments::check_tokens(const Checker& checker, const std::optiona
   num_queries = packing->max_seqlen_q, num_keys = packing->max_seqlen_k;
 }
 
-void AttentionArguments::check_score(const Checker& checker) {
+void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type) {
   checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
+  if (!score.head_scale) return;
+  checker.strided_like("scale", *score.head_scale, query);
+  checker.dtype("scale", *score.head_scale, type);
+  checker.shape("scale", *score.head_scale, {heads});
+  score.head_scale = torch::stable::contiguous(*score.head_scale);
+}
+
+void AttentionArguments::check_score(const Checker& checker) {
   const ScalarType type = statistics_type(dtype);
-  if (score.head_scale) {
-    checker.strided_like("scale", *score.head_scale, query);
-    checker.dtype("scale", *score.head_scale, type);
-    checker.shape("scale", *score.head_scale, {heads});
-    score.head_scale = torch::stable::contiguous(*score.head_scale);
-  }
+  check_scale(checker, score, query, heads, type);
   const std::vector<int64_t> full{batch, heads, num_queries, num_keys};
   check_score_term(checker, "bias", score.bias, query, type, full, "(B, heads, Nq, Nk)");
   check_score_term(checker, "multiplier", score.multiplier, query, type, full, "(B, heads, Nq, Nk)");
@@ -224,9 +228,9 @@ void AttentionArguments::fill(AttentionParams& params) const {
   params.dtype = dtype;
   params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
   params.head_dim = head_dim, params.value_dim = value_dim;
-  params.kv_head_of = kv_head_of.data();
-  params.first_head = first_head.data();
-  params.head_list = head_list.data();
+  params.kv_head_of = heads_of.kv_head_of.data();
+  params.first_head = heads_of.first_head.data();
+  params.head_list = heads_of.head_list.data();
   params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
   params.first_task = first_task.empty() ? nullptr : first_task.data();

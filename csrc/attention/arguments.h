@@ -22,6 +22,20 @@ struct Packing {
 // Where the values of integer tensors (head_map, cu_seqlens) are read and checked: here, or by the kernels.
 enum class IntegersOn { kHost, kDevice };
 
+inline constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
+
+// Which kv head a query head reads, and the inverse (attention.h). Empty where the values stay on a device.
+struct HeadMap {
+  HeadMap() = default;
+  HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads, int64_t kv_heads,
+          IntegersOn integers = IntegersOn::kHost);
+
+  std::vector<int64_t> kv_head_of, first_head, head_list;
+};
+
+// Checks the scale, and the scale of each head, which becomes contiguous.
+void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type);
+
 // Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
 class AttentionArguments {
  public:
@@ -45,9 +59,9 @@ class AttentionArguments {
  private:
   void check_tokens(const Checker& checker, const std::optional<Packing>& packing);
   void check_score(const Checker& checker);
-  void list_heads();
 
-  std::vector<int64_t> kv_head_of, first_head, head_list, query_offsets, key_offsets, first_task;
+  HeadMap heads_of;
+  std::vector<int64_t> query_offsets, key_offsets, first_task;
 };
 
 TokenTensor token_tensor(const Tensor& t);

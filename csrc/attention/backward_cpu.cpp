@@ -108,7 +108,7 @@ class Backward {
     pack_queries(query_rows, p.query.token_stride, count, p.head_dim, scale, queries, operand_width);  // [count, d]
     pack_operands(out_gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient,
                   out_gradient_width);                                   // [count, dv]
-    key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
+    key_tile.multiply(queries, count, {0, seen.end}, logits, logits_stride);  // [count, seen]
     matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
                      {value_panels, kPanel<E> * kGroup<E>, padded_depth<E>(p.value_dim) * kPanel<E>}, count, width,
                      padded_depth<E>(p.value_dim), gradients, logits_stride);  // [count, width]

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/attention.h"
+#include "attention/spatial.h"
 
 namespace vitkernels {
 
@@ -37,6 +38,11 @@ inline int64_t forward_query_blocks(const Axis& axis) {
 }
 
 inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
+
+// Over a map: blocks of the rows of a tile.
+inline int64_t spatial_row_blocks(const SpatialParams& p) {
+  return std::max<int64_t>((p.most_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
+}
 
 // Transposed. A task owns a tile of keys; where heads are few, tiles are smaller to keep several threads busy. Every
 // tile reads all queries again, so tiles are large where the sums of a key take little memory.

@@ -9,6 +9,7 @@ struct AttentionParams;
 struct AttentionBackwardParams;
 struct AttentionTransposedParams;
 struct MergeParams;
+struct SpatialParams;
 
 // Kernels work through the tasks [begin, end) on one thread; `scratch` is theirs alone, 64-byte aligned.
 struct Kernels {
@@ -27,6 +28,8 @@ struct Kernels {
   void (*attention_transposed_backward)(const AttentionTransposedParams&, int64_t begin, int64_t end, void* scratch);
   // Tasks are (batch, head) pairs.
   void (*finish_value_gradient)(const AttentionTransposedParams&, int64_t begin, int64_t end);
+  int64_t (*spatial_attention_scratch)(const SpatialParams&);
+  void (*spatial_attention)(const SpatialParams&, int64_t begin, int64_t end, void* scratch);
   // Tasks are rows.
   void (*merge_attentions)(const MergeParams&, int64_t begin, int64_t end);
   void (*merge_attentions_backward)(const MergeParams&, int64_t begin, int64_t end);

@@ -23,6 +23,8 @@ const Kernels kernels = {
     .attention_transposed_backward_parts = attention_transposed_backward_parts,
     .attention_transposed_backward = attention_transposed_backward,
     .finish_value_gradient = finish_value_gradient,
+    .spatial_attention_scratch = spatial_attention_scratch,
+    .spatial_attention = spatial_attention,
     .merge_attentions = merge_attentions,
     .merge_attentions_backward = merge_attentions_backward,
 };
