@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from vitkernels.axes import Axis, encode
 from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
 from vitkernels.ops import attention as _ops
-from vitkernels.ops.registration import refuse_forward_mode
+from vitkernels.ops.registration import allow_tf32, refuse_forward_mode
 
 __all__ = ["spatial_attention"]
 
@@ -188,7 +187,7 @@ def spatial_attention(
     out, lse = _ops.spatial_attention(
         query, key, value, encode(axes), 0.0 if radius is None else radius, outside is not None, is_shared_query,
         key_fill, value_fill, number, head_scale, key_bias, *tables, head_map,
-        torch.get_float32_matmul_precision() != "highest",
+        allow_tf32(),
     )  # fmt: skip
     if additional_keys is not None and additional_values is not None:
         out, lse = with_additional_keys(

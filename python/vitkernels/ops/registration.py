@@ -81,6 +81,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def allow_tf32() -> bool:
+    """Whether products of float32 may be rounded to TF32 on a GPU: ``torch.set_float32_matmul_precision``."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
     """Raise unless all tensors are on the first one's device: a fake implementation sees a mix before a kernel does."""
     first: tuple[str, torch.device] | None = None
