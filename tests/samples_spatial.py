@@ -180,7 +180,7 @@ SPATIAL_SAMPLES = [
             key_bias=statistic("b1yx"), bias="1", multiplier="h", rel_pos="h", radius=3.0, **ADDITIONAL, tags="core"),
     spatial("no-lse", WINDOWS, (8, 9), return_lse=False, tags="core"),
     *(spatial(f"dims-{d}-{v}", [block(4, 1), near(3)], (9, 10), d=d, v=v) for d, v in ((1, 1), (33, 130), (80, 7))),
-    spatial("large-logits", WINDOWS, (13, 14), query=Input("byxhd", times(30.0)), key=Input("byxgd", times(30.0))),
+    spatial("large-logits", WINDOWS, (13, 14), query=Input("byxhd", times(9.0)), key=Input("byxgd", times(9.0))),
     spatial("no-batch", WINDOWS, (13, 14), b=0, bias="h", tags="core"),
     spatial("no-queries", [block(4)] * 2, (0, 9), key_bias=statistic("yx")),
 ]  # fmt: skip
