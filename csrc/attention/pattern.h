@@ -21,6 +21,7 @@ struct Range {
   int64_t begin, end;
 
   VK_HOST_DEVICE bool empty() const { return begin >= end; }
+  VK_HOST_DEVICE bool contains(int64_t i) const { return begin <= i && i < end; }
 };
 
 VK_HOST_DEVICE Range intersect(Range a, Range b) {

@@ -56,7 +56,8 @@ struct SpatialParams {
   MapTensor key_bias;                // [batch, *map, heads] without dim, or null
   const void* key_fill = nullptr;    // [kv_heads, dim], contiguous: keys outside the map; null: zeros
   const void* value_fill = nullptr;
-  void* lse = nullptr;  // [batch, *map, heads], contiguous
+  void* key_bias_sums = nullptr;  // [splits, batch, heads, keys]: its gradient, zero at first, or null
+  void* lse = nullptr;            // [batch, *map, heads], contiguous
 
   VK_HOST_DEVICE int64_t num_queries() const { return query_size[0] * query_size[1] * query_size[2]; }
   VK_HOST_DEVICE int64_t num_keys() const { return key_size[0] * key_size[1] * key_size[2]; }
@@ -71,6 +72,30 @@ struct SpatialParams {
   VK_HOST_DEVICE int64_t row(int64_t entry, const Place& place) const {
     return ((entry * query_size[0] + place.at[0]) * query_size[1] + place.at[1]) * query_size[2] + place.at[2];
   }
+};
+
+// The backward's work is cut by shapes alone: into groups of the batch, kv heads, and `splits` ranges of tiles. A task
+// writes the query gradients of its tiles. Keys that several tiles see, and what all of them share, have sums for every
+// split or task, which are added in order.
+struct SpatialBackwardParams : SpatialParams {
+  MapTensor grad_out, grad_query, grad_key, grad_value;
+  const void* grad_lse = nullptr;  // as lse, or null
+  int64_t batch_groups = 1, splits = 1;
+  // [splits, batch, kv_heads, keys, padded dim], zero at first; null where every key has one tile, which writes its gradient
+  void *key_sums = nullptr, *value_sums = nullptr;
+  void* query_sums = nullptr;  // [splits, batch, heads, queries of a window, padded dim] of a shared query, or null
+  double* head_scale_sums = nullptr;  // [parts, heads], zero at first, or null; parts are batch_groups * splits
+  double *key_fill_sums = nullptr, *value_fill_sums = nullptr;  // [parts, kv_heads, dim], likewise
+
+  VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups * kv_heads * splits; }
+};
+
+// A gradient [batch, *map, heads, dim], the sum of parts [parts, batch, heads, tokens, padded dim].
+struct SpatialSum {
+  DType dtype = DType::kFloat32;
+  MapTensor target;
+  void* parts = nullptr;
+  int64_t num_parts = 0, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
 };
 
 }  // namespace vitkernels

@@ -15,23 +15,22 @@ std::vector<int64_t> map_sizes(const Tensor& t) {
   return {sizes.begin() + 1, sizes.end() - 2};
 }
 
-MapTensor key_bias_tensor(const OptionalTensor& term, int axes) {
-  if (!term) return {};
-  int64_t strides[2 + kMaxAxes] = {};  // (B, heads, *map), of which the term has the last ones
-  const int64_t rank = 2 + axes;
-  for (int64_t i = 0; i < term->dim(); ++i) {
-    strides[rank - term->dim() + i] = term->size(i) == 1 ? 0 : term->stride(i);
-  }
-  MapTensor result{const_cast<void*>(term->const_data_ptr()), strides[0], {}, strides[1]};
-  for (int axis = 0; axis < axes; ++axis) result.axis_stride[kMaxAxes - axes + axis] = strides[2 + axis];
-  return result;
-}
-
 }  // namespace
 
 MapTensor map_tensor(const Tensor& t, int axes) {
   MapTensor result{const_cast<void*>(t.const_data_ptr()), t.stride(0), {}, t.stride(1 + axes)};
   for (int axis = 0; axis < axes; ++axis) result.axis_stride[kMaxAxes - axes + axis] = t.stride(1 + axis);
+  return result;
+}
+
+MapTensor key_bias_tensor(const Tensor& term, int axes) {
+  int64_t strides[2 + kMaxAxes] = {};  // (B, heads, *map), of which the term has the last ones
+  const int64_t rank = 2 + axes;
+  for (int64_t i = 0; i < term.dim(); ++i) {
+    strides[rank - term.dim() + i] = term.size(i) == 1 ? 0 : term.stride(i);
+  }
+  MapTensor result{const_cast<void*>(term.const_data_ptr()), strides[0], {}, strides[1]};
+  for (int axis = 0; axis < axes; ++axis) result.axis_stride[kMaxAxes - axes + axis] = strides[2 + axis];
   return result;
 }
 
@@ -218,7 +217,7 @@ void SpatialArguments::fill(SpatialParams& params) const {
   params.query = map_tensor(query, axes);
   params.key = map_tensor(key, axes);
   params.value = map_tensor(value, axes);
-  params.key_bias = key_bias_tensor(score.key_bias, axes);
+  if (score.key_bias) params.key_bias = key_bias_tensor(*score.key_bias, axes);
   params.key_fill = key_fill ? key_fill->const_data_ptr() : nullptr;
   params.value_fill = value_fill ? value_fill->const_data_ptr() : nullptr;
 }

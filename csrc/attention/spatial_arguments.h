@@ -19,6 +19,9 @@ struct SpatialInput {
 
 MapTensor map_tensor(const Tensor& t, int axes);
 
+// A tensor that is broadcast to (B, heads, *map).
+MapTensor key_bias_tensor(const Tensor& term, int axes);
+
 // Owns what Params points to.
 class SpatialArguments {
  public:

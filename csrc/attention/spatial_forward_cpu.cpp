@@ -22,18 +22,18 @@ class SpatialForward {
 
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
-    const int64_t blocks = spatial_row_blocks(p), num_tiles = p.num_tiles();
+    const int64_t num_tiles = p.num_tiles();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % blocks, index = task / blocks;
+      const int64_t block = task % num_blocks, index = task / num_blocks;
       head = index / num_tiles / p.batch, batch = index / num_tiles % p.batch;
       tile.start(index % num_tiles);
       const int64_t count = tile.queries.count();
-      rows_of_tile(index, {count * block / blocks, count * (block + 1) / blocks});
+      rows_of_tile(index, block, {count * block / num_blocks, count * (block + 1) / num_blocks});
     }
   }
 
  private:
-  void rows_of_tile(int64_t index, Range rows) {
+  void rows_of_tile(int64_t index, int64_t block, Range rows) {
     if (rows.empty()) return;
     const int64_t count = rows.end - rows.begin;
     const Tiling stretches = tile_axis(tile.keys.count(), kForwardKeyTile);
@@ -44,6 +44,10 @@ class SpatialForward {
       const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, tile.keys.count())};
       if (intersect(tile.seen_by_any(rows), columns).empty()) continue;
       pack(index, columns);
+      if (terms.any_on(tile)) {
+        terms.start_columns(batch, head, tile, columns);
+        terms.start_piece(head, {rows, columns, block * stretches.count + stretch, num_blocks * stretches.count}, 0);
+      }
       const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups}, columns,
@@ -71,25 +75,22 @@ class SpatialForward {
     const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
     if (seen.empty()) return;
     const int64_t first_row = rows.begin - block.begin;
-    const bool has_terms = tile.has_holes || p.has_terms();
-    const ExpandedTile<T>* terms = has_terms ? &expanded.of(tile, head, block, columns) : nullptr;
+    const TensorRows<S> of_group = queries.from(first_row);
+    const bool has_terms = terms.any_on(tile);
+    if (has_terms) terms.start_rows(of_group, rows);
     key_tile.add(
-        {queries.from(first_row), rows.end - rows.begin, sums + first_row * value_width, states + first_row,
-         is_only_tile},
-        seen, p.score.scale_of<T>(head), has_terms,
+        {of_group, rows.end - rows.begin, sums + first_row * value_width, states + first_row, is_only_tile}, seen,
+        p.score.scale_of<T>(head), has_terms,
         [&](int64_t r) VK_BODY { return relative_to(intersect(tile.seen_by(rows.begin + r), columns), columns.begin); },
-        [&](T* row, int64_t r, Range visible, int64_t first_key, T scale) VK_BODY {
-          const int64_t at = (first_row + r) * expanded.stride + first_key;
-          return apply_score(
-              row, visible, scale,
-              ScoreRow<T>(terms->multiplier ? terms->multiplier + at : nullptr, terms->bias + at, nullptr));
-        });
+        [&](T* row, int64_t r, Range visible, int64_t first_key, T scale)
+            VK_BODY { return apply_score(row, visible, scale, terms.row(rows.begin + r, first_key)); });
   }
 
   void finish(Range rows) {
     T* lse = static_cast<T*>(p.lse);
+    const Box outputs = tile.outputs();
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const Place place = tile.output(tile.queries.index(row));
+      const Place place = outputs.on_map(outputs.index(row));
       const RowState<T>& state = states[row - rows.begin];
       key_tile.finish(state, sums + (row - rows.begin) * value_width, p.out.at<S>(batch, place, head));
       lse[p.row(batch, place) * p.heads + head] = state.lse();
@@ -98,8 +99,9 @@ class SpatialForward {
 
   const SpatialParams& p;
   Scratch scratch;
+  const int64_t num_blocks = spatial_row_blocks(p);
   const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kForwardKeyTile);
-  const int64_t most_rows = divide_up(p.most_queries(), spatial_row_blocks(p));
+  const int64_t most_rows = divide_up(p.most_queries(), num_blocks);
 
   SpatialTile tile{p, scratch};
   ForwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
@@ -108,7 +110,10 @@ class SpatialForward {
   BoxRows<S> key_rows{most_keys, p.head_dim, scratch}, value_rows{most_keys, p.value_dim, scratch};
   T* sums = scratch.take<T>(most_rows * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(most_rows);
-  ExpandedTiles<T> expanded{p, most_rows, most_keys, scratch};
+  SpatialTerms<T> terms{
+      p,
+      {most_rows, most_keys, num_blocks* tile_axis(p.most_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
+      scratch};
 
   int64_t batch = 0, head = 0;
   int64_t packed_index = -1, packed_column = -1;

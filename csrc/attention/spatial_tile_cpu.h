@@ -36,6 +36,13 @@ struct Box {
     }
   }
 
+  // The indices on one axis that lie on a map.
+  Range on_map(int axis, int64_t map_size) const {
+    const int64_t before = first[axis] < 0 ? divide_up(-first[axis], step[axis]) : 0;
+    const int64_t end = first[axis] < map_size ? divide_up(map_size - first[axis], step[axis]) : 0;
+    return {before, std::min(end, size[axis])};
+  }
+
   // Whether the tokens of the whole box are evenly spaced in a tensor: then `spacing` elements apart.
   bool is_even(const MapTensor& t, int64_t& spacing) const {
     spacing = 0;
@@ -48,6 +55,34 @@ struct Box {
       inner *= size[axis];
     }
     return true;
+  }
+};
+
+// Which keys the queries of a tile see. It outlives the tile: other tiles of the same geometry have the same one.
+struct TileView {
+  const SeenKeys* seen[kMaxAxes];
+  int64_t queries[kMaxAxes], keys[kMaxAxes];
+
+  Place query(int64_t row) const {
+    const int64_t line = row / queries[2];
+    return {{line / queries[1], line % queries[1], row % queries[2]}};
+  }
+  // Where a query is, counted from the first key of the tile.
+  Place place(const Place& query) const {
+    return {{seen[0][query.at[0]].place, seen[1][query.at[1]].place, seen[2][query.at[2]].place}};
+  }
+
+  // Calls f(column, count, key) for the stretches of keys that a query sees among `columns`.
+  template <class Function>
+  VK_INLINE void for_each_line(const Place& query, Range columns, Function&& f) const {
+    const Range a = seen[0][query.at[0]].keys, b = seen[1][query.at[1]].keys, c = seen[2][query.at[2]].keys;
+    for (int64_t i = a.begin; i < a.end; ++i) {
+      for (int64_t j = b.begin; j < b.end; ++j) {
+        const int64_t line = (i * keys[1] + j) * keys[2];
+        const Range stretch = intersect({line + c.begin, line + c.end}, columns);
+        if (!stretch.empty()) f(stretch.begin, stretch.end - stretch.begin, Place{{i, j, stretch.begin - line}});
+      }
+    }
   }
 };
 
@@ -68,7 +103,7 @@ class SpatialTile {
       const AxisTile& tile = *of_axis[axis];
       queries.first[axis] = p.is_shared_query ? 0 : tile.first_query;
       queries.size[axis] = tile.num_queries;
-      outputs.first[axis] = tile.first_query;
+      first_output[axis] = tile.first_query;
       keys.first[axis] = tile.first_key, keys.size[axis] = tile.num_keys;
       queries.step[axis] = keys.step[axis] = p.axis[axis].step;
       combined = combined * p.axis[axis].num_geometries + tile.geometry;
@@ -89,16 +124,26 @@ class SpatialTile {
     }
     return any;
   }
-  const SeenKeys& on_axis(int axis, const Place& index) const { return axes[axis]->seen[index.at[axis]]; }
+
+  TileView view() const {
+    return {{axes[0]->seen, axes[1]->seen, axes[2]->seen},
+            {queries.size[0], queries.size[1], queries.size[2]},
+            {keys.size[0], keys.size[1], keys.size[2]}};
+  }
+  // Where the queries are on an axis, counted from the first key.
+  Range places(int axis) const {
+    return {axes[axis]->seen[0].place, axes[axis]->seen[queries.size[axis] - 1].place + 1};
+  }
 
   int64_t geometry = -1;
   bool has_holes = false;  // a query does not see all keys between its first and its last
   Box queries, keys;       // in the query tensor; in the key map
-  Box outputs;             // `first` only: of the queries in the map
 
-  Place output(const Place& index) const {
-    return {{outputs.first[0] + index.at[0] * queries.step[0], outputs.first[1] + index.at[1] * queries.step[1],
-             outputs.first[2] + index.at[2] * queries.step[2]}};
+  // The queries in the map of the output: a shared query is in all windows.
+  Box outputs() const {
+    Box box = queries;
+    std::copy_n(first_output, kMaxAxes, box.first);
+    return box;
   }
 
  private:
@@ -125,6 +170,7 @@ class SpatialTile {
 
   const SpatialParams& p;
   const AxisTile* axes[kMaxAxes] = {};
+  int64_t first_output[kMaxAxes] = {};
   Range* seen;  // [queries]
 };
 
@@ -153,18 +199,18 @@ class BoxRows {
   TensorRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens,
                    const int64_t (&map)[kMaxAxes], const S* fill) {
     bool is_inside = true;
-    for (int axis = 0; axis < kMaxAxes; ++axis)
-      is_inside =
-          is_inside && on_map(box, axis, map[axis]).end == box.size[axis] && on_map(box, axis, map[axis]).begin == 0;
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      const Range inside = box.on_map(axis, map[axis]);
+      is_inside = is_inside && inside.begin == 0 && inside.end == box.size[axis];
+    }
     if (is_inside) return of(t, batch, head, box, tokens);
     const int64_t step = t.axis_stride[kLast] * box.step[kLast];
-    const Range inside_line = on_map(box, kLast, map[kLast]);
+    const Range inside_line = box.on_map(kLast, map[kLast]);
     S* to = copies;
     box.for_each_line(tokens, [&](int64_t, int64_t count, const Place& index) {
       Range inside = intersect(inside_line, {index.at[kLast], index.at[kLast] + count});
       for (int axis = 0; axis < kLast; ++axis) {
-        const Range of_axis = on_map(box, axis, map[axis]);
-        if (index.at[axis] < of_axis.begin || index.at[axis] >= of_axis.end) inside = {0, 0};
+        if (!box.on_map(axis, map[axis]).contains(index.at[axis])) inside = {0, 0};
       }
       if (inside.empty()) inside = {index.at[kLast], index.at[kLast]};
       repeat(fill, inside.begin - index.at[kLast], to);
@@ -176,14 +222,6 @@ class BoxRows {
       to += count * dim;
     });
     return {copies, dim};
-  }
-
-  // The indices of a box on one axis that lie on the map.
-  static Range on_map(const Box& box, int axis, int64_t size) {
-    const int64_t first = box.first[axis], step = box.step[axis];
-    const int64_t before = first < 0 ? divide_up(-first, step) : 0,
-                  end = first < size ? divide_up(size - first, step) : 0;
-    return {before, std::min(end, box.size[axis])};
   }
 
  private:

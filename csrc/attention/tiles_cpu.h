@@ -44,6 +44,15 @@ inline int64_t spatial_row_blocks(const SpatialParams& p) {
   return std::max<int64_t>((p.most_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
 }
 
+inline int64_t spatial_backward_rows(const SpatialParams&) { return kBackwardQueryBlock; }
+
+// Ranges of tiles that are worked on independently; several where there are few heads.
+inline int64_t spatial_backward_splits(const SpatialBackwardParams& p) {
+  constexpr int64_t kTasks = 32, kMostSplits = 4;
+  const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1);
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, kMostSplits));
+}
+
 // Transposed. A task owns a tile of keys; where heads are few, tiles are smaller to keep several threads busy. Every
 // tile reads all queries again, so tiles are large where the sums of a key take little memory.
 inline constexpr int64_t kFewColumns = 8;  // of V'
