@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -56,6 +56,32 @@ def cross_shaped_window_attention(
         own_scale = scale[of_half] if isinstance(scale, Tensor) else scale
         halves.append(spatial_attention(q, k, v, axes, scale=own_scale, qk_norm=qk_norm))
     return torch.cat(halves, -2)
+
+
+@overload
+def criss_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    key_bias: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def criss_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    key_bias: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def criss_cross_attention(
