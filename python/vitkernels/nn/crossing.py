@@ -86,7 +86,7 @@ class CrossShapedWindowAttention(nn.Module):
         values = v.flatten(-2).chunk(len(self.attns), -1)
         if len(self.attns) == 1:
             q, k, v = (t.flatten(1, 2) for t in (q, k, v))
-            out = attention(q, k, v, scale=self.scale).unflatten(1, (height, width))
+            out = attention(q, k, v, scale=self.scale).reshape(*x.shape[:3], self.num_heads, -1)
             encoding = self.attns[0](values[0], height, width)
         else:
             for name, n in (("height", height), ("width", width)):

@@ -133,7 +133,7 @@ class WindowAttentionV2(nn.Module):
         ]
         by_offset = torch.cartesian_prod(*coordinates) * 8
         table = by_offset.sign() * (by_offset.abs() + 1).log2() / math.log2(8)  # [offsets, 2]
-        self.register_buffer("relative_coords_table", table.to(**factory), persistent=False)
+        self.register_buffer("relative_coords_table", table.to(self.logit_scale), persistent=False)
         drop_buffers(self, "relative_position_index", "relative_coords_table", "k_bias")
 
     def forward(self, x: Tensor) -> Tensor:
