@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+import torch
+
 __all__ = ["Axis", "Block", "Full", "Halo", "Neighborhood", "Sliding", "encode"]
 
 _RULES = {"full": 0, "block": 1, "neighborhood": 2, "sliding": 3}  # Rule in pattern.h
@@ -26,7 +28,8 @@ class Axis:
             at_least = 0 if field.name in ("shift", "halo") else 1
             if field.name == "is_causal" or (field.name == "key_size" and value is None):
                 continue
-            if isinstance(value, (bool, float, str)) or value is None or value < at_least:
+            is_integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+            if not is_integer or value < at_least:
                 raise RuntimeError(
                     f"vitkernels::{type(self).__name__}: {field.name} is {value!r}, takes an integer from {at_least} on"
                 )
