@@ -97,7 +97,7 @@ SPATIAL_ERRORS = [
     ({"axes": (vk.Block(2), vk.Neighborhood(8))}, "axes gives axis 1 the size 8, which exceeds its 7 keys"),
     (
         {"axes": (vk.Block(2), vk.Neighborhood(3, dilation=3))},
-        "the size 3, which exceeds its 2 keys of a residue class",
+        "axes gives axis 1 the size 3, which exceeds its 2 keys of",
     ),
     ({"axes": (vk.Block(2, 2), vk.Full())}, "axes gives axis 0 the shift 2, takes 0 to 1"),
     ({"axes": (vk.Full(9), vk.Full())}, "axes gives axis 0 the step 9, takes 1 to 5"),
