@@ -75,7 +75,7 @@ class Kernel:
         return "backward" not in self.name
 
     def __str__(self) -> str:
-        return f"{self.name}<{self.arguments}>"
+        return f"{self.name}<{self.arguments}>" if self.arguments else self.name
 
 
 def ptx_images(library: bytes) -> Iterator[bytes]:
@@ -100,7 +100,7 @@ def short_name(demangled: str) -> tuple[str, str]:
     """The kernel, and its template's arguments with dtypes as PyTorch calls them."""
     found = re.search(r"([A-Za-z_]\w*)(?:<(.*)>)?\(", demangled.replace("(anonymous namespace)::", ""))
     assert found is not None, demangled
-    words = re.sub(r"\([\w ]+\)", "", found[2] or "")  # the type of a constant
+    words = re.sub(r"\([\w: ]+\)", "", found[2] or "")  # the type of a constant
     last_parts = re.sub(r"[\w:]+", lambda word: word[0].rpartition("::")[2], words)
     return found[1], re.sub(r"\w+", lambda word: _ELEMENTS.get(word[0], word[0]), last_parts).replace(" >", ">").strip()
 

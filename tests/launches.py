@@ -37,7 +37,8 @@ def run() -> dict[str, list[int]]:
                 launches = emulator.launches()
                 for launch, name in zip(launches, demangle(x.symbol for x in launches), strict=True):
                     block = launch.block[0] * launch.block[1] * launch.block[2]
-                    kernel = "{}<{}>".format(*short_name(name))
+                    function, arguments = short_name(name)
+                    kernel = f"{function}<{arguments}>" if arguments else function
                     before = found.get(kernel, [0, 0])
                     found[kernel] = [max(before[0], launch.shared_bytes), max(before[1], block)]
     return found

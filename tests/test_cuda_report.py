@@ -57,7 +57,7 @@ def test_recorded_output(cuda_report):
 @pytest.mark.parametrize(
     ("demangled", "name", "arguments"),
     [
-        ("void v::(anonymous namespace)::k<c10::BFloat16, (int)8>(v::P)", "k", "bfloat16, 8"),
+        ("void v::(anonymous namespace)::k<c10::BFloat16, (v::Side)8>(v::P)", "k", "bfloat16, 8"),
         (
             "void v::(anonymous namespace)::k<v::(anonymous namespace)::B<float, 64, 1> >(v::P)",
             "k",
