@@ -39,6 +39,7 @@ struct AxisTile {
 struct AxisTiles {
   const AxisTile* tile = nullptr;
   int64_t count = 0, num_geometries = 0, most_queries = 0, most_keys = 0, step = 1;
+  bool see_all = true;
 };
 
 struct SpatialParams {

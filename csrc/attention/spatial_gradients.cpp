@@ -6,7 +6,10 @@
 namespace vitkernels {
 namespace {
 
-Tensor zeros_like(const Tensor& t) { return zeros_as(t, sizes_of(t), t.scalar_type()); }
+// Every element is written, unless there is nothing to do.
+Tensor gradient_of(const Tensor& t, bool is_zero) {
+  return is_zero ? zeros_as(t, sizes_of(t), t.scalar_type()) : empty_as(t, sizes_of(t), t.scalar_type());
+}
 
 // Where every key has one tile, and one query head that reads it, this tile's gradient is the whole of it.
 bool key_has_one_tile(const SpatialArguments& args, const SpatialParams& params) {
@@ -77,16 +80,17 @@ void sum_map(const SpatialArguments& args, const Tensor& target, const OptionalT
 
 SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpatialGradients& needed,
                                    SpatialBackwardParams& params)
-    : query(zeros_like(args.query)),
-      key(zeros_like(args.key)),
-      value(zeros_like(args.value)),
+    : query(gradient_of(args.query, args.is_empty())),
+      key(gradient_of(args.key, args.is_empty())),
+      value(gradient_of(args.value, args.is_empty())),
       grid_gradients(args.tables, needed.on_grid) {
   const ScalarType statistics = statistics_type(args.dtype);
   params.grad_query = map_tensor(query, args.axes);
   params.grad_key = map_tensor(key, args.axes);
   params.grad_value = map_tensor(value, args.axes);
   params.batch_groups = grid_gradients.any() ? std::min(args.batch, GridGradients::kParts) : args.batch;
-  params.splits = spatial_backward_splits(params);
+  const bool has_sums = !key_has_one_tile(args, params);
+  params.splits = spatial_backward_splits(params, has_sums);
   const int64_t parts = params.batch_groups * params.splits;
   const auto zeros = [&](bool is_needed, const std::vector<int64_t>& sizes, ScalarType type) {
     return is_needed ? OptionalTensor(zeros_as(args.query, sizes, type)) : std::nullopt;
@@ -96,7 +100,6 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpa
     const int64_t width = kernels().vector_bytes / (args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
     return (dim + width - 1) / width * width;
   };
-  const bool has_sums = !key_has_one_tile(args, params);
   const std::vector<int64_t> of_keys{params.splits, args.batch, args.kv_heads, params.num_keys()};
   const auto with = [](std::vector<int64_t> sizes, int64_t last) {
     sizes.push_back(last);

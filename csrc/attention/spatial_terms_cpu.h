@@ -72,7 +72,7 @@ class ExpandedTiles {
 
   // Calls f(element, count, query, key) for the stretches of keys that the rows see, by the first of them.
   template <class Function>
-  void for_each_line(const ExpandedTile<T>& slot, Function&& f) const {
+  VK_INLINE void for_each_line(const ExpandedTile<T>& slot, Function&& f) const {
     for (int64_t row = slot.of.rows.begin; row < slot.of.rows.end; ++row) {
       const int64_t first = (row - slot.of.rows.begin) * stride - slot.of.columns.begin;
       const Place query = slot.view.query(row), place = slot.view.place(query);
@@ -91,14 +91,22 @@ class ExpandedTiles {
     const T *bias = table(p.score.on_grid.bias, slot.head), *multiplier = table(p.score.on_grid.multiplier, slot.head);
     for_each_line(slot, [&](int64_t at, int64_t count, const Place& query, const Place& key) {
       const int64_t entry = grid.query_entry(query) + grid.key_entry(key);
-      if (bias) {
-        std::copy_n(bias + entry, count, slot.bias + at);
-      } else {
-        std::fill_n(slot.bias + at, count, T(0));
-      }
-      if (multiplier) std::copy_n(multiplier + entry, count, slot.multiplier + at);
+      copy_line(bias ? bias + entry : nullptr, count, slot.bias + at);
+      if (multiplier) copy_line(multiplier + entry, count, slot.multiplier + at);
       if (p.radius > 0) hide_distant(slot.bias + at, count, query, key);
     });
+  }
+
+  // Entries of a table, behind which there are some more; null: zeros.
+  VK_INLINE static void copy_line(const T* from, int64_t count, T* to) {
+    for (int64_t c = 0; c < count; c += kWidth<T>) {
+      const Vec<T> entries = from ? load(from + c) : Vec<T>{};
+      if (count - c < kWidth<T>) {
+        store_partial(to + c, entries, count - c);
+      } else {
+        store(to + c, entries);
+      }
+    }
   }
 
   void hide_distant(T* bias, int64_t count, const Place& query, const Place& key) const {

@@ -228,7 +228,12 @@ class BoxRows {
   static constexpr int kLast = kMaxAxes - 1;
 
   void copy(const S* from, int64_t stride, int64_t count, S* to) const {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * dim, from + i * stride, dim * sizeof(S));
+    constexpr int64_t kElements = kVectorBytes / sizeof(S);
+    for (int64_t i = 0; i < count; ++i, from += stride, to += dim) {
+      int64_t c = 0;
+      for (; c + kElements <= dim; c += kElements) std::memcpy(to + c, from + c, kVectorBytes);
+      if (c < dim) std::memcpy(to + c, from + c, (dim - c) * sizeof(S));
+    }
   }
   void repeat(const S* fill, int64_t count, S* to) const {
     if (!fill) return clear(to, {0, count * dim});

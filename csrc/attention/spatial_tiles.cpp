@@ -135,6 +135,7 @@ AxisTiles TiledAxis::view() const {
   for (const AxisTile& tile : tiles) {
     result.most_queries = std::max(result.most_queries, tile.num_queries);
     result.most_keys = std::max(result.most_keys, tile.num_keys);
+    result.see_all = result.see_all && tile.sees_all;
   }
   return result;
 }
