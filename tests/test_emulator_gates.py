@@ -69,7 +69,7 @@ def some_tiles(sample):
 
 CORE = chosen(samples.SAMPLES, tag="core")
 DIMS = ("dims-1-1", "dims-16-130", "dims-33-300", "dims-64-64", "dims-80-7", "dims-111-111", "dims-256-256")
-# Those that cover every argument, every tile size, and one query for many keys, at their own sizes; all at small ones.
+# At their own sizes those that cover every argument, every tile size, and one query for many keys; all at small ones.
 REFERENCE = [
     *(
         (s, None)
