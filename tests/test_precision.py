@@ -68,11 +68,12 @@ def test_compiled_code_follows_the_setting(sample, precision):
 def test_exported_code_keeps_the_setting(sample, strict, precision):
     class Module(torch.nn.Module):
         def forward(self, inputs):
-            return sample.function(**inputs)
+            return sample.function(**inputs, **options)
 
     precision("high")
     call = sample.call(torch.float32, sizes=sample.small())
-    inputs = {name: a.detach() if isinstance(a, torch.Tensor) else a for name, a in call.items()}
+    inputs = {name: a.detach() for name, a in call.items() if isinstance(a, torch.Tensor)}
+    options = {name: a for name, a in call.items() if name not in inputs}
     program = torch.export.export(Module(), (inputs,), strict=strict)
     precision("highest")
     with Recorder() as recorder:
