@@ -105,7 +105,8 @@ def spoil_rank(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     # A tensor of rank 0 broadcasts: wrong only where a tensor is data.
     ranks = [r for r in range(7) if r != slot.tensor.dim() and (r > 0 or slot.argument in target.required)]
-    shape = [rng.choice((2, 7)) for _ in range(rng.choice(ranks))]
+    used = {n for other in slots(call) for n in other.tensor.shape}  # what has these lengths may broadcast
+    shape = [rng.choice([n for n in range(2, 9) if n not in used] or [11]) for _ in range(rng.choice(ranks))]
     return put(call, slot, torch.ones(shape, dtype=slot.tensor.dtype, device=DEVICE))
 
 

@@ -126,7 +126,7 @@ SPATIAL_SAMPLES = [
     spatial("windows-of-classes", [block(3, 1, step=2), block(4, step=3)], (14, 13), bias="h"),
     spatial("windows-large", [block(23), block(21)], (25, 22), bias="h", h=2),
     spatial("blocks-of-one", [block(1)] * 2, (5, 6)),
-    spatial("grid", [full(2), full(3)], (14, 15), bias="h", wider=5, tags="core"),
+    spatial("grid", [full(2), full(3)], (14, 15), bias="h", wider=5),
     spatial("stripes", [full(), block(2)], (17, 9), bias="1", wider=2),
     spatial("full", [full()] * 2, (19, 21), tags="core"),
     spatial("full-causal", [full(causal=True)], (203,), rel_pos="h"),

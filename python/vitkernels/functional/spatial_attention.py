@@ -179,11 +179,9 @@ def spatial_attention(
             key_fill = normalize(op, "outside[0]", key_fill)
         if additional_keys is not None:
             additional_keys = normalize(op, "additional_keys", additional_keys)
-    refuse_forward_mode(
-        op, query, key, value, key_fill, value_fill, key_bias, bias_table, multiplier_table, *(rel_pos or ())
-    )
-    number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
     tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
+    refuse_forward_mode(op, query, key, value, key_fill, value_fill, key_bias, *tables)
+    number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
     out, lse = _ops.spatial_attention(
         query, key, value, encode(axes), 0.0 if radius is None else radius, outside is not None, is_shared_query,
         key_fill, value_fill, number, head_scale, key_bias, *tables, head_map,

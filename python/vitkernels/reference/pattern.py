@@ -84,6 +84,9 @@ class AxisPattern(NamedTuple):
     offset: Tensor  # [queries, keys], query - key in tokens of a residue class
     first: int
 
+    def on(self, device: torch.device) -> AxisPattern:
+        return AxisPattern(self.visible.to(device), self.offset.to(device), self.first)
+
 
 def axis_pattern(axis: Axis, num_queries: int, num_keys: int, has_outside: bool) -> AxisPattern:
     """What the rule of ``axis`` says of every query and key, those outside the map included."""

@@ -45,7 +45,7 @@ def spatial_attention(
         query = query.repeat(1, *windows, 1, 1)
     query_map = query.shape[1:-2]
     sizes = zip(axes, query_map, key_map, strict=True)
-    patterns = [axis_pattern(axis, nq, nk, outside is not None) for axis, nq, nk in sizes]
+    patterns = [axis_pattern(axis, nq, nk, outside is not None).on(key.device) for axis, nq, nk in sizes]
     margins = [(-p.first, p.visible.size(1) + p.first - n) for p, n in zip(patterns, key_map, strict=True)]
 
     inside = _surrounded(torch.ones(key_map, dtype=torch.bool, device=key.device), 0, margins)
@@ -56,7 +56,7 @@ def spatial_attention(
     )
     query, key, value = (t.flatten(1, -3) for t in (query, key, value))  # [B, N, H, D]
 
-    bias = torch.zeros((), dtype=torch.promote_types(query.dtype, torch.float32))
+    bias = query.new_zeros((), dtype=torch.promote_types(query.dtype, torch.float32))
     if bias_table is not None:
         bias = bias + _by_offset(bias_table, patterns)
     if rel_pos is not None:
