@@ -129,7 +129,7 @@ struct BackwardKernel {
       differentiate(logits, logit_grads, coordinates, p, sequence.first_row, now.head, rows);
       // The scale of all heads waits for the end: small gradients would leave the range of fp16.
       const float head_scale = p.score.head_scale ? static_cast<const float*>(p.score.head_scale)[now.head] : 1.0f;
-      multiply_grads(logit_grads, coordinates, p.score.multiplier, head_scale, task.batch, now.head, rows, keys);
+      multiply_grads(logit_grads, coordinates, p.score, head_scale, task.batch, now.head, rows, keys);
 
       multiply_operand(mma, grad, as_operand_a(convert<Element>(grads)),
                        stage(i).template part<kColumns>(0, task.first_column), columns);
@@ -140,6 +140,7 @@ struct BackwardKernel {
     }
     CUTE_UNROLL
     for (int i = 0; i < size(grad); ++i) grad(i) *= float(p.score.scale);
+    if constexpr (!kOwnsKeys) add_relative_gradient(p, task, mma, grad);
 
     // The gradients leave through the owned tile.
     const auto finish = [&](int index, const auto& result, const TokenTensor& target, int width) {
@@ -150,6 +151,24 @@ struct BackwardKernel {
     };
     finish(0, grad, kOwnsKeys ? p.grad_key : p.grad_query, columns);
     if constexpr (kOwnsKeys) finish(1, grad_value, p.grad_value, value_columns);
+  }
+
+  // What reaches the queries through the relative logits.
+  template <class Grad>
+  static __device__ void add_relative_gradient(const AttentionBackwardCudaParams& p, const Task& task, const Mma& mma,
+                                               Grad& grad) {
+    if (!p.relative_grad_query) return;
+    const Grid& grid = p.score.on_grid.grid;
+    const float* data =
+        p.relative_grad_query + (task.batch * p.heads + task.head) * grid.num_tokens() * p.head_dim;
+    Tensor coordinates = mma.get_slice(threadIdx.x).partition_C(make_identity_tensor(
+        Shape<Int<kTile.owned>, Int<kColumns>>{}));  // (MMA,MMA_M,MMA_N) -> (row,column)
+    CUTE_UNROLL
+    for (int i = 0; i < size(grad); ++i) {
+      const int64_t query = task.tokens.begin + get<0>(coordinates(i)), token = query - grid.num_prefix;
+      const int column = task.first_column + get<1>(coordinates(i));
+      if (query < task.tokens.end && token >= 0 && column < p.head_dim) grad(i) += data[token * p.head_dim + column];
+    }
   }
 };
 

@@ -16,7 +16,7 @@ struct ForwardTile {
 
 // By the padded head dimension. All fit into the 99 KB of consumer GPUs. Not measured on a GPU yet.
 constexpr ForwardTile forward_tile(int dim) {
-  if (dim <= 32) return {.queries = 128, .keys = 128, .warps = 8};  // 24 KB
+  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};   // 16 KB
   if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};   // 32 KB
   if (dim <= 128) return {.queries = 64, .keys = 64, .warps = 4};   // 48 KB
   return {.queries = 64, .keys = 32, .warps = 4};                   // 64 KB
