@@ -15,6 +15,7 @@ import pytest
 import torch
 import vitkernels as vk
 from calls import Call, statistics_dtype
+from devices import DEVICE
 from torch import Tensor
 
 Fill = Callable[[torch.Generator, tuple[int, ...], torch.dtype], Tensor]
@@ -105,7 +106,7 @@ class Input:
             return tuple(sizes[a] if a.isalpha() else int(a) for a in axes)
 
         dtype = self.dtype or (statistics_dtype(dtype) if self.statistics else dtype)
-        tensor = self.fill(generator, shape(self.axes), dtype).to(dtype)
+        tensor = self.fill(generator, shape(self.axes), dtype).to(dtype).to(DEVICE)
         if self.expand:
             tensor = tensor.expand(shape(self.expand))
         return tensor.requires_grad_(self.learns and dtype.is_floating_point)
@@ -121,7 +122,7 @@ class Offsets:
 
     def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
         cuts = torch.randint(sizes[self.tokens] + 1, (sizes[self.count] - 1,), generator=generator)
-        return torch.tensor([0, *sorted(cuts.tolist()), sizes[self.tokens]], dtype=self.dtype)
+        return torch.tensor([0, *sorted(cuts.tolist()), sizes[self.tokens]], dtype=self.dtype, device=DEVICE)
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,14 @@ import test_registration
 import torch
 import vitkernels as vk
 from calls import differentiate
+from devices import DEVICE, DTYPES, FUNCTIONS, ON_GRID, is_taken, raised_alike
 from emulation import needs_emulator
-from error_policy import FLOOR, check_sample
+from error_policy import check_sample
 from layouts import LAYOUTS
 
 pytestmark = needs_emulator
 
-# The functions of the table that have CUDA kernels, and the dtypes that these take.
-HALF = (torch.bfloat16, torch.float16)
-FUNCTIONS = {"merge_attentions": tuple(FLOOR), "attention": HALF}
-EVERY_DTYPE = tuple(name for name, dtypes in FUNCTIONS.items() if dtypes == tuple(FLOOR))
-
-
-# Arguments that these kernels do not take yet.
-ON_GRID = {"bias_table", "multiplier_table", "rel_pos"}
-
-
-def is_taken(sample):
-    return sample.operator in FUNCTIONS and not ON_GRID & sample.arguments.keys()
+EVERY_DTYPE = tuple(name for name, dtypes in FUNCTIONS.items() if dtypes == DTYPES)
 
 
 def chosen(rows, tag=None, functions=tuple(FUNCTIONS)):
@@ -126,11 +116,11 @@ def test_attention_backward_takes_value_dimensions_of_a_tile(cuda_kernels):
 def test_head_map_out_of_range_is_an_absent_kv_head(cuda_kernels):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
-        torch.randn(2, n, heads, 8, generator=generator).bfloat16() for n, heads in ((5, 3), (7, 2), (7, 2))
+        torch.randn(2, n, heads, 8, generator=generator).bfloat16().to(DEVICE) for n, heads in ((5, 3), (7, 2), (7, 2))
     )
     for wrong in (-1, 2, 2**62, -(2**63)):
         data = {name: t.requires_grad_() for name, t in (("query", query), ("key", key), ("value", value))}
-        call = {**data, "head_map": torch.tensor([0, wrong, 1]), "return_lse": True}
+        call = {**data, "head_map": torch.tensor([0, wrong, 1], device=DEVICE), "return_lse": True}
         (out, lse), (grad_query, *others) = differentiate(vk.attention, call)
         assert not out[:, :, 1].any() and (lse[:, :, 1] == -torch.inf).all() and not grad_query[:, :, 1].any()
         assert out[:, :, 0].any() and out[:, :, 2].any() and all(g.isfinite().all() for g in others)
@@ -166,15 +156,9 @@ def test_layout_gate(sample, layout, cuda_kernels):
     test_layout.test_strides_and_padding(sample, torch.bfloat16, layout, sizes=sizes)
 
 
-def raised_alike(row):
-    """A kernel reads the head map, and terms on a grid are refused as such."""
-    given = {name for name, value in row[1].items() if value is not None}
-    return " head_map[" not in row[2] and not given & {*ON_GRID, "num_prefix_tokens"}
-
-
 @pytest.mark.parametrize(
     ("function", "call", "text"),
-    [row for row in test_errors.ERRORS if row[0].__name__ in FUNCTIONS and raised_alike(row)],
+    [row for row in test_errors.ERRORS if raised_alike(*row)],
 )
 def test_errors_gate(function, call, text, cuda_kernels):
     test_errors.test_text(function, call, text)

@@ -2,7 +2,7 @@
 
 import torch
 import vitkernels as vk
-from test_mechanisms import agree, dots, grid, plain, seed, tokens  # noqa: F401  (seed is a fixture)
+from mechanisms import agree, dots, grid, plain, tokens
 
 
 def by_block(x, height, width, size):

@@ -12,7 +12,7 @@ using Backward =
 // Gradients that are all zero where there is nothing to sum.
 class Gradients {
  public:
-  Gradients(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from)
+  Gradients(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from, bool allow_tf32)
       : checker_(checker),
         args_(args),
         is_empty_(from.lse.numel() == 0 || args.key.numel() == 0),
@@ -24,6 +24,7 @@ class Gradients {
         key_(like(args.key)),
         value_(like(args.value)) {
     fill_on_device(args, out_, lse_, params_);
+    params_.allow_tf32 = allow_tf32;
     if (from.grad_lse) grad_lse_ = torch::stable::contiguous(*from.grad_lse);
     params_.grad_lse = grad_lse_ ? static_cast<const float*>(grad_lse_->const_data_ptr()) : nullptr;
     params_.delta = static_cast<float*>(delta_.mutable_data_ptr());
@@ -93,8 +94,8 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
                                  OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
                                  OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
                                  OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
-                                 bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias,
-                                 bool need_multiplier, bool, bool, bool, bool, bool) {
+                                 bool is_causal, bool allow_tf32, bool need_head_scale, bool need_bias,
+                                 bool need_key_bias, bool need_multiplier, bool, bool, bool, bool, bool) {
   const Checker checker("attention_backward");
   const GridArguments on_grid{
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
@@ -105,7 +106,7 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
   const BackwardArguments from{
       grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
   from.check(checker, args);
-  return Gradients(checker, args, from).compute(from.needed);
+  return Gradients(checker, args, from, allow_tf32).compute(from.needed);
 }
 
 }  // namespace

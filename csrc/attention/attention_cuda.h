@@ -25,6 +25,7 @@ struct AttentionCudaParams : AttentionParams {
   DeviceIntegers head_map;                      // [heads], or absent: equal groups
   DeviceIntegers cu_seqlens_q, cu_seqlens_k;    // [batch + 1] of a packed batch, else absent
   int64_t packed_queries = 0, packed_keys = 0;  // tokens of a packed batch
+  bool allow_tf32 = false;                      // operands of float32 products are rounded to TF32
 
   // The kv head that a query head reads, -1 if the map names none that exists.
   VK_HOST_DEVICE int64_t kv_head(int64_t head) const {

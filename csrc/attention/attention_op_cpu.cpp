@@ -1,4 +1,5 @@
-// The operators vitkernels::attention and vitkernels::attention_varlen on the CPU, and their backward operators.
+// The operators vitkernels::attention and vitkernels::attention_varlen on the CPU, and their backward operators. The
+// argument without a name is allow_tf32.
 #include "attention/backward_arguments.h"
 #include "attention/logit_gradients.h"
 #include "cpu/isa.h"
@@ -64,7 +65,7 @@ Forward attention_cpu(const Tensor& query, const Tensor& key, const Tensor& valu
                       OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
                       OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
                       OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
-                      int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
+                      int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal, bool) {
   const GridArguments on_grid{
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
   return run_forward({Checker("attention"),
@@ -82,7 +83,7 @@ Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
                                 OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
                                 OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
                                 OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
-                                bool is_causal, bool need_head_scale, bool need_bias, bool need_key_bias,
+                                bool is_causal, bool, bool need_head_scale, bool need_bias, bool need_key_bias,
                                 bool need_multiplier, bool need_bias_table, bool need_multiplier_table,
                                 bool need_rel_pos_depth, bool need_rel_pos_height, bool need_rel_pos_width) {
   const Checker checker("attention_backward");
@@ -101,7 +102,7 @@ Backward attention_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
 Forward attention_varlen_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                              OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal) {
+                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal, bool) {
   return run_forward({Checker("attention_varlen"),
                       query,
                       key,
@@ -123,7 +124,7 @@ VarlenBackward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTen
                                              const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                              int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                              OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
+                                             OptionalTensor multiplier, OptionalTensor head_map, bool is_causal, bool,
                                              bool need_head_scale, bool need_bias, bool need_key_bias,
                                              bool need_multiplier) {
   const Checker checker("attention_varlen_backward");

@@ -10,7 +10,8 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& query, const Tensor& key
                                           OptionalTensor multiplier, OptionalTensor bias_table,
                                           OptionalTensor multiplier_table, OptionalTensor rel_pos_depth,
                                           OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
-                                          int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal) {
+                                          int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal,
+                                          bool allow_tf32) {
   const Checker checker("attention");
   const GridArguments on_grid{
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
@@ -20,6 +21,7 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& query, const Tensor& key
   Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
   AttentionCudaParams params;
   fill_on_device(args, out, lse, params);
+  params.allow_tf32 = allow_tf32;
   if (lse.numel() > 0) {
     const OnDevice device(query);
     check_cuda(checker, launch_attention(params, device.stream()));

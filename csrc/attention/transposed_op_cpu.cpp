@@ -1,4 +1,5 @@
-// The operators vitkernels::attention_transposed and vitkernels::attention_transposed_backward on the CPU.
+// The operators vitkernels::attention_transposed and vitkernels::attention_transposed_backward on the CPU. The
+// argument without a name is allow_tf32.
 #include "attention/logit_gradients.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/isa.h"
@@ -67,7 +68,7 @@ struct TransposedArguments {
 Tensor attention_transposed_cpu(const Tensor& query, const Tensor& key, const Tensor& value_q, const Tensor& lse,
                                 OptionalTensor query_weight, double scale, OptionalTensor head_scale,
                                 OptionalTensor bias, OptionalTensor key_bias, OptionalTensor multiplier,
-                                OptionalTensor head_map, bool is_causal) {
+                                OptionalTensor head_map, bool is_causal, bool) {
   const TransposedArguments args(Checker("attention_transposed"), query, key, value_q, lse, query_weight,
                                  {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal);
   Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
@@ -109,8 +110,8 @@ Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor&
                                            const Tensor& value_q, const Tensor& lse, OptionalTensor query_weight,
                                            double scale, OptionalTensor head_scale, OptionalTensor bias,
                                            OptionalTensor key_bias, OptionalTensor multiplier, OptionalTensor head_map,
-                                           bool is_causal, bool need_query_weight, bool need_head_scale, bool need_bias,
-                                           bool need_key_bias, bool need_multiplier) {
+                                           bool is_causal, bool, bool need_query_weight, bool need_head_scale,
+                                           bool need_bias, bool need_key_bias, bool need_multiplier) {
   const Checker checker("attention_transposed_backward");
   const TransposedArguments args(checker, query, key, value_q, lse, query_weight,
                                  {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal);

@@ -166,13 +166,12 @@ def attention(
     refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier, bias_table, multiplier_table)
     scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
     on_grid = _on_grid(query, bias_table, multiplier_table, rel_pos)
-    out, lse = _ops.attention(query, key, value, *scores, *on_grid, num_prefix_tokens, head_map, is_causal)
+    allow_tf32 = _ops.allow_tf32(query)
+    out, lse = _ops.attention(query, key, value, *scores, *on_grid, num_prefix_tokens, head_map, is_causal, allow_tf32)
     if additional_keys is not None and additional_values is not None:
-        number, head_scale = scores[0], scores[1]
-        none = (None,) * 3
-        extra = _ops.attention(
-            query, additional_keys, additional_values, number, head_scale, *none, *_NOT_ON_GRID, 0, head_map, False
-        )
+        scale_alone = (*scores[:2], None, None, None)
+        rest = (*_NOT_ON_GRID, 0, head_map, False, allow_tf32)
+        extra = _ops.attention(query, additional_keys, additional_values, *scale_alone, *rest)
         out, lse = merge_attentions([out, extra[0]], [lse, extra[1]])
     return (out, lse) if return_lse else out
 

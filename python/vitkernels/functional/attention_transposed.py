@@ -81,5 +81,6 @@ def attention_transposed(
         _attention_ops.check_floating(op, "query_weight", query_weight)
         query_weight = query_weight.to(statistics_dtype(query.dtype))
     scores = _attention_ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
-    out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, head_map, is_causal)
+    flags = (is_causal, _attention_ops.allow_tf32(query))
+    out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, head_map, *flags)
     return out

@@ -111,5 +111,6 @@ def attention_varlen(
     refuse_forward_mode("attention_varlen", query, key, value, bias, key_bias, multiplier)
     scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, head_map, is_causal)
+    flags = (is_causal, _ops.allow_tf32(query))
+    out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, head_map, *flags)
     return (out, lse) if return_lse else out

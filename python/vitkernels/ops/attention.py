@@ -21,7 +21,7 @@ from vitkernels.ops.registration import (
     without_autograd,
 )
 
-__all__ = ["attention", "attention_varlen", "check_floating", "in_statistics_dtype", "score_arguments"]
+__all__ = ["allow_tf32", "attention", "attention_varlen", "check_floating", "in_statistics_dtype", "score_arguments"]
 
 attention = without_autograd(torch.ops.vitkernels.attention.default)
 attention_varlen = without_autograd(torch.ops.vitkernels.attention_varlen.default)
@@ -44,6 +44,20 @@ def check_floating(op: str, name: str, term: Tensor) -> None:
     """Raise unless ``term`` has a dtype of ours: a boolean mask would be taken for zeros and ones."""
     if term.dtype not in _SCORE_DTYPES:
         raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype")
+
+
+def allow_tf32(query: Tensor) -> bool:
+    """Whether matrix products of ``query`` may round their operands to TF32."""
+    return query.dtype == torch.float32 and _matmul_takes_tf32()
+
+
+# Dynamo cannot trace the call, but compiles anew when its answer changes: a guard of its own covers the setting.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matmul_takes_tf32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # where the precision was set by backend, torch refuses to give it without one
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def score_arguments(

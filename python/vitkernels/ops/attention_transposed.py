@@ -20,7 +20,7 @@ __all__ = ["attention_transposed"]
 attention_transposed = without_autograd(torch.ops.vitkernels.attention_transposed.default)
 _attention_transposed_backward = torch.ops.vitkernels.attention_transposed_backward.default
 
-# The tensors among the arguments (csrc/schema.cpp); a scale follows the fifth, is_causal the last.
+# The tensors among the arguments (csrc/schema.cpp); a scale follows the fifth, two flags the last.
 _ROWS = ("query", "key", "value_q", "lse", "query_weight")
 _SCORE = ("head_scale", "bias", "key_bias", "multiplier", "head_map")
 
@@ -40,24 +40,24 @@ def _fake(*args: Any) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, scale = inputs[:6]
     ctx.save_for_backward(*tensors, *inputs[6:11])
-    ctx.scale, ctx.is_causal = scale, inputs[11]
+    ctx.scale, ctx.flags = scale, inputs[11:13]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 12
+        return (None,) * 13
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad
     needed = [needs[4], *needs[6:10]]
-    grads = _attention_transposed_backward(grad_out, *saved[:5], ctx.scale, *saved[5:], ctx.is_causal, *needed)
+    grads = _attention_transposed_backward(grad_out, *saved[:5], ctx.scale, *saved[5:], *ctx.flags, *needed)
     terms = [grad if need else None for grad, need in zip(grads[4:], needed, strict=True)]
-    return (*grads[:4], terms[0], None, *terms[1:], None, None)
+    return (*grads[:4], terms[0], None, *terms[1:], None, None, None)
 
 
 def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     _check_devices("attention_transposed_backward", args, grad_out=grad_out)
     lse = args[3]
-    terms = zip((args[4], *args[6:10]), args[12:], strict=True)
+    terms = zip((args[4], *args[6:10]), args[13:], strict=True)
     grads = [t.new_empty(t.shape) if need and t is not None else lse.new_empty(0) for t, need in terms]
     return (*(t.new_empty(t.shape) for t in args[:4]), *grads)
 

@@ -1,0 +1,83 @@
+"""Attention in float32 follows PyTorch's setting of what matrix products may round to TF32."""
+
+import pytest
+import torch
+from calls import Recorder, differentiate
+from samples import SAMPLES
+
+OPERATORS = sorted({s.operator for s in SAMPLES} - {"merge_attentions"})
+each_operator = pytest.mark.parametrize("sample", [s for s in SAMPLES if s.id == "plain"], ids=str)
+
+
+@pytest.fixture
+def precision():
+    """Sets the precision; what was set before comes back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def flags(function, call):
+    """``allow_tf32`` of each operator that forward and backward call."""
+    with Recorder() as recorder:
+        differentiate(function, call)
+    return [args[[a.name for a in op._schema.arguments].index("allow_tf32")] for op, args in recorder.calls]
+
+
+def test_every_operator_is_tested():
+    assert sorted(s.operator for s in SAMPLES if s.id == "plain") == OPERATORS
+
+
+@each_operator
+def test_operators_take_the_setting(sample, precision):
+    for setting, allowed in (("highest", False), ("high", True), ("medium", True)):
+        precision(setting)
+        assert flags(sample.function, sample.call(torch.float32, sizes=sample.small())) == [allowed] * 2
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
+            assert flags(sample.function, sample.call(dtype, sizes=sample.small())) == [False] * 2
+
+
+@each_operator
+def test_setting_of_the_backend_counts(sample):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert flags(sample.function, sample.call(torch.float32, sizes=sample.small())) == [True] * 2
+    finally:
+        matmul.fp32_precision = before
+
+
+@each_operator
+def test_compiled_code_follows_the_setting(sample, precision):
+    run = []
+
+    def backend(graph, inputs):
+        allowed = [node.args[-1] for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        return lambda *args: run.append(allowed) or graph(*args)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(sample.function, fullgraph=True, backend=backend)
+    call = sample.call(torch.float32, sizes=sample.small())
+    for setting in ("highest", "high", "highest"):
+        precision(setting)
+        compiled(**call)
+    torch._dynamo.reset()
+    assert run == [[False], [True], [False]]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@each_operator
+def test_exported_code_keeps_the_setting(sample, strict, precision):
+    class Module(torch.nn.Module):
+        def forward(self, inputs):
+            return sample.function(**inputs)
+
+    precision("high")
+    call = sample.call(torch.float32, sizes=sample.small())
+    inputs = {name: a.detach() if isinstance(a, torch.Tensor) else a for name, a in call.items()}
+    program = torch.export.export(Module(), (inputs,), strict=strict)
+    precision("highest")
+    with Recorder() as recorder:
+        program.module()(inputs)
+    assert [args[-1] for _, args in recorder.calls] == [True]
