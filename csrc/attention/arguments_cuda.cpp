@@ -1,18 +1,9 @@
 #include "attention/arguments_cuda.h"
 
+#include <utility>
+
 namespace vitkernels {
 namespace {
-
-void check_not_on_grid(const Checker& checker, const GridArguments& on_grid) {
-  const auto absent = [&](const char* name, const OptionalTensor& term) {
-    checker.check(!term, name, " is given, takes None on a GPU");
-  };
-  absent("bias_table", on_grid.bias_table);
-  absent("multiplier_table", on_grid.multiplier_table);
-  for (const OptionalTensor& term : on_grid.rel_pos) absent("rel_pos", term);
-  checker.check(on_grid.num_prefix_tokens == 0, "num_prefix_tokens is ", on_grid.num_prefix_tokens,
-                ", takes 0 on a GPU");
-}
 
 DeviceIntegers integers(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
 
@@ -21,9 +12,10 @@ DeviceIntegers integers(const Tensor& t) { return {t.const_data_ptr(), t.scalar_
 AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
                                        const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
                                        bool is_causal) {
-  check_not_on_grid(checker, score.on_grid);
-  const AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, std::nullopt,
+  const GridArguments on_grid = std::exchange(score.on_grid, {});
+  AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, std::nullopt,
                                 IntegersOn::kDevice);
+  args.on_grid = GridScore(checker, on_grid, query, key, statistics_type(args.dtype), TablesAs::kGiven);
   checker.check(args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16, "query is ",
                 dtype_text(args.query.scalar_type()), ", takes bfloat16 or float16 on a GPU");
   checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",

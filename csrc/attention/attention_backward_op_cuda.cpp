@@ -1,6 +1,8 @@
 // The operator vitkernels::attention_backward on a GPU.
 #include "attention/arguments_cuda.h"
 #include "attention/backward_arguments.h"
+#include "attention/grid_launches_cuda.h"
+#include "attention/sums_in_parts_cuda.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
@@ -34,11 +36,15 @@ class Gradients {
     params_.grad_value = token_tensor(value_);
   }
 
-  Backward compute(NeededGradients needed) const {
+  Backward compute(NeededGradients needed) {
     std::optional<OnDevice> device;
+    OptionalTensor relative;
+    std::optional<GridGradientsOnDevice> grid_gradients;
     if (!is_empty_) {
       device.emplace(args_.query);
+      relative = launch_relative_logits(checker_, args_, params_, device->stream());
       check_cuda(checker_, launch_attention_backward_delta(params_, device->stream()));
+      grid_gradients.emplace(checker_, args_, needed.on_grid, params_, device->stream());
       check_cuda(checker_, launch_attention_backward_keys(params_, device->stream()));
       check_cuda(checker_, launch_attention_backward_queries(params_, device->stream()));
     }
@@ -46,18 +52,19 @@ class Gradients {
     const auto strides = [](const OptionalTensor& t, int64_t rank) {
       return t ? score_strides(*t, rank, true) : ScoreStrides{};
     };
+    const auto on_grid = grid_gradients ? grid_gradients->compute(params_) : zeros_on_grid(needed.on_grid);
     return {query_,
             key_,
             value_,
-            term(score.head_scale, needed.head_scale, TermFactor::kProduct, {.head = 1}, device),
-            term(score.bias, needed.bias, TermFactor::kOne, strides(score.bias, 4), device),
-            term(score.key_bias, needed.key_bias, TermFactor::kOne, strides(score.key_bias, 3), device),
-            term(score.multiplier, needed.multiplier, TermFactor::kScaledProduct, strides(score.multiplier, 4), device),
-            none(),
-            none(),
-            none(),
-            none(),
-            none()};
+            term(score.head_scale, needed.head_scale, TermFactor::kHeadScale, {.head = 1}, device),
+            term(score.bias, needed.bias, TermFactor::kBias, strides(score.bias, 4), device),
+            term(score.key_bias, needed.key_bias, TermFactor::kBias, strides(score.key_bias, 3), device),
+            term(score.multiplier, needed.multiplier, TermFactor::kMultiplier, strides(score.multiplier, 4), device),
+            on_grid[0],
+            on_grid[1],
+            on_grid[2],
+            on_grid[3],
+            on_grid[4]};
   }
 
  private:
@@ -71,12 +78,21 @@ class Gradients {
   Tensor term(const OptionalTensor& tensor, bool is_needed, TermFactor factor, ScoreStrides strides,
               const std::optional<OnDevice>& device) const {
     if (!tensor || !is_needed) return none();
-    Tensor grad = like(*tensor);
-    if (!is_empty_) {
-      const TermGradient gradient{factor, strides, static_cast<float*>(grad.mutable_data_ptr())};
-      check_cuda(checker_, launch_attention_backward_term(params_, gradient, device->stream()));
-    }
-    return grad;
+    if (is_empty_) return like(*tensor);
+    const SumsInParts sums(*tensor, parts_of_term(params_, strides, tensor->numel()), tensor->numel(),
+                           SumsInParts::Start::kAnything);
+    check_cuda(checker_, launch_attention_backward_term(params_, {factor, strides, sums.sums()}, device->stream()));
+    check_cuda(checker_, sums.add(device->stream()));
+    return sums.gradient();
+  }
+
+  std::array<Tensor, 5> zeros_on_grid(const WantedOnGrid& wanted) const {
+    const GridArguments& from = args_.on_grid.from;
+    const OptionalTensor* given[] = {&from.bias_table, &from.multiplier_table, &from.rel_pos[0], &from.rel_pos[1],
+                                     &from.rel_pos[2]};
+    std::array<Tensor, 5> grads;
+    for (size_t i = 0; i < grads.size(); ++i) grads[i] = *given[i] && wanted[i] ? like(**given[i]) : none();
+    return grads;
   }
 
   const Checker& checker_;
@@ -95,7 +111,9 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
                                  OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
                                  OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
                                  bool is_causal, bool allow_tf32, bool need_head_scale, bool need_bias,
-                                 bool need_key_bias, bool need_multiplier, bool, bool, bool, bool, bool) {
+                                 bool need_key_bias, bool need_multiplier, bool need_bias_table,
+                                 bool need_multiplier_table, bool need_rel_pos_depth, bool need_rel_pos_height,
+                                 bool need_rel_pos_width) {
   const Checker checker("attention_backward");
   const GridArguments on_grid{
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
@@ -104,7 +122,15 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
   checker.check(args.value_dim <= kMaxCudaHeadDim, "value has head dimension ", args.value_dim, ", takes at most ",
                 kMaxCudaHeadDim, " on a GPU");
   const BackwardArguments from{
-      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
+      grad_out,
+      grad_lse,
+      out,
+      lse,
+      {need_head_scale,
+       need_bias,
+       need_key_bias,
+       need_multiplier,
+       {need_bias_table, need_multiplier_table, need_rel_pos_depth, need_rel_pos_height, need_rel_pos_width}}};
   from.check(checker, args);
   return Gradients(checker, args, from, allow_tf32).compute(from.needed);
 }

@@ -119,8 +119,8 @@ cudaError_t launch_relative_logits(const AttentionCudaParams& params, float* log
 cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& params, float* grads,
                                             cudaStream_t stream);
 // From it to `grad_query`, as params.relative_grad_query.
-cudaError_t launch_relative_grad_query(const AttentionBackwardCudaParams& params, const float* grads,
-                                       float* grad_query, cudaStream_t stream);
+cudaError_t launch_relative_grad_query(const AttentionBackwardCudaParams& params, const float* grads, float* grad_query,
+                                       cudaStream_t stream);
 cudaError_t launch_relative_grad_embedding(const AttentionBackwardCudaParams& params,
                                            const EmbeddingGradient& embedding, cudaStream_t stream);
 

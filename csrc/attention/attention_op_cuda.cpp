@@ -1,5 +1,6 @@
 // The operator vitkernels::attention on a GPU.
 #include "attention/arguments_cuda.h"
+#include "attention/grid_launches_cuda.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
@@ -24,6 +25,7 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& query, const Tensor& key
   params.allow_tf32 = allow_tf32;
   if (lse.numel() > 0) {
     const OnDevice device(query);
+    const OptionalTensor relative = launch_relative_logits(checker, args, params, device.stream());
     check_cuda(checker, launch_attention(params, device.stream()));
   }
   return {out, lse};

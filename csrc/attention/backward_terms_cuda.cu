@@ -55,8 +55,8 @@ struct TermKernel {
     const int64_t own_head = owner.take(axes.head.num_owners()), own_batch = owner.rest();
 
     const Tile tile{p, shared};
-    Tensor sums = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));   // (queries,keys)
-    Tensor own_sums = tile.mma.get_slice(threadIdx.x).partition_C(sums);  // (MMA,MMA_M,MMA_N)
+    Tensor sums = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));  // (queries,keys)
+    Tensor own_sums = tile.mma.get_slice(threadIdx.x).partition_C(sums);       // (MMA,MMA_M,MMA_N)
     clear(own_sums);
     const Range served = part_of(axes.num_served(), part, term.sums.count);
     for (int64_t i = served.begin; i < served.end; ++i) {
@@ -71,10 +71,9 @@ struct TermKernel {
       for (int j = 0; j < size(grads); ++j) own_sums(j) += grads(j);
     }
     // Where rows or columns are summed, those that do not exist are zero.
-    const Range rows = axes.query_tile.is_shared ? Range{0, Tile::kQueries}
-                                                 : tile_of(own_queries, Tile::kQueries, p.num_queries());
-    const Range keys =
-        axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, p.num_keys());
+    const Range rows =
+        axes.query_tile.is_shared ? Range{0, Tile::kQueries} : tile_of(own_queries, Tile::kQueries, p.num_queries());
+    const Range keys = axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, p.num_keys());
     __syncthreads();
     finish(term, sums, term.sums.data + part * term.sums.stride, own_batch, own_head, rows, keys);
   }

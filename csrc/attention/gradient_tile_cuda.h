@@ -27,7 +27,7 @@ struct GradientTile {
 
   // In shared memory as float32; the padding keeps rows apart in the banks.
   using FloatLayout = cute::Layout<cute::Shape<cute::Int<kQueries>, cute::Int<kKeys>>,
-                                    cute::Stride<cute::Int<kKeys + 8>, cute::_1>>;  // (queries,keys)
+                                   cute::Stride<cute::Int<kKeys + 8>, cute::_1>>;  // (queries,keys)
   static constexpr int kFloatBytes = kQueries * (kKeys + 8) * sizeof(float);
   static_assert(kFloatBytes <= kSharedBytes, "the gradient takes the place of the chunks");
 
@@ -48,7 +48,9 @@ struct GradientTile {
     return task.kv_head >= 0 && !task.rows.empty() && !intersect(sequence.axis.any_keys(task.rows), task.keys).empty();
   }
 
-  __device__ auto coordinates() const { return coordinates_of<Side::kQueries, kQueries, kKeys>(mma); }  // (queries,keys)
+  __device__ auto coordinates() const {
+    return coordinates_of<Side::kQueries, kQueries, kKeys>(mma);
+  }  // (queries,keys)
   __device__ auto sums() const {
     return cute::partition_fragment_C(mma, cute::Shape<cute::Int<kQueries>, cute::Int<kKeys>>{});  // (MMA,MMA_M,MMA_N)
   }
@@ -61,10 +63,10 @@ struct GradientTile {
     cute::Tensor products = cute::make_fragment_like(probs);  // (MMA,MMA_M,MMA_N)
     cute::copy(probs, products);
 
-    const auto at = coordinates();                        // (queries,keys)
-    cute::Tensor logits = by_rows(probs);                 // (queries,keys)
-    cute::Tensor logit_grads = by_rows(grads);            // (queries,keys)
-    cute::Tensor scaled_products = by_rows(products);     // (queries,keys)
+    const auto at = coordinates();                     // (queries,keys)
+    cute::Tensor logits = by_rows(probs);              // (queries,keys)
+    cute::Tensor logit_grads = by_rows(grads);         // (queries,keys)
+    cute::Tensor scaled_products = by_rows(products);  // (queries,keys)
     const TilePairs pairs{task.batch, task.head, task.rows, task.keys};
     apply_score<kKeys>(logits, at, p.score, task.sequence.axis, task.batch, task.head, task.rows, task.keys);
     differentiate(logits, logit_grads, at, p, task.sequence.first_row, task.head, task.rows);

@@ -17,12 +17,15 @@ struct GridArguments {
 // In the order of the arguments.
 using WantedOnGrid = std::array<bool, 2 + kMaxAxes>;
 
+// How kernels read tables and embeddings: reversed and padded, on the CPU, or contiguous as they were given, on a GPU.
+enum class TablesAs { kReversed, kGiven };
+
 // Owns what GridTerms point to.
 class GridScore {
  public:
   GridScore() = default;
   GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, const Tensor& key,
-            ScalarType statistics);
+            ScalarType statistics, TablesAs tables = TablesAs::kReversed);
 
   void fill(GridTerms& terms) const;
 
@@ -35,8 +38,9 @@ class GridScore {
   void check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const;
 
   Grid grid;
-  OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], reversed
-  std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], reversed
+  SmallGrid small;
+  OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], or as given
+  std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], or as given
 };
 
 // The gradients of these terms, and the memory of their sums.

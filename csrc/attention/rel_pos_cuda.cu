@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(FloatProduct::kThreads)
 __device__ float relative_grad(const GridTerms& terms, const AxisOfTokens& axis, const float* grads, int64_t token,
                                int64_t embedding) {
   const int coordinate = axis.key_coordinate(terms.small, token, embedding);
-  return coordinate < 0 ? 0.0f
-                        : grads[token * terms.relative.width + terms.relative.first[axis.axis] + coordinate];
+  return coordinate < 0 ? 0.0f : grads[token * terms.relative.width + terms.relative.first[axis.axis] + coordinate];
 }
 
 __global__ void __launch_bounds__(FloatProduct::kThreads)

@@ -31,9 +31,7 @@ struct TilePairs {
   }
 
   // Counted from the first token on the grid: negative without a place.
-  __device__ int placed_query(int r, const SmallGrid& grid) const {
-    return int(rows.begin) + row(r) - grid.num_prefix;
-  }
+  __device__ int placed_query(int r, const SmallGrid& grid) const { return int(rows.begin) + row(r) - grid.num_prefix; }
   __device__ int placed_key(int c, const SmallGrid& grid) const {
     return int(keys.begin) + column(c) - grid.num_prefix;
   }
@@ -77,6 +75,33 @@ struct Plus {
   __device__ float operator()(float a, float b) const { return a + b; }
 };
 
+// Combines each element with `data`, rows `stride` apart: two neighbours at once. False, and nothing done, where a tile has
+// no neighbours in a row, or not all keys, or rows that do not begin at multiples of 8 bytes.
+template <class Tile, class Coordinates, class Combine>
+__device__ bool combine_whole_rows(Tile& tile, const Coordinates& coordinates, const float* data, int64_t stride,
+                                   const TilePairs& pairs, Combine combine) {
+  constexpr int kRows = decltype(cute::size<0>(tile))::value, kColumns = decltype(cute::size<1>(tile))::value;
+  if constexpr (kRows > kColumns) {
+    return false;
+  } else {
+    constexpr int kKeys = 4 * kColumns;  // four threads share a row
+    const bool are_neighbours = cute::get<1>(coordinates(0, 1)) == cute::get<1>(coordinates(0, 0)) + 1;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(data) % sizeof(float2) == 0 && stride % 2 == 0;
+    if (!are_neighbours || pairs.keys.end - pairs.keys.begin < kKeys || !is_aligned) return false;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float* row = data + pairs.row(cute::get<0>(coordinates(r, 0))) * stride;
+      CUTE_UNROLL
+      for (int c = 0; c < kColumns; c += 2) {
+        const float2 both = *reinterpret_cast<const float2*>(row + cute::get<1>(coordinates(r, c)));
+        tile(r, c) = combine(tile(r, c), both.x);
+        tile(r, c + 1) = combine(tile(r, c + 1), both.y);
+      }
+    }
+    return true;
+  }
+}
+
 // Combines each element with a term's.
 template <class Tile, class Coordinates, class Combine>
 __device__ void combine_term(Tile& tile, const Coordinates& coordinates, const ScoreTerm& term, TilePairs pairs,
@@ -86,6 +111,7 @@ __device__ void combine_term(Tile& tile, const Coordinates& coordinates, const S
   const float* data = static_cast<const float*>(term.data) +
                       term.strides.offset(pairs.batch, pairs.head, pairs.rows.begin, pairs.keys.begin);
   const bool by_key = term.strides.key != 0;  // with a stride of 1
+  if (by_key && combine_whole_rows(tile, coordinates, data, term.strides.query, pairs, combine)) return;
   for_each_pair(
       tile, coordinates, [&](int r) { return data + pairs.row(r) * term.strides.query; },
       [&](int c) { return by_key ? pairs.column(c) : 0; },
@@ -129,18 +155,18 @@ __device__ void add_relative_logits(Tile& tile, const Coordinates& coordinates, 
     const int token = pairs.placed_key(c, grid);
     return token < 0 ? SmallGrid::Place{{-1}} : grid.place(token);
   };
-  for_each_pair(tile, coordinates, of_query, of_key,
-                [&](int r, int c, const float* row, const SmallGrid::Place& key) {
-                  if (!row || key.at[0] < 0) return;
-                  CUTE_UNROLL
-                  for (int axis = 0; axis < kMaxAxes; ++axis) {
-                    if (terms.rel_pos[axis].data) tile(r, c) += row[logits.first[axis] + key.at[axis]];
-                  }
-                });
+  for_each_pair(tile, coordinates, of_query, of_key, [&](int r, int c, const float* row, const SmallGrid::Place& key) {
+    if (!row || key.at[0] < 0) return;
+    CUTE_UNROLL
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      if (terms.rel_pos[axis].data) tile(r, c) += row[logits.first[axis] + key.at[axis]];
+    }
+  });
 }
 
 template <class Tile, class Coordinates>
-__device__ void multiply_by_terms(Tile& tile, const Coordinates& coordinates, const Score& score, const TilePairs& pairs) {
+__device__ void multiply_by_terms(Tile& tile, const Coordinates& coordinates, const Score& score,
+                                  const TilePairs& pairs) {
   combine_term(tile, coordinates, score.multiplier, pairs, Times{});
   combine_table(tile, coordinates, score.on_grid.small, score.on_grid.multiplier, pairs, Times{});
 }
@@ -165,10 +191,11 @@ __device__ void hide_unseen(Tile& tile, const Coordinates& coordinates, const Ax
     const Range seen = relative_to(intersect(axis.keys(query), pairs.keys), pairs.keys.begin);
     return Columns{int(seen.begin), int(seen.end)};
   };
-  for_each_pair(tile, coordinates, of_query, [](int column) { return column; },
-                [&](int r, int c, const Columns& seen, int column) {
-                  if (column < seen.begin || column >= seen.end) tile(r, c) = -std::numeric_limits<float>::infinity();
-                });
+  for_each_pair(
+      tile, coordinates, of_query, [](int column) { return column; },
+      [&](int r, int c, const Columns& seen, int column) {
+        if (column < seen.begin || column >= seen.end) tile(r, c) = -std::numeric_limits<float>::infinity();
+      });
 }
 
 // `products` (queries,keys) of the queries from `rows.begin` on with the keys from `keys.begin` on become logits.
