@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(GradientTile<Element>::kThreads)
 }  // namespace
 
 int64_t parts_of_table(const AttentionBackwardCudaParams& p) {
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     return parts_for(p.heads, typename TableKernel<Element>::Tiles(p).count(),
                      p.heads * p.score.on_grid.grid.num_entries());
   });
@@ -160,7 +160,7 @@ int64_t parts_of_table(const AttentionBackwardCudaParams& p) {
 
 cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& p, const TableGradient& table,
                                             cudaStream_t stream) {
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     using Tile = GradientTile<Element>;
     return launch_tasks(attention_backward_table<Element>, p.heads * table.sums.count, Tile::kThreads,
                         Tile::kSharedBytes, stream, p, table);
@@ -168,7 +168,7 @@ cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& p
 }
 
 cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& p, float* grads, cudaStream_t stream) {
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     using Tile = GradientTile<Element>;
     const int64_t tasks = RelativeLogitsKernel<Element>::query_tiles(p) * p.heads * p.batch;
     return launch_tasks(relative_logits_backward<Element>, tasks, Tile::kThreads, Tile::kSharedBytes, stream, p, grads);

@@ -1,5 +1,5 @@
-// Gradients of the score terms on a GPU: biases, multiplier and scale of a head, each in its own broadcast shape, the
-// same bits in every run.
+// Gradients of the score terms on a GPU: biases and multiplier, each in its own broadcast shape, the same bits in every
+// run.
 //
 // A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it computes a tile of
 // the logits' gradient again and adds it to sums in shared memory, in order; at the end it adds the rows or columns of
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(GradientTile<Element>::kThreads)
 }  // namespace
 
 int64_t parts_of_term(const AttentionBackwardCudaParams& p, const ScoreStrides& strides, int64_t elements) {
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     const typename TermKernel<Element>::Axes axes(p, strides);
     return parts_for(axes.num_owners(), axes.num_served(), elements);
   });
@@ -116,7 +116,7 @@ int64_t parts_of_term(const AttentionBackwardCudaParams& p, const ScoreStrides& 
 
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& p, const TermGradient& term,
                                            cudaStream_t stream) {
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     const typename TermKernel<Element>::Axes axes(p, term.strides);
     using Tile = GradientTile<Element>;
     return launch_tasks(attention_backward_term<Element>, axes.num_owners() * term.sums.count, Tile::kThreads,

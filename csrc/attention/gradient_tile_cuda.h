@@ -69,13 +69,14 @@ struct GradientTile {
     cute::Tensor scaled_products = by_rows(products);  // (queries,keys)
     const TilePairs pairs{task.batch, task.head, task.rows, task.keys};
     apply_score<kKeys>(logits, at, p.score, task.sequence.axis, task.batch, task.head, task.rows, task.keys);
-    differentiate(logits, logit_grads, at, p, task.sequence.first_row, task.head, task.rows);
+    differentiate<true>(logits, logit_grads, at, p, task.sequence, task.batch, task.head, task.rows);
     if (factor == TermFactor::kBias) return grads;
-    const float scale = factor == TermFactor::kHeadScale ? float(p.score.scale) : p.score.scale_of<float>(task.head);
+    const float scale = p.score.scale_of<float>(task.head);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(grads); ++i) grads(i) *= products(i) * scale;
-    if (factor != TermFactor::kMultiplier) combine_term(logit_grads, at, p.score.multiplier, pairs, Times{});
-    if (factor != TermFactor::kMultiplierTable) {
+    if (factor == TermFactor::kMultiplierTable) {
+      combine_term(logit_grads, at, p.score.multiplier, pairs, Times{});
+    } else {
       combine_table(logit_grads, at, p.score.on_grid.small, p.score.on_grid.multiplier, pairs, Times{});
     }
     return grads;
@@ -96,7 +97,7 @@ struct GradientTile {
   }
 
  private:
-  // products = Q K^T, grads = dO V^T.
+  // products = the queries' with the keys, grads = the product of both sides' values.
   template <class Products, class Grads>
   __device__ void multiply(const TileTask& task, Products& products, Grads& grads) const {
     const int chunks_of_products = ceil_div(int(p.head_dim), kDepth);
@@ -112,14 +113,14 @@ struct GradientTile {
       return i < chunks_of_products ? int(p.head_dim) - i * kDepth
                                     : int(p.value_dim) - (i - chunks_of_products) * kDepth;
     };
+    const int64_t value_head = p.key_value_has_query_heads ? task.head : task.kv_head;
     const auto start = [&](int i) {
       const bool is_product = i < chunks_of_products;
       const int first = (is_product ? i : i - chunks_of_products) * kDepth, columns = min(depth(i), kDepth);
-      const Sequence& sequence = task.sequence;
-      start_tile<Copy>(queries(i), is_product ? p.query : p.grad_out, task.batch, task.head,
-                       sequence.query_tokens(task.rows), first, columns);
-      start_tile<Copy>(keys(i), is_product ? p.key : p.value, task.batch, task.kv_head, sequence.key_tokens(task.keys),
-                       first, columns);
+      start_tile<Copy>(queries(i), is_product ? p.query : p.query_value, task.batch, task.head,
+                       task.sequence.query_tokens(task.rows), first, columns);
+      start_tile<Copy>(keys(i), is_product ? p.key : p.key_value, task.batch, is_product ? task.kv_head : value_head,
+                       task.sequence.key_tokens(task.keys), first, columns);
       commit_copies();
     };
     clear(products);

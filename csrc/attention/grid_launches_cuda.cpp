@@ -1,7 +1,6 @@
 #include "attention/grid_launches_cuda.h"
 
 #include "attention/sums_in_parts_cuda.h"
-#include "cuda/device.h"
 
 namespace vitkernels {
 
@@ -25,18 +24,18 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
   return logits;
 }
 
-GridGradientsOnDevice::GridGradientsOnDevice(const Checker& checker, const AttentionArguments& args,
-                                             const WantedOnGrid& wanted, AttentionBackwardCudaParams& params,
-                                             cudaStream_t stream)
-    : checker_(checker), args_(args), wanted_(wanted), stream_(stream) {
+GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
+                                             const WantedOnGrid& wanted, AttentionBackwardCudaParams& params)
+    : launches_(launches), args_(args), wanted_(wanted) {
   const GridTerms& terms = params.score.on_grid;
-  if (!terms.has_rel_pos()) return;
+  if (!terms.has_rel_pos() || launches.is_empty()) return;
   relative_grads_ = zeros_as(args.query, {args.batch, terms.relative.batch_stride}, ScalarType::Float);
-  relative_grad_query_ = floats({args.batch, args.heads, terms.grid.num_tokens(), args.head_dim});
+  relative_grad_query_ =
+      empty_as(args.query, {args.batch, args.heads, terms.grid.num_tokens(), args.head_dim}, ScalarType::Float);
   float* grads = static_cast<float*>(relative_grads_->mutable_data_ptr());
   float* grad_query = static_cast<float*>(relative_grad_query_->mutable_data_ptr());
-  check_cuda(checker, launch_relative_logits_backward(params, grads, stream));
-  check_cuda(checker, launch_relative_grad_query(params, grads, grad_query, stream));
+  launches.check(launch_relative_logits_backward(params, grads, launches.stream()));
+  launches.check(launch_relative_grad_query(params, grads, grad_query, launches.stream()));
   params.relative_grad_query = grad_query;
 }
 
@@ -49,27 +48,25 @@ std::array<Tensor, 2 + kMaxAxes> GridGradientsOnDevice::compute(const AttentionB
 
 Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, int index, const OptionalTensor& given,
                                     TermFactor factor) const {
-  if (!given || !wanted_[index]) return floats({0});
+  if (!given || !wanted_[index]) return launches_.none();
+  if (launches_.is_empty()) return launches_.gradient_of(*given);
   const SumsInParts sums(*given, parts_of_table(params), args_.heads * params.score.on_grid.grid.num_entries(),
                          Start::kZero);
-  check_cuda(checker_, launch_attention_backward_table(params, {factor, sums.sums()}, stream_));
-  check_cuda(checker_, sums.add(stream_));
+  launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));
+  launches_.check(sums.add(launches_.stream()));
   return sums.gradient();
 }
 
 Tensor GridGradientsOnDevice::embedding(const AttentionBackwardCudaParams& params, int axis) const {
   const OptionalTensor& given = args_.on_grid.from.rel_pos[axis];
-  if (!given || !wanted_[2 + axis]) return floats({0});
+  if (!given || !wanted_[2 + axis]) return launches_.none();
+  if (launches_.is_empty()) return launches_.gradient_of(*given);
   const SumsInParts sums(*given, parts_of_embedding(params, axis),
                          args_.heads * params.score.on_grid.grid.num_offsets(axis) * args_.head_dim, Start::kAnything);
   const float* grads = static_cast<const float*>(relative_grads_->const_data_ptr());
-  check_cuda(checker_, launch_relative_grad_embedding(params, {axis, grads, sums.sums()}, stream_));
-  check_cuda(checker_, sums.add(stream_));
+  launches_.check(launch_relative_grad_embedding(params, {axis, grads, sums.sums()}, launches_.stream()));
+  launches_.check(sums.add(launches_.stream()));
   return sums.gradient();
-}
-
-Tensor GridGradientsOnDevice::floats(const std::vector<int64_t>& sizes) const {
-  return empty_as(args_.query, sizes, ScalarType::Float);
 }
 
 }  // namespace vitkernels

@@ -1,8 +1,7 @@
 // The terms by place on a grid on a GPU: the kernels that an operator launches for them, with the memory that these need.
 #pragma once
 
-#include "attention/arguments_cuda.h"
-#include "attention/backward_arguments.h"
+#include "attention/backward_launches_cuda.h"
 
 namespace vitkernels {
 
@@ -10,12 +9,12 @@ namespace vitkernels {
 OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArguments& args,
                                       AttentionCudaParams& params, cudaStream_t stream);
 
-// The gradients of these terms. `delta` must be there.
+// The gradients of these terms. The other backward kernels' `delta` must be there.
 class GridGradientsOnDevice {
  public:
   // Tells `params` of what reaches the queries.
-  GridGradientsOnDevice(const Checker& checker, const AttentionArguments& args, const WantedOnGrid& wanted,
-                        AttentionBackwardCudaParams& params, cudaStream_t stream);
+  GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args, const WantedOnGrid& wanted,
+                        AttentionBackwardCudaParams& params);
 
   // In the order of the arguments; empty where not wanted.
   std::array<Tensor, 2 + kMaxAxes> compute(const AttentionBackwardCudaParams& params) const;
@@ -24,12 +23,10 @@ class GridGradientsOnDevice {
   Tensor table(const AttentionBackwardCudaParams& params, int index, const OptionalTensor& given,
                TermFactor factor) const;
   Tensor embedding(const AttentionBackwardCudaParams& params, int axis) const;
-  Tensor floats(const std::vector<int64_t>& sizes) const;
 
-  const Checker& checker_;
+  const BackwardLaunches& launches_;
   const AttentionArguments& args_;
   WantedOnGrid wanted_;
-  cudaStream_t stream_;
   OptionalTensor relative_grads_, relative_grad_query_;
 };
 

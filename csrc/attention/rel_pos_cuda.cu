@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(FloatProduct::kThreads)
 }  // namespace
 
 cudaError_t launch_relative_logits(const AttentionCudaParams& p, float* logits, cudaStream_t stream) {
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     return launch_tasks(relative_logits<Element>, num_query_tiles(p), FloatProduct::kThreads, 0, stream, p, logits);
   });
 }
@@ -215,7 +215,7 @@ int64_t parts_of_embedding(const AttentionBackwardCudaParams& p, int axis) {
 cudaError_t launch_relative_grad_embedding(const AttentionBackwardCudaParams& p, const EmbeddingGradient& gradient,
                                            cudaStream_t stream) {
   const int64_t tasks = EmbeddingWork(p, gradient.axis).num_owners(p) * gradient.sums.count;
-  return dispatch_element(p, [&]<class Element>(Element) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
     return launch_tasks(relative_grad_embedding<Element>, tasks, FloatProduct::kThreads, 0, stream, p, gradient);
   });
 }

@@ -30,15 +30,15 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
 
 // Calls f(element).
 template <class Function>
-auto dispatch_element(const AttentionParams& p, Function&& f) {
-  return p.dtype == DType::kBFloat16 ? f(cutlass::bfloat16_t{}) : f(cutlass::half_t{});
+auto dispatch_element(DType dtype, Function&& f) {
+  return dtype == DType::kBFloat16 ? f(cutlass::bfloat16_t{}) : f(cutlass::half_t{});
 }
 
 // Calls f(element, padded head dimension).
 template <class Function>
-cudaError_t dispatch_tile(const AttentionParams& p, Function&& f) {
+auto dispatch_tile(const AttentionParams& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
-  return dispatch_element(p, [&](auto element) {
+  return dispatch_element(p.dtype, [&](auto element) {
     if (dim <= 32) return f(element, cute::Int<32>{});
     if (dim <= 64) return f(element, cute::Int<64>{});
     if (dim <= 128) return f(element, cute::Int<128>{});
