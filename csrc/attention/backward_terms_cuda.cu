@@ -32,11 +32,15 @@ struct TermKernel {
   struct Axes {
     TermAxis batch, head, query_tile, key_tile;
 
-    VK_HOST_DEVICE Axes(const AttentionParams& p, const ScoreStrides& strides)
+    // An element has an owner even where no entry of a packed batch is so long.
+    VK_HOST_DEVICE Axes(const AttentionCudaParams& p, const ScoreStrides& strides)
         : batch{p.batch, strides.batch == 0},
           head{p.heads, strides.head == 0},
-          query_tile{ceil_div<int64_t>(p.num_queries(), Tile::kQueries), strides.query == 0},
-          key_tile{ceil_div<int64_t>(p.num_keys(), Tile::kKeys), strides.key == 0} {}
+          query_tile{
+              strides.query == 0 ? p.query_tiles(Tile::kQueries) : ceil_div<int64_t>(p.num_queries(), Tile::kQueries),
+              strides.query == 0},
+          key_tile{strides.key == 0 ? p.key_tiles(Tile::kKeys) : ceil_div<int64_t>(p.num_keys(), Tile::kKeys),
+                   strides.key == 0} {}
 
     VK_HOST_DEVICE int64_t num_owners() const {
       return batch.num_owners() * head.num_owners() * query_tile.num_owners() * key_tile.num_owners();

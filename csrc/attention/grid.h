@@ -1,7 +1,8 @@
 // Where tokens lie on a grid, and tables by the offset between two of them. Host and device, no torch.
 //
 // A table has an entry for every offset of a query from a key: (2 n0 - 1, 2 n1 - 1, 2 n2 - 1), and the pair of query i
-// and key j is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the entries in reverse order, where keys that follow one another on the last axis have entries that do.
+// and key j is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the entries in reverse order,
+// where keys that follow one another on the last axis have entries that do.
 #pragma once
 
 #include "attention/pattern.h"
