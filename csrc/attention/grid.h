@@ -105,6 +105,11 @@ struct SmallGrid {
     const int row = width.divide(token), depth = height.divide(row);
     return {{depth, row - depth * size[1], token - row * size[2]}};
   }
+  // For an axis that is not known when a kernel is compiled: an array would lie in memory.
+  VK_HOST_DEVICE int coordinate(int axis, int token) const {
+    const Place p = place(token);
+    return axis == 0 ? p.at[0] : axis == 1 ? p.at[1] : p.at[2];
+  }
   VK_HOST_DEVICE int num_offsets(int axis) const { return 2 * size[axis] - 1; }
   VK_HOST_DEVICE int entry(const Place& p) const {
     return (p.at[0] * num_offsets(1) + p.at[1]) * num_offsets(2) + p.at[2];

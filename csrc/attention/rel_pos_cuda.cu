@@ -34,7 +34,7 @@ struct AxisOfTokens {
   // The key's coordinate, for the pair of a token and an embedding; -1 if there is none.
   __device__ int key_coordinate(const SmallGrid& grid, int64_t token, int64_t embedding) const {
     if (token >= tokens.end || embedding >= 2 * size - 1) return -1;
-    const int coordinate = grid.place(int(token)).at[axis] + size - 1 - int(embedding);
+    const int coordinate = grid.coordinate(axis, int(token)) + size - 1 - int(embedding);
     return coordinate < size ? coordinate : -1;
   }
 };
@@ -64,7 +64,7 @@ __device__ const Element* query_of(const AttentionParams& p, int64_t batch, int6
 }
 
 template <class Element>
-__global__ void __launch_bounds__(FloatProduct::kThreads)
+__global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
     relative_logits(const __grid_constant__ AttentionCudaParams p, float* logits) {
   __shared__ FloatProduct::Shared shared;
   const GridTerms& terms = p.score.on_grid;
@@ -106,7 +106,7 @@ __device__ float relative_grad(const GridTerms& terms, const AxisOfTokens& axis,
   return coordinate < 0 ? 0.0f : grads[token * terms.relative.width + terms.relative.first[axis.axis] + coordinate];
 }
 
-__global__ void __launch_bounds__(FloatProduct::kThreads)
+__global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
     relative_grad_query(const __grid_constant__ AttentionBackwardCudaParams p, const float* all_grads,
                         float* grad_query) {
   __shared__ FloatProduct::Shared shared;
@@ -155,7 +155,7 @@ struct EmbeddingWork {
 };
 
 template <class Element>
-__global__ void __launch_bounds__(FloatProduct::kThreads)
+__global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
     relative_grad_embedding(const __grid_constant__ AttentionBackwardCudaParams p,
                             const __grid_constant__ EmbeddingGradient gradient) {
   __shared__ FloatProduct::Shared shared;

@@ -146,22 +146,23 @@ __device__ void add_relative_logits(Tile& tile, const Coordinates& coordinates, 
   if (!logits.data) return;
   pairs = pairs.here();
   const SmallGrid& grid = terms.small;
-  const float* data = logits.data + pairs.batch * logits.batch_stride + pairs.head * logits.head_stride;
-  const auto of_query = [&](int r) -> const float* {
-    const int token = pairs.placed_query(r, grid);
-    return token < 0 ? nullptr : data + int64_t(token) * logits.width;
-  };
-  const auto of_key = [&](int c) {
-    const int token = pairs.placed_key(c, grid);
-    return token < 0 ? SmallGrid::Place{{-1}} : grid.place(token);
-  };
-  for_each_pair(tile, coordinates, of_query, of_key, [&](int r, int c, const float* row, const SmallGrid::Place& key) {
-    if (!row || key.at[0] < 0) return;
-    CUTE_UNROLL
-    for (int axis = 0; axis < kMaxAxes; ++axis) {
-      if (terms.rel_pos[axis].data) tile(r, c) += row[logits.first[axis] + key.at[axis]];
-    }
-  });
+  CUTE_UNROLL
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    if (!terms.rel_pos[axis].data) continue;
+    const float* data =
+        logits.data + pairs.batch * logits.batch_stride + pairs.head * logits.head_stride + logits.first[axis];
+    const auto of_query = [&](int r) -> const float* {
+      const int token = pairs.placed_query(r, grid);
+      return token < 0 ? nullptr : data + int64_t(token) * logits.width;
+    };
+    const auto of_key = [&](int c) {
+      const int token = pairs.placed_key(c, grid);
+      return token < 0 ? -1 : grid.coordinate(axis, token);
+    };
+    for_each_pair(tile, coordinates, of_query, of_key, [&](int r, int c, const float* row, int key) {
+      if (row && key >= 0) tile(r, c) += row[key];
+    });
+  }
 }
 
 template <class Tile, class Coordinates>

@@ -9,6 +9,7 @@ namespace vitkernels::cuda {
 struct FloatProduct {
   static constexpr int kRows = 64, kColumns = 64, kDepth = 16, kThreads = 128;
   static constexpr int kRowsOfThread = 8, kColumnsOfThread = 4;
+  static constexpr int kBlocks = 3;  // of a multiprocessor; left to itself the compiler aims at 4, and spills
 
   struct Shared {
     alignas(16) float a[kDepth][kRows + 4], b[kDepth][kColumns + 4];
