@@ -20,13 +20,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 # The functions of the sample table that have CUDA kernels, and the dtypes that these take.
 FUNCTIONS = {"merge_attentions": DTYPES, "attention": HALF, "attention_varlen": HALF, "attention_transposed": HALF}
-# Arguments that these kernels do not take yet.
-ON_GRID = {"bias_table", "multiplier_table", "rel_pos"}
 
 
 def is_taken(sample: Any) -> bool:
     """Whether CUDA kernels compute a sample in some dtype, forward and backward."""
-    return sample.operator in FUNCTIONS and not ON_GRID & sample.arguments.keys()
+    return sample.operator in FUNCTIONS
 
 
 def why_not(sample: Any, dtype: torch.dtype | None = None) -> str | None:
@@ -56,4 +54,4 @@ def raised_alike(function: Any, call: Mapping[str, Any]) -> bool:
     given = {name for name, value in call.items() if value is not None}
     if {"value_q", "lse"} <= given and torch.float32 not in FUNCTIONS["attention_transposed"]:
         return False  # these calls are float32, which is refused first
-    return function.__name__ in FUNCTIONS and not given & {*ON_GRID, "num_prefix_tokens"}
+    return function.__name__ in FUNCTIONS

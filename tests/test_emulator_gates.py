@@ -15,7 +15,7 @@ import test_registration
 import torch
 import vitkernels as vk
 from calls import differentiate
-from devices import DEVICE, DTYPES, FUNCTIONS, ON_GRID, is_taken, raised_alike
+from devices import DEVICE, DTYPES, FUNCTIONS, is_taken, raised_alike
 from emulation import needs_emulator
 from error_policy import check_sample
 from layouts import LAYOUTS
@@ -118,12 +118,10 @@ def test_attention_takes_half_precision(dtype, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
-@pytest.mark.parametrize("name", sorted(ON_GRID))
-def test_attention_takes_no_terms_on_a_grid(name, cuda_kernels):
-    q = torch.zeros(1, 12, 1, 8, dtype=torch.bfloat16)
-    term = {"rel_pos": [torch.zeros(23, 8)]}.get(name, torch.zeros(1, 23))
-    with pytest.raises(RuntimeError, match=f"attention: {name} is given, takes None on a GPU"):
-        vk.attention(q, q, q, **{name: term})
+def test_attention_takes_grids_of_32_bits(cuda_kernels):
+    q = torch.zeros(0, 2**30 + 1, 1, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="attention: query has 1073741825 tokens on a grid with offsets beyond 32"):
+        vk.attention(q, q, q, bias_table=torch.zeros(1, 1).expand(1, 2**31 + 1))
     assert not cuda_kernels.launches()
 
 
