@@ -48,6 +48,7 @@ class Shape:
 
 def _inputs(shape: Shape) -> Callable[[torch.dtype, torch.device], Inputs]:
     def make(dtype: torch.dtype, device: torch.device) -> Inputs:
+        _import("timm")  # without it there is nothing to compare with
         generator = torch.Generator(device).manual_seed(0)
 
         def randn(*size: int) -> Tensor:
@@ -80,7 +81,6 @@ class _Given(nn.Module):
 
 
 def _timm(shape: Shape, inputs: Inputs, masked: float = -torch.inf) -> Implementation:
-    _import("timm")
     swin = importlib.import_module("timm.models.swin_transformer")
     size, x = (shape.side, shape.side), inputs["x"]
     block = swin.SwinTransformerBlock(
