@@ -89,11 +89,11 @@ class Backward {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
     const int64_t first = sequence.first_query + rows.begin;
-    const TensorRows<S> queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
-    const TensorRows<S> out_gradient{p.grad_out.at<const S>(batch, first, head), p.grad_out.token_stride};
+    const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
+    const EvenRows out_gradient{p.grad_out.at<const S>(batch, first, head), p.grad_out.token_stride};
     if (p.score.on_grid.any()) {
       grid_row.start_block(head, rows, tile);
-      grid_row.start_rows(queries.data, queries.stride, rows, tile);
+      grid_row.start_rows(queries, rows, tile);
     }
     const T scale = p.score.scale_of<T>(head);
     key_tile.add({queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, p.grad_query_parts)},

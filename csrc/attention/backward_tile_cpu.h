@@ -10,7 +10,8 @@
 
 namespace vitkernels::VK_ISA {
 
-template <class S>
+// Keys, values, queries and gradients of outputs are read through `Source` (cpu/rows.h).
+template <class S, class Source = EvenRows<S>>
 class BackwardTile {
   using T = Compute<S>;
   using E = Operand<S>;
@@ -20,16 +21,16 @@ class BackwardTile {
       : head_dim(head_dim), value_dim(value_dim), most_keys(most_keys), scratch(scratch) {}
 
   // Sets their gradients to zero.
-  void pack(TensorRows<S> keys, TensorRows<S> values, int64_t count) {
-    key_tile.pack(keys.data, keys.stride, count);
-    pack_transposed(values.data, values.stride, count, value_dim, value_panels);
-    pack_groups(keys.data, keys.stride, count, head_dim, key_groups, query_width);
+  void pack(Source keys, Source values, int64_t count) {
+    key_tile.pack(keys, count);
+    pack_transposed(values, count, value_dim, value_panels);
+    pack_groups(keys, count, head_dim, key_groups, query_width);
     std::fill_n(key_gradient, count * query_width, T(0));
     std::fill_n(value_gradient, count * value_width, T(0));
   }
 
   struct Rows {
-    TensorRows<S> queries, out_gradient;
+    Source queries, out_gradient;
     int64_t count;
     T* query_gradient;  // [count, query_width], without the scale: dS K is added
   };
@@ -43,10 +44,9 @@ class BackwardTile {
     const int64_t depth = padded_depth<E>(count), key_depth = padded_depth<E>(columns);
     const int64_t value_depth = padded_depth<E>(value_dim);
 
-    pack_queries(rows.queries.data, rows.queries.stride, count, head_dim, scale, queries, operand_width);  // [count, d]
-    pack_operands(rows.out_gradient.data, rows.out_gradient.stride, count, value_dim, out_gradient,
-                  out_gradient_width);                                                // [count, dv]
-    key_tile.multiply(queries, count, {first_key, seen.end}, logits, logits_stride);  // [count, columns]
+    pack_queries(rows.queries, count, head_dim, scale, queries, operand_width);            // [count, d]
+    pack_operands(rows.out_gradient, count, value_dim, out_gradient, out_gradient_width);  // [count, dv]
+    key_tile.multiply(queries, count, {first_key, seen.end}, logits, logits_stride);       // [count, columns]
     matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
                      {value_panels + first_key * value_depth, panel_stride, value_depth * kPanel<E>}, count,
                      round_up(columns, kWidth<T>), value_depth, gradients, logits_stride);  // [count, columns]
@@ -95,8 +95,8 @@ class BackwardTile {
         narrow_groups(first, second, columns, scale, gradients + r * logits_stride);
         narrow_groups(row_of(logits, r), row_of(logits, r + 1), columns, T(1), logits + r * logits_stride);
       }
-      pack_groups(rows.queries.data, rows.queries.stride, count, head_dim, query_pairs, query_width);
-      pack_groups(rows.out_gradient.data, rows.out_gradient.stride, count, value_dim, out_gradient_pairs, value_width);
+      pack_groups(rows.queries, count, head_dim, query_pairs, query_width);
+      pack_groups(rows.out_gradient, count, value_dim, out_gradient_pairs, value_width);
       return {reinterpret_cast<E*>(logits), reinterpret_cast<E*>(gradients), gradient_rows, out_gradient_pairs,
               query_pairs};
     }

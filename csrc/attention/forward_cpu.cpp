@@ -86,9 +86,8 @@ class Forward {
   void group_of_rows(Range block, Range rows, Range tile_keys) {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
-    const TensorRows<S> queries{p.query.at<const S>(batch, sequence.first_query + rows.begin, head),
-                                p.query.token_stride};
-    if (p.score.on_grid.any()) grid_row.start_rows(queries.data, queries.stride, rows, tile_keys);
+    const EvenRows queries{p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride};
+    if (p.score.on_grid.any()) grid_row.start_rows(queries, rows, tile_keys);
     const int64_t first_row = rows.begin - block.begin;
     key_tile.add(
         {queries, rows.end - rows.begin, sums + first_row * value_width, states + first_row, keys.count == 1},
@@ -107,13 +106,12 @@ class Forward {
   }
 
   void finish(Range rows) {
-    T* lse = static_cast<T*>(p.lse);
-    for (int64_t query = rows.begin; query < rows.end; ++query) {
-      const RowState<T>& state = states[query - rows.begin];
-      key_tile.finish(state, sums + (query - rows.begin) * value_width,
-                      p.out.at<S>(batch, sequence.first_query + query, head));
-      lse[(sequence.first_row + query) * p.heads + head] = state.lse();
-    }
+    const int64_t count = rows.end - rows.begin;
+    finish_rows(states, count, results);
+    key_tile.finish(results, sums, count, p.out.at<S>(batch, sequence.first_query + rows.begin, head),
+                    p.out.token_stride);
+    T* lse = static_cast<T*>(p.lse) + (sequence.first_row + rows.begin) * p.heads + head;
+    for (int64_t r = 0; r < count; ++r) lse[r * p.heads] = results[r].lse;
   }
 
   const AttentionParams& p;
@@ -125,7 +123,8 @@ class Forward {
   ForwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t value_width = key_tile.value_width;
   T* sums = scratch.take<T>(most_queries * value_width);
-  RowState<T>* states = scratch.take<RowState<T>>(most_queries);
+  RowState<T>* states = scratch.take<RowState<T>>(round_up(most_queries, kWidth<T>));
+  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(most_queries, kWidth<T>));
   GridRow<T> grid_row{p.score, {p.head_dim, most_queries, kRowGroup<E>, most_keys, false}, scratch};
 
   int64_t batch = 0, head = 0;

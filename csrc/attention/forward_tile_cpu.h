@@ -10,16 +10,8 @@
 
 namespace vitkernels::VK_ISA {
 
-// Rows of a tensor, `stride` elements apart.
-template <class S>
-struct TensorRows {
-  const S* data;
-  int64_t stride;
-
-  TensorRows from(int64_t row) const { return {data + row * stride, stride}; }
-};
-
-template <class S>
+// Keys, values and queries are read through `Source` (cpu/rows.h).
+template <class S, class Source = EvenRows<S>>
 class ForwardTile {
   using T = Compute<S>;
   using E = Operand<S>;
@@ -38,14 +30,14 @@ class ForwardTile {
                  head_dim, query_width},
         values(scratch.take<E>(most_keys * value_width)) {}
 
-  void pack(TensorRows<S> keys, TensorRows<S> value_rows, int64_t count) {
-    key_tile.pack(keys.data, keys.stride, count);
-    pack_groups(value_rows.data, value_rows.stride, count, value_dim, values, value_width);
+  void pack(Source keys, Source value_rows, int64_t count) {
+    key_tile.pack(keys, count);
+    pack_groups(value_rows, count, value_dim, values, value_width);
   }
 
   // What rows of queries have come to. Sums are zero at first, unless this tile is all that they see.
   struct Rows {
-    TensorRows<S> queries;
+    Source queries;
     int64_t count;
     T* sums;              // [count, value_width]
     RowState<T>* states;  // [count]
@@ -60,7 +52,7 @@ class ForwardTile {
                      ApplyTerms&& apply_terms) {
     const int64_t count = rows.count, first = seen.begin / kPanel<E> * kPanel<E>, columns = seen.end - first;
     const T left_scale = kFoldsScale<E> ? T(1) : scale;
-    pack_queries(rows.queries.data, rows.queries.stride, count, head_dim, scale, queries, query_width);  // [count, d]
+    pack_queries(rows.queries, count, head_dim, scale, queries, query_width);     // [count, d]
     key_tile.multiply(queries, count, {first, seen.end}, logits, logits_stride);  // [count, columns]
 
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
@@ -89,11 +81,12 @@ class ForwardTile {
     }
   }
 
-  // The output of one row, from its sums.
-  void finish(const RowState<T>& state, T* sums, S* out) const {
-    if (state.sum == T(0)) clear(sums, {0, value_width});  // saw no key: zero, whatever the row holds
-    const T factor = state.sum == T(0) ? T(0) : T(1) / state.sum;
-    unpack_rows<T>(sums, value_width, 1, value_dim, factor, out, 0);
+  // The outputs of rows, `out_stride` apart, from their sums.
+  void finish(const RowResult<T>* results, T* sums, int64_t count, S* out, int64_t out_stride) const {
+    for (int64_t r = 0; r < count; ++r, sums += value_width, out += out_stride) {
+      if (results[r].factor == T(0)) clear(sums, {0, value_width});  // saw no key: zero, whatever the row holds
+      unpack_rows<T>(sums, value_width, 1, value_dim, results[r].factor, out, 0);
+    }
   }
 
  private:

@@ -75,15 +75,15 @@ class GridRow {
     }
   }
 
-  // Before rows of it are expanded; `queries` points to the first one.
-  template <class S>
-  VK_NOINLINE void start_rows(const S* queries, int64_t query_stride, Range rows, Range tile) {
+  // Before rows of it are expanded; `queries` are theirs.
+  template <class Rows>
+  VK_NOINLINE void start_rows(Rows queries, Range rows, Range tile) {
     const Range placed = on_grid(rows);
     has_relative = terms.has_rel_pos() && !placed.empty() && !on_grid(tile).empty();
     if (!has_relative) return;
     first_placed = placed.begin;
-    relative.multiply(queries + (placed.begin + grid.num_prefix - rows.begin) * query_stride, query_stride,
-                      placed.end - placed.begin, entries(placed, on_grid(tile)));
+    relative.multiply(queries.from(placed.begin + grid.num_prefix - rows.begin), placed.end - placed.begin,
+                      entries(placed, on_grid(tile)));
   }
 
   // All terms of a query along the keys first_key + visible.

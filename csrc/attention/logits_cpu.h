@@ -15,13 +15,12 @@ template <class E>
 inline constexpr bool kFoldsScale = std::is_same_v<E, Sum<E>>;
 
 // Rows of queries as operands: [rows, row_stride].
-template <class E, class S>
-void pack_queries(const S* queries, int64_t stride, int64_t rows, int64_t head_dim, Sum<E> scale, E* target,
-                  int64_t row_stride) {
+template <class E, class Rows>
+void pack_queries(Rows queries, int64_t rows, int64_t head_dim, Sum<E> scale, E* target, int64_t row_stride) {
   if constexpr (kFoldsScale<E>) {
-    pack_rows<E>(queries, stride, rows, head_dim, scale, target, row_stride);
+    pack_rows<E>(queries, rows, head_dim, scale, target, row_stride);
   } else {
-    pack_operands(queries, stride, rows, head_dim, target, row_stride);
+    pack_operands(queries, rows, head_dim, target, row_stride);
   }
 }
 
@@ -35,13 +34,13 @@ struct KeyTile {
   int64_t head_dim, row_stride;
   int64_t count = 0, num_last = 0;
 
-  template <class S>
-  void pack(const S* keys, int64_t stride, int64_t num_keys) {
+  template <class Rows>
+  void pack(Rows keys, int64_t num_keys) {
     count = num_keys;
     num_last = count % kWidth<T> <= kMostLastKeys ? count % kWidth<T> : 0;
-    pack_transposed(keys, stride, count, head_dim, panels);
+    pack_transposed(keys, count, head_dim, panels);
     if (num_last == 0) return;
-    pack_operands(keys + (count - num_last) * stride, stride, num_last, head_dim, last_rows, row_stride);
+    pack_operands(keys.from(count - num_last), num_last, head_dim, last_rows, row_stride);
   }
 
   // logits [rows, seen] = queries [rows, d] keys^T for the keys `seen`, which begin with a panel; the first column is that

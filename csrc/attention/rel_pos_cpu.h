@@ -44,16 +44,16 @@ class RelativeLogits {
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
       axes[i].packed_begin = entries[i].begin;
-      pack_transposed(row_of(i, head, entries[i].begin), terms.rel_pos[i].row_stride, entries[i].end - entries[i].begin,
-                      head_dim, axes[i].panels);
+      const EvenRows<T> rows{row_of(i, head, entries[i].begin), terms.rel_pos[i].row_stride};
+      pack_transposed(rows, entries[i].end - entries[i].begin, head_dim, axes[i].panels);
     }
   }
 
   // Multiplies some rows of the block with those entries that they need of the packed ones.
-  template <class S>
-  void multiply(const S* query_rows, int64_t query_stride, int64_t rows, const EntryRanges& entries) {
+  template <class Rows>
+  void multiply(Rows query_rows, int64_t rows, const EntryRanges& entries) {
     num_rows = rows;
-    pack_rows<T>(query_rows, query_stride, num_rows, head_dim, T(1), queries, query_width);  // [rows, d]
+    pack_rows<T>(query_rows, num_rows, head_dim, T(1), queries, query_width);  // [rows, d]
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
       Axis& axis = axes[i];

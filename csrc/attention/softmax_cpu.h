@@ -88,8 +88,35 @@ struct RowState {
 
   // What exponents are taken relative to. A row that saw nothing yet must not give inf - inf.
   T offset() const { return max == kMinusInfinity<T> ? T(0) : max; }
-  T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
+
+// What comes of it: `factor` makes exponentials probabilities; it is zero for a row that saw no key.
+template <class T>
+struct RowResult {
+  T lse, factor;
+};
+
+// Whole vectors of rows are read and written.
+template <class T>
+void finish_rows(const RowState<T>* states, int64_t count, RowResult<T>* results) {
+  constexpr int kN = kWidth<T>;
+  Bits<T> even, odd, low, high;
+  for (int i = 0; i < kN; ++i) {
+    even[i] = 2 * i, odd[i] = 2 * i + 1;
+    low[i] = i / 2 + i % 2 * kN, high[i] = low[i] + kN / 2;
+  }
+  for (int64_t r = 0; r < count; r += kN) {
+    const T* from = reinterpret_cast<const T*>(states + r);
+    const Vec<T> a = load(from), b = load(from + kN);
+    const Vec<T> largest = __builtin_shuffle(a, b, even), sum = __builtin_shuffle(a, b, odd);
+    const Bits<T> is_empty = sum == Vec<T>{};
+    const Vec<T> lse = is_empty ? broadcast(kMinusInfinity<T>) : largest + log<T>(sum);
+    const Vec<T> factor = is_empty ? Vec<T>{} : T(1) / sum;
+    T* to = reinterpret_cast<T*>(results + r);
+    store(to, __builtin_shuffle(lse, factor, low));
+    store(to + kN, __builtin_shuffle(lse, factor, high));
+  }
+}
 
 // What a row's exponents are taken relative to, so that they are probabilities. An empty row (lse = -inf) has P = 0:
 // exp(-inf).

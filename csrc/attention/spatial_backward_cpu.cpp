@@ -23,6 +23,7 @@ class SpatialBackward {
 
   void run(int64_t begin, int64_t end) {
     const TileScope scope;
+    std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
     const int64_t num_tiles = p.num_tiles();
     for (int64_t task = begin; task < end; ++task) {
       split = task % p.splits, kv_head = task / p.splits % p.kv_heads;
@@ -74,19 +75,24 @@ class SpatialBackward {
   }
 
   const S* fill(const void* rows, int64_t dim) const {
-    return rows ? static_cast<const S*>(rows) + kv_head * dim : nullptr;
+    return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
   }
 
   void find_numbers(int64_t num_rows) {
     const Box outputs = tile.outputs();
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const Place place = outputs.on_map(outputs.index(row));
-      const int64_t at = p.row(batch, place) * p.heads + head;
-      // delta = dO.O - dlse, so that dS = P * (dP - delta).
-      deltas[row] = dot_rows<T>(p.out.at<const S>(batch, place, head), out_gradient.from(row).data, p.value_dim);
-      if (p.grad_lse) deltas[row] -= static_cast<const T*>(p.grad_lse)[at];
-      offsets[row] = exponent_offset(static_cast<const T*>(p.lse)[at]);
-    }
+    outputs.for_each_line({0, num_rows}, [&](int64_t first, int64_t count, const Place& index) {
+      const Place place = outputs.on_map(index);
+      const int64_t step = outputs.step[kLast];
+      const S* out = p.out.at<const S>(batch, place, head);
+      int64_t at = p.row(batch, place) * p.heads + head;
+      for (int64_t row = first; row < first + count; ++row) {
+        // delta = dO.O - dlse, so that dS = P * (dP - delta).
+        deltas[row] = dot_rows<T>(out, out_gradient[row], p.value_dim);
+        if (p.grad_lse) deltas[row] -= static_cast<const T*>(p.grad_lse)[at];
+        offsets[row] = exponent_offset(static_cast<const T*>(p.lse)[at]);
+        out += p.out.axis_stride[kLast] * step, at += step * p.heads;
+      }
+    });
   }
 
   void block_of_rows(const TilePiece& piece, bool has_terms) {
@@ -94,7 +100,7 @@ class SpatialBackward {
     const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
     if (seen.empty()) return;
     const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
-    const TensorRows<S> of_block = queries.from(rows.begin);
+    const ScatteredRows<S> of_block = queries.from(rows.begin);
     if (has_terms) {
       terms.start_piece(head, piece, part);
       terms.start_rows(of_block, rows);
@@ -173,7 +179,7 @@ class SpatialBackward {
     const T scale = p.score.scale_of<T>(head);
     for (int64_t row = 0; row < num_rows; ++row) {
       T* sum = query_gradient + row * query_width;
-      if (p.head_scale_sums) head_scale_sum += dot_rows<T>(queries.from(row).data, sum, p.head_dim);
+      if (p.head_scale_sums) head_scale_sum += dot_rows<T>(queries[row], sum, p.head_dim);
       for (int64_t c = 0; c < query_width; c += kWidth<T>) {
         const Vec<T> scaled = load(sum + c) * scale;
         store(sum + c,
@@ -199,10 +205,11 @@ class SpatialBackward {
   const int64_t most_block = std::min(most_rows, spatial_backward_rows(p));
 
   SpatialTile tile{p, scratch};
-  BackwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t query_width = key_tile.query_width;
-  BoxRows<S> query_rows{most_rows, p.head_dim, scratch}, out_gradient_rows{most_rows, p.value_dim, scratch};
-  BoxRows<S> key_rows{most_keys, p.head_dim, scratch}, value_rows{most_keys, p.value_dim, scratch};
+  BoxRows<S> query_rows{most_rows, scratch}, out_gradient_rows{most_rows, scratch};
+  BoxRows<S> key_rows{most_keys, scratch}, value_rows{most_keys, scratch};
+  S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
   T* query_gradient = scratch.take<T>(most_rows * query_width);
   T* relative_query_gradient =
       p.score.on_grid.has_rel_pos() ? scratch.take<T>(most_rows * query_width) : nullptr;  // without the scale
@@ -216,7 +223,7 @@ class SpatialBackward {
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   double head_scale_sum = 0;
-  TensorRows<S> queries{}, out_gradient{};
+  ScatteredRows<S> queries{}, out_gradient{};
 };
 
 template <class S>

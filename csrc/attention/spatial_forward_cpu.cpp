@@ -22,6 +22,7 @@ class SpatialForward {
 
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
+    std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
     const int64_t num_tiles = p.num_tiles();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task % num_blocks, index = task / num_blocks;
@@ -68,14 +69,14 @@ class SpatialForward {
   }
 
   const S* fill(const void* rows, int64_t dim) const {
-    return rows ? static_cast<const S*>(rows) + p.kv_head_of[head] * dim : nullptr;
+    return rows ? static_cast<const S*>(rows) + p.kv_head_of[head] * dim : zeros;
   }
 
   void group_of_rows(Range block, Range rows, Range columns, bool is_only_tile) {
     const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
     if (seen.empty()) return;
     const int64_t first_row = rows.begin - block.begin;
-    const TensorRows<S> of_group = queries.from(first_row);
+    const ScatteredRows<S> of_group = queries.from(first_row);
     const bool has_terms = terms.any_on(tile);
     if (has_terms) terms.start_rows(of_group, rows);
     key_tile.add(
@@ -87,14 +88,17 @@ class SpatialForward {
   }
 
   void finish(Range rows) {
-    T* lse = static_cast<T*>(p.lse);
+    constexpr int kLast = kMaxAxes - 1;
+    finish_rows(states, rows.end - rows.begin, results);
     const Box outputs = tile.outputs();
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const Place place = outputs.on_map(outputs.index(row));
-      const RowState<T>& state = states[row - rows.begin];
-      key_tile.finish(state, sums + (row - rows.begin) * value_width, p.out.at<S>(batch, place, head));
-      lse[p.row(batch, place) * p.heads + head] = state.lse();
-    }
+    outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Place& index) {
+      const Place place = outputs.on_map(index);
+      const int64_t first = row - rows.begin, step = outputs.step[kLast];
+      key_tile.finish(results + first, sums + first * value_width, count, p.out.at<S>(batch, place, head),
+                      p.out.axis_stride[kLast] * step);
+      T* lse = static_cast<T*>(p.lse) + p.row(batch, place) * p.heads + head;
+      for (int64_t i = 0; i < count; ++i) lse[i * step * p.heads] = results[first + i].lse;
+    });
   }
 
   const SpatialParams& p;
@@ -104,12 +108,13 @@ class SpatialForward {
   const int64_t most_rows = divide_up(p.most_queries(), num_blocks);
 
   SpatialTile tile{p, scratch};
-  ForwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  ForwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t value_width = key_tile.value_width;
-  BoxRows<S> query_rows{most_rows, p.head_dim, scratch};
-  BoxRows<S> key_rows{most_keys, p.head_dim, scratch}, value_rows{most_keys, p.value_dim, scratch};
+  BoxRows<S> query_rows{most_rows, scratch}, key_rows{most_keys, scratch}, value_rows{most_keys, scratch};
+  S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
   T* sums = scratch.take<T>(most_rows * value_width);
-  RowState<T>* states = scratch.take<RowState<T>>(most_rows);
+  RowState<T>* states = scratch.take<RowState<T>>(round_up(most_rows, kWidth<T>));
+  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(most_rows, kWidth<T>));
   SpatialTerms<T> terms{
       p,
       {most_rows, most_keys, num_blocks* tile_axis(p.most_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
@@ -117,7 +122,7 @@ class SpatialForward {
 
   int64_t batch = 0, head = 0;
   int64_t packed_index = -1, packed_column = -1;
-  TensorRows<S> queries{};
+  ScatteredRows<S> queries{};
 };
 
 }  // namespace

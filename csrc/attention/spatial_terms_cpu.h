@@ -207,10 +207,10 @@ class SpatialTerms {
   }
 
   // Before rows of the piece are read; `queries` are theirs.
-  template <class S>
-  void start_rows(TensorRows<S> queries, Range rows) {
+  template <class Rows>
+  void start_rows(Rows queries, Range rows) {
     first_row = rows.begin;
-    if (terms.has_rel_pos()) relative.multiply(queries.data, queries.stride, rows.end - rows.begin, entries);
+    if (terms.has_rel_pos()) relative.multiply(queries, rows.end - rows.begin, entries);
   }
 
   // The terms of a row from a column of the piece on.

@@ -42,20 +42,6 @@ struct Box {
     const int64_t end = first[axis] < map_size ? divide_up(map_size - first[axis], step[axis]) : 0;
     return {before, std::min(end, size[axis])};
   }
-
-  // Whether the tokens of the whole box are evenly spaced in a tensor: then `spacing` elements apart.
-  bool is_even(const MapTensor& t, int64_t& spacing) const {
-    spacing = 0;
-    int64_t inner = 1;
-    for (int axis = kMaxAxes - 1; axis >= 0; --axis) {
-      if (size[axis] == 1) continue;
-      const int64_t stride = t.axis_stride[axis] * step[axis];
-      if (inner == 1) spacing = stride;
-      if (stride != inner * spacing) return false;
-      inner *= size[axis];
-    }
-    return true;
-  }
 };
 
 // Which keys the queries of a tile see. It outlives the tile: other tiles of the same geometry have the same one.
@@ -174,74 +160,52 @@ class SpatialTile {
   Range* seen;  // [queries]
 };
 
-// Rows of a box as the packing wants them: where they are if they are evenly spaced, else copied together.
+// Where the tokens of a box are in a tensor.
 template <class S>
 class BoxRows {
  public:
-  BoxRows(int64_t most_rows, int64_t dim, Scratch& scratch) : dim(dim), copies(scratch.take<S>(most_rows * dim)) {}
+  BoxRows(int64_t most_rows, Scratch& scratch) : rows(scratch.take<const S*>(most_rows)) {}
 
   // Tokens of a box on the map.
-  TensorRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens) {
-    int64_t spacing;
-    if (box.is_even(t, spacing)) {
-      return {t.at<const S>(batch, box.on_map(box.index(tokens.begin)), head), spacing};
-    }
-    const int64_t step = t.axis_stride[kLast] * box.step[kLast];
-    S* to = copies;
+  ScatteredRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens) {
+    const S** row = rows;
     box.for_each_line(tokens, [&](int64_t, int64_t count, const Place& index) {
-      copy(t.at<const S>(batch, box.on_map(index), head), step, count, to);
-      to += count * dim;
+      row = line(t, batch, head, box, index, count, row);
     });
-    return {copies, dim};
+    return {rows};
   }
 
-  // Those beyond the map, whose sizes are given, are `fill`, or zero where it is null.
-  TensorRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens,
-                   const int64_t (&map)[kMaxAxes], const S* fill) {
-    bool is_inside = true;
-    for (int axis = 0; axis < kMaxAxes; ++axis) {
-      const Range inside = box.on_map(axis, map[axis]);
-      is_inside = is_inside && inside.begin == 0 && inside.end == box.size[axis];
-    }
-    if (is_inside) return of(t, batch, head, box, tokens);
-    const int64_t step = t.axis_stride[kLast] * box.step[kLast];
-    const Range inside_line = box.on_map(kLast, map[kLast]);
-    S* to = copies;
-    box.for_each_line(tokens, [&](int64_t, int64_t count, const Place& index) {
-      Range inside = intersect(inside_line, {index.at[kLast], index.at[kLast] + count});
-      for (int axis = 0; axis < kLast; ++axis) {
-        if (!box.on_map(axis, map[axis]).contains(index.at[axis])) inside = {0, 0};
+  // Those beyond the map, whose sizes are given, are `fill`.
+  ScatteredRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens,
+                      const int64_t (&map)[kMaxAxes], const S* fill) {
+    const Range inside[] = {box.on_map(0, map[0]), box.on_map(1, map[1]), box.on_map(2, map[2])};
+    const S** row = rows;
+    box.for_each_line(tokens, [&](int64_t, int64_t count, Place index) {
+      const Range wanted{index.at[kLast], index.at[kLast] + count};
+      Range on_line = intersect(inside[kLast], wanted);
+      if (!inside[0].contains(index.at[0]) || !inside[1].contains(index.at[1]) || on_line.empty()) {
+        on_line = {wanted.end, wanted.end};
       }
-      if (inside.empty()) inside = {index.at[kLast], index.at[kLast]};
-      repeat(fill, inside.begin - index.at[kLast], to);
-      if (!inside.empty()) {
-        copy(t.at<const S>(batch, box.on_map({{index.at[0], index.at[1], inside.begin}}), head), step,
-             inside.end - inside.begin, to + (inside.begin - index.at[kLast]) * dim);
-      }
-      repeat(fill, index.at[kLast] + count - inside.end, to + (inside.end - index.at[kLast]) * dim);
-      to += count * dim;
+      index.at[kLast] = on_line.begin;
+      row = std::fill_n(row, on_line.begin - wanted.begin, fill);
+      row = line(t, batch, head, box, index, on_line.end - on_line.begin, row);
+      row = std::fill_n(row, wanted.end - on_line.end, fill);
     });
-    return {copies, dim};
+    return {rows};
   }
 
  private:
   static constexpr int kLast = kMaxAxes - 1;
 
-  void copy(const S* from, int64_t stride, int64_t count, S* to) const {
-    constexpr int64_t kElements = kVectorBytes / sizeof(S);
-    for (int64_t i = 0; i < count; ++i, from += stride, to += dim) {
-      int64_t c = 0;
-      for (; c + kElements <= dim; c += kElements) std::memcpy(to + c, from + c, kVectorBytes);
-      if (c < dim) std::memcpy(to + c, from + c, (dim - c) * sizeof(S));
-    }
-  }
-  void repeat(const S* fill, int64_t count, S* to) const {
-    if (!fill) return clear(to, {0, count * dim});
-    copy(fill, 0, count, to);
+  VK_INLINE static const S** line(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const Place& first,
+                                  int64_t count, const S** row) {
+    const int64_t step = t.axis_stride[kLast] * box.step[kLast];
+    const S* token = t.at<const S>(batch, box.on_map(first), head);
+    for (int64_t i = 0; i < count; ++i, token += step) *row++ = token;
+    return row;
   }
 
-  const int64_t dim;
-  S* copies;
+  const S** rows;
 };
 
 }  // namespace vitkernels::VK_ISA

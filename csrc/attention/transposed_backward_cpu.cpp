@@ -57,17 +57,17 @@ class TransposedBackward {
  private:
   void tile_of_keys(int64_t kv_head, Range tile) {
     const int64_t count = tile.end - tile.begin;
-    const S* key_rows = p.key.at<const S>(batch, tile.begin, kv_head);
-    key_tile.pack(key_rows, p.key.token_stride, count);
-    pack_rows<T>(key_rows, p.key.token_stride, count, p.head_dim, T(1), key_copy, query_width);
+    const EvenRows keys{p.key.at<const S>(batch, tile.begin, kv_head), p.key.token_stride};
+    key_tile.pack(keys, count);
+    pack_rows<T>(keys, count, p.head_dim, T(1), key_copy, query_width);
     std::fill_n(key_gradient, count * query_width, T(0));
 
     const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
     for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
       head = p.head_list[i];
-      const S* gradient_rows = p.grad_out.at<const S>(batch, tile.begin, head);
-      pack_transposed<T>(gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient_panels);
-      pack_rows<T>(gradient_rows, p.grad_out.token_stride, count, p.value_dim, T(1), out_gradient, value_width);
+      const EvenRows gradient_rows{p.grad_out.at<const S>(batch, tile.begin, head), p.grad_out.token_stride};
+      pack_transposed<T>(gradient_rows, count, p.value_dim, out_gradient_panels);
+      pack_rows<T>(gradient_rows, count, p.value_dim, T(1), out_gradient, value_width);
       for (int64_t block = 0; block < blocks; ++block) {
         block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
@@ -81,10 +81,10 @@ class TransposedBackward {
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin;
 
-    pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
-                 p.score.scale_of<T>(head), queries, query_width);            // [count, d]
-    pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);    // [count, dv]
-    key_tile.multiply(queries, count, {0, seen.end}, logits, logits_stride);  // [count, seen]
+    const EvenRows query_rows{p.query.at<const S>(batch, rows.begin, head), p.query.token_stride};
+    pack_rows<T>(query_rows, count, p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
+    pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);                         // [count, dv]
+    key_tile.multiply(queries, count, {0, seen.end}, logits, logits_stride);                       // [count, seen]
     matmul<T, false>({values, value_width, 1}, {out_gradient_panels, kPanel<T>, p.value_dim * kPanel<T>}, count,
                      round_up(seen.end, kWidth<T>), p.value_dim, gradients, logits_stride);  // [count, seen]
 

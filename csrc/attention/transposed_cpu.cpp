@@ -80,7 +80,7 @@ class Transposed {
     const int64_t kv_head = p.kv_head_of[head];
     if (packed_batch == batch && packed_head == kv_head && packed_key == tile.begin) return;
     packed_batch = batch, packed_head = kv_head, packed_key = tile.begin;
-    key_tile.pack(p.key.at<const S>(batch, tile.begin, kv_head), p.key.token_stride, tile.end - tile.begin);
+    key_tile.pack(EvenRows{p.key.at<const S>(batch, tile.begin, kv_head), p.key.token_stride}, tile.end - tile.begin);
   }
 
   void block_of_queries(Range rows, Range tile) {
@@ -109,9 +109,9 @@ class Transposed {
   void group_of_rows(Range rows, Range tile, int64_t width, T* prob) {
     const int64_t count = rows.end - rows.begin;
     const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
-    pack_queries(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim, scale, queries,
-                 query_width);                                           // [count, d]
-    key_tile.multiply(queries, count, {0, width}, prob, logits_stride);  // [count, width]
+    const EvenRows query_rows{p.query.at<const S>(batch, rows.begin, head), p.query.token_stride};
+    pack_queries(query_rows, count, p.head_dim, scale, queries, query_width);  // [count, d]
+    key_tile.multiply(queries, count, {0, width}, prob, logits_stride);        // [count, width]
     for (int64_t query = rows.begin; query < rows.end; ++query, prob += logits_stride) {
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
       const T offset =

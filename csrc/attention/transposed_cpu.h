@@ -17,8 +17,8 @@ template <class T, class S>
 void pack_weighted_values(const AttentionTransposedParams& p, int64_t batch, int64_t head, Range rows, T* target,
                           int64_t stride) {
   for (int64_t query = rows.begin; query < rows.end; ++query, target += stride) {
-    pack_rows<T>(p.value.at<const S>(batch, query, head), 0, 1, p.value_dim, query_weight<T>(p, batch, head, query),
-                 target, stride);
+    pack_rows<T>(EvenRows{p.value.at<const S>(batch, query, head), 0}, 1, p.value_dim,
+                 query_weight<T>(p, batch, head, query), target, stride);
   }
 }
 

@@ -1,7 +1,9 @@
-// Vectorised exponential.
+// Vectorised exponential and logarithm.
 #pragma once
 
+#include <cmath>
 #include <iterator>
+#include <limits>
 #include <numbers>
 
 #include "cpu/simd.h"
@@ -68,6 +70,28 @@ VK_INLINE Vec<T> exp2(Vec<T> x) {
 template <class T>
 VK_INLINE Vec<T> exp(Vec<T> x) {
   return exp2<T>(x * kLog2e<T>);
+}
+
+// The natural logarithm of normal numbers, infinity and NaN. float is within one unit in the last place.
+template <class T>
+VK_INLINE Vec<T> log(Vec<T> x) {
+  if constexpr (sizeof(T) == 8) {
+    for (int i = 0; i < kWidth<T>; ++i) x[i] = std::log(x[i]);
+    return x;
+  } else {
+    // x = 2^n (1 + f), with 1 + f between the roots of 1/2 and 2; a minimax fit of (log(1 + f) - f + f^2 / 2) / f^3.
+    constexpr T kPolynomial[] = {0.33333331346f,  -0.24999997020f, 0.20000715554f,  -0.16667802632f, 0.14249058068f,
+                                 -0.12425687164f, 0.11685419828f,  -0.11479733884f, 0.06971611828f};
+    constexpr int32_t kRootOfHalf = 0x3f3504f3;
+    const Bits<T> bits = (Bits<T>)x, n = (bits - kRootOfHalf) >> 23;
+    const Vec<T> f = (Vec<T>)(bits - (n << 23)) - T(1), exponent = __builtin_convertvector(n, Vec<T>);
+    Vec<T> p = broadcast(kPolynomial[8]);
+#pragma GCC unroll 8
+    for (int i = 7; i >= 0; --i) p = p * f + kPolynomial[i];
+    // log(2) in two parts, the first of few bits.
+    const Vec<T> result = exponent * T(0.693359375) + ((p * f - T(0.5)) * (f * f) + exponent * T(-2.12194440e-4) + f);
+    return x < broadcast(std::numeric_limits<T>::infinity()) ? result : x;
+  }
 }
 
 }  // namespace vitkernels::VK_ISA

@@ -4,15 +4,15 @@
 #include "cpu/convert.h"
 #include "cpu/matmul.h"
 #include "cpu/pairs.h"
+#include "cpu/rows.h"
 
 namespace vitkernels::VK_ISA {
 
 // target [rows, round_up(columns)] = factor * source [rows, columns]; the padding columns become zero.
-template <class T, class S>
-void pack_rows(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T factor, T* target,
-               int64_t target_stride) {
+template <class T, class Rows>
+void pack_rows(Rows source, int64_t rows, int64_t columns, T factor, T* target, int64_t target_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const S* from = source + r * source_stride;
+    const auto* from = source[r];
     T* to = target + r * target_stride;
     for (int64_t c = 0; c < columns; c += kWidth<T>) {
       const int64_t count = std::min<int64_t>(columns - c, kWidth<T>);
@@ -47,39 +47,36 @@ VK_INLINE Vec<Sum<E>> load_operands(const S* p, int64_t count) {
 }
 
 // target [rows, target_stride] = source [rows, columns], zero up to the next full vector.
-template <class E, class S>
-void pack_operands(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target,
-                   int64_t target_stride) {
+template <class E, class Rows>
+void pack_operands(Rows source, int64_t rows, int64_t columns, E* target, int64_t target_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += kOperandWidth<E>) {
       const int64_t count = std::min<int64_t>(columns - c, kOperandWidth<E>);
-      store(reinterpret_cast<Sum<E>*>(target + r * target_stride + c),
-            load_operands<E>(source + r * source_stride + c, count));
+      store(reinterpret_cast<Sum<E>*>(target + r * target_stride + c), load_operands<E>(source[r] + c, count));
     }
   }
 }
 
 // target [padded rows / kGroup, width, kGroup] = source [rows, columns]: rows as the depth of a product. The padding of
 // rows is zero, and so are columns up to the next full vector.
-template <class E, class S>
-void pack_groups(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target, int64_t width) {
+template <class E, class Rows>
+void pack_groups(Rows source, int64_t rows, int64_t columns, E* target, int64_t width) {
   if constexpr (kGroup<E> == 1) {
-    pack_operands(source, source_stride, rows, columns, target, width);
+    pack_operands(source, rows, columns, target, width);
   } else {
-    pack_pairs(source, source_stride, rows, columns, target, width);
+    pack_pairs(source, rows, columns, target, width);
   }
 }
 
-// One square of pack_transposed. Rows that are missing repeat the last one: nobody reads what comes of them.
-template <bool kFullColumns, class E, class S>
-VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* panel) {
+// One square of pack_transposed, from column `first` on. Rows that are missing repeat the last one: nobody reads what comes of them.
+template <bool kFullColumns, class E, class Rows>
+VK_INLINE void pack_transposed_square(Rows source, int64_t rows, int64_t first, int64_t columns, E* panel) {
   using T = Sum<E>;
   constexpr int kN = kWidth<T>;
   Vec<T> square[kN];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kN; ++i) {
-    square[i] =
-        load_operands<E>(source + std::min(i, rows - 1) * source_stride, kFullColumns ? kOperandWidth<E> : columns);
+    square[i] = load_operands<E>(source[std::min(i, rows - 1)] + first, kFullColumns ? kOperandWidth<E> : columns);
   }
   transpose<T>(square);
 #pragma GCC unroll 16
@@ -91,19 +88,18 @@ VK_INLINE void pack_transposed_square(const S* source, int64_t source_stride, in
 
 // target = source^T in panels of kPanel source rows: [rows / kPanel, padded columns / kGroup, kPanel, kGroup]. The
 // padding of columns is zero; the padding up to the next full vector of rows repeats the last row.
-template <class E, class S>
-void pack_transposed(const S* source, int64_t source_stride, int64_t rows, int64_t columns, E* target) {
+template <class E, class Rows>
+void pack_transposed(Rows source, int64_t rows, int64_t columns, E* target) {
   constexpr int64_t kN = kWidth<Sum<E>>;
   const int64_t depth = padded_depth<E>(columns);
   for (int64_t r = 0; r < rows; r += kN) {
     E* panel = target + r / kPanel<E> * depth * kPanel<E> + r % kPanel<E> * kGroup<E>;
     for (int64_t c = 0; c < columns; c += kOperandWidth<E>) {
-      const S* corner = source + r * source_stride + c;
       const int64_t valid_rows = std::min(rows - r, kN), valid_columns = columns - c;
       if (valid_columns >= kOperandWidth<E>) {
-        pack_transposed_square<true>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<E>);
+        pack_transposed_square<true>(source.from(r), valid_rows, c, valid_columns, panel + c * kPanel<E>);
       } else {
-        pack_transposed_square<false>(corner, source_stride, valid_rows, valid_columns, panel + c * kPanel<E>);
+        pack_transposed_square<false>(source.from(r), valid_rows, c, valid_columns, panel + c * kPanel<E>);
       }
     }
   }

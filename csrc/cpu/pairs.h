@@ -25,10 +25,10 @@ VK_INLINE Vec<float> interleave(Vec<float> a, Vec<float> b) {
 }
 
 // pack_groups (pack.h) for pairs: target [padded rows / 2, width, 2].
-inline void pack_pairs(const BFloat16* source, int64_t source_stride, int64_t rows, int64_t columns, BFloat16* target,
-                       int64_t width) {
+template <class Rows>
+void pack_pairs(Rows source, int64_t rows, int64_t columns, BFloat16* target, int64_t width) {
   const auto load_row = [&](int64_t r, int64_t c) {
-    return r < rows ? load_pairs(source + r * source_stride + c, columns - c) : Vec<float>{};
+    return r < rows ? load_pairs(source[r] + c, columns - c) : Vec<float>{};
   };
   for (int64_t r = 0; r < padded_depth<BFloat16>(rows); r += 2) {
     for (int64_t c = 0; c < columns; c += 32) {

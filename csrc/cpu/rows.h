@@ -1,0 +1,33 @@
+// Rows of a tensor as the packing reads them: row i is rows[i].
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace vitkernels::VK_ISA {
+
+// Rows `stride` elements apart.
+template <class S>
+struct EvenRows {
+  using Element = S;
+
+  const S* data;
+  int64_t stride;
+
+  VK_INLINE const S* operator[](int64_t row) const { return data + row * stride; }
+  EvenRows from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
+// Rows anywhere.
+template <class S>
+struct ScatteredRows {
+  using Element = S;
+
+  const S* const* row;
+
+  VK_INLINE const S* operator[](int64_t i) const { return row[i]; }
+  ScatteredRows from(int64_t first) const { return {row + first}; }
+};
+
+}  // namespace vitkernels::VK_ISA
