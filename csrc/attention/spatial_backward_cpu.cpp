@@ -5,6 +5,7 @@
 
 #include "attention/backward_tile_cpu.h"
 #include "attention/differentiate_cpu.h"
+#include "attention/next_tile_cpu.h"
 #include "attention/spatial_terms_cpu.h"
 #include "cpu/kernels.h"
 
@@ -32,7 +33,11 @@ class SpatialBackward {
       for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
         head = p.head_list[i], head_scale_sum = 0;
         for (batch = p.batch * group / p.batch_groups; batch < p.batch * (group + 1) / p.batch_groups; ++batch) {
-          for (int64_t t = num_tiles * split / p.splits; t < num_tiles * (split + 1) / p.splits; ++t) one_tile(t);
+          const Range of_split{num_tiles * split / p.splits, num_tiles * (split + 1) / p.splits};
+          for (int64_t t = of_split.begin; t < of_split.end; ++t) {
+            next.start(t + 1 < of_split.end ? tile.boxes_of(t + 1) : TileBoxes{}, batch);
+            one_tile(t);
+          }
         }
         if (p.head_scale_sums) p.head_scale_sums[part * p.heads + head] = head_scale_sum;
       }
@@ -46,7 +51,7 @@ class SpatialBackward {
     const int64_t num_rows = tile.queries.count(), num_keys = tile.keys.count();
     const Range all{0, num_rows};
     queries = query_rows.of(p.query, batch, head, tile.queries, all);
-    out_gradient = out_gradient_rows.of(p.grad_out, batch, head, tile.outputs(), all);
+    out_gradient = out_gradient_rows.of(p.grad_out, batch, head, tile.outputs, all);
     find_numbers(num_rows);
     std::fill_n(query_gradient, num_rows * query_width, T(0));
     if (relative_query_gradient) std::fill_n(relative_query_gradient, num_rows * query_width, T(0));
@@ -62,6 +67,7 @@ class SpatialBackward {
       const bool has_terms = terms.any_on(tile);
       if (has_terms) terms.start_columns(batch, head, tile, columns);
       for (int64_t block = 0; block < blocks; ++block) {
+        fetch_next(stretch * blocks + block, stretches.count * blocks);
         const Range rows{num_rows * block / blocks, num_rows * (block + 1) / blocks};
         block_of_rows({rows, columns, block * stretches.count + stretch, blocks * stretches.count}, has_terms);
       }
@@ -74,12 +80,21 @@ class SpatialBackward {
     finish_queries(num_rows);
   }
 
+  // Brings a share of the next tile's tokens.
+  void fetch_next(int64_t share, int64_t count) const {
+    next.fetch({p.query, head, p.head_dim}, p.query_size, &TileBoxes::queries, share, count);
+    next.fetch({p.out, head, p.value_dim}, p.query_size, &TileBoxes::outputs, share, count);
+    next.fetch({p.grad_out, head, p.value_dim}, p.query_size, &TileBoxes::outputs, share, count);
+    next.fetch({p.key, kv_head, p.head_dim}, p.key_size, &TileBoxes::keys, share, count);
+    next.fetch({p.value, kv_head, p.value_dim}, p.key_size, &TileBoxes::keys, share, count);
+  }
+
   const S* fill(const void* rows, int64_t dim) const {
     return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
   }
 
   void find_numbers(int64_t num_rows) {
-    const Box outputs = tile.outputs();
+    const Box& outputs = tile.outputs;
     outputs.for_each_line({0, num_rows}, [&](int64_t first, int64_t count, const Place& index) {
       const Place place = outputs.on_map(index);
       const int64_t step = outputs.step[kLast];
@@ -138,22 +153,17 @@ class SpatialBackward {
   void add_gradient(const MapTensor& gradient, void* all_sums, const T* rows, int64_t width, int64_t dim,
                     Range columns) {
     const Box& box = tile.keys;
-    const Range inside = box.on_map(kLast, p.key_size[kLast]);
     T* sums = static_cast<T*>(all_sums) + ((split * p.batch + batch) * p.kv_heads + kv_head) * p.num_keys() * width;
-    box.for_each_line(columns, [&](int64_t column, int64_t count, const Place& first) {
-      if (!on_map(first, 0) || !on_map(first, 1)) return;
-      const Range on_line = intersect(inside, {first.at[kLast], first.at[kLast] + count});
-      if (on_line.empty()) return;
-      const Place place = box.on_map({{first.at[0], first.at[1], on_line.begin}});
-      const T* from = rows + (column - columns.begin + on_line.begin - first.at[kLast]) * width;
-      const int64_t keys = on_line.end - on_line.begin;
+    box.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
+      const Place place = box.on_map(first);
+      const T* from = rows + (column - columns.begin) * width;
       if (!all_sums) {
-        unpack_rows<T>(from, width, keys, dim, T(1), gradient.at<S>(batch, place, kv_head),
+        unpack_rows<T>(from, width, count, dim, T(1), gradient.at<S>(batch, place, kv_head),
                        gradient.axis_stride[kLast] * box.step[kLast]);
         return;
       }
       T* to = sums + ((place.at[0] * p.key_size[1] + place.at[1]) * p.key_size[2] + place.at[2]) * width;
-      for (int64_t i = 0; i < keys; ++i, from += width, to += box.step[kLast] * width) {
+      for (int64_t i = 0; i < count; ++i, from += width, to += box.step[kLast] * width) {
         for (int64_t c = 0; c < width; c += kWidth<T>) store(to + c, load(to + c) + load(from + c));
       }
     });
@@ -205,6 +215,7 @@ class SpatialBackward {
   const int64_t most_block = std::min(most_rows, spatial_backward_rows(p));
 
   SpatialTile tile{p, scratch};
+  NextTile<S> next;
   BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t query_width = key_tile.query_width;
   BoxRows<S> query_rows{most_rows, scratch}, out_gradient_rows{most_rows, scratch};

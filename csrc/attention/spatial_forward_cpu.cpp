@@ -3,6 +3,7 @@
 // A task is a tile of queries of one head; large tiles are cut into blocks of rows. Heads are outermost: what is expanded
 // from a head's tables stays in the cache.
 
+#include "attention/next_tile_cpu.h"
 #include "attention/spatial_terms_cpu.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/kernels.h"
@@ -28,6 +29,10 @@ class SpatialForward {
       const int64_t block = task % num_blocks, index = task / num_blocks;
       head = index / num_tiles / p.batch, batch = index / num_tiles % p.batch;
       tile.start(index % num_tiles);
+      const int64_t following = (task + 1) / num_blocks;
+      const bool is_last = following == index || task + 1 == end;
+      next.start(is_last ? TileBoxes{} : tile.boxes_of(following % num_tiles), following / num_tiles % p.batch);
+      next_head = following / num_tiles / p.batch;
       const int64_t count = tile.queries.count();
       rows_of_tile(index, block, {count * block / num_blocks, count * (block + 1) / num_blocks});
     }
@@ -51,11 +56,20 @@ class SpatialForward {
       }
       const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
+        fetch_next(stretch * groups + group, stretches.count * groups);
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups}, columns,
                       stretches.count == 1);
       }
     }
     finish(rows);
+  }
+
+  // Brings a share of the next tile's tokens.
+  void fetch_next(int64_t share, int64_t count) const {
+    const int64_t kv_head = p.kv_head_of[next_head];
+    next.fetch({p.query, next_head, p.head_dim}, p.query_size, &TileBoxes::queries, share, count);
+    next.fetch({p.key, kv_head, p.head_dim}, p.key_size, &TileBoxes::keys, share, count);
+    next.fetch({p.value, kv_head, p.value_dim}, p.key_size, &TileBoxes::keys, share, count);
   }
 
   void pack(int64_t index, Range columns) {
@@ -90,7 +104,7 @@ class SpatialForward {
   void finish(Range rows) {
     constexpr int kLast = kMaxAxes - 1;
     finish_rows(states, rows.end - rows.begin, results);
-    const Box outputs = tile.outputs();
+    const Box& outputs = tile.outputs;
     outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Place& index) {
       const Place place = outputs.on_map(index);
       const int64_t first = row - rows.begin, step = outputs.step[kLast];
@@ -108,6 +122,7 @@ class SpatialForward {
   const int64_t most_rows = divide_up(p.most_queries(), num_blocks);
 
   SpatialTile tile{p, scratch};
+  NextTile<S> next;
   ForwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t value_width = key_tile.value_width;
   BoxRows<S> query_rows{most_rows, scratch}, key_rows{most_keys, scratch}, value_rows{most_keys, scratch};
@@ -120,7 +135,7 @@ class SpatialForward {
       {most_rows, most_keys, num_blocks* tile_axis(p.most_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
       scratch};
 
-  int64_t batch = 0, head = 0;
+  int64_t batch = 0, head = 0, next_head = 0;
   int64_t packed_index = -1, packed_column = -1;
   ScatteredRows<S> queries{};
 };

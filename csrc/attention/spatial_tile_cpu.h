@@ -9,7 +9,7 @@ namespace vitkernels::VK_ISA {
 
 // Tokens in row-major order, `step` apart on the map, beyond which they may lie.
 struct Box {
-  int64_t first[kMaxAxes], size[kMaxAxes], step[kMaxAxes];
+  int64_t first[kMaxAxes] = {}, size[kMaxAxes] = {}, step[kMaxAxes] = {1, 1, 1};
 
   int64_t count() const { return size[0] * size[1] * size[2]; }
 
@@ -34,6 +34,18 @@ struct Box {
       at.at[2] = 0;
       if (++at.at[1] == size[1]) at.at[1] = 0, ++at.at[0];
     }
+  }
+
+  // Likewise, for what of these stretches lies on a map.
+  template <class Function>
+  void for_each_line_on(const int64_t (&map)[kMaxAxes], Range tokens, Function&& f) const {
+    const Range inside[] = {on_map(0, map[0]), on_map(1, map[1]), on_map(2, map[2])};
+    for_each_line(tokens, [&](int64_t token, int64_t count, Place at) {
+      if (!inside[0].contains(at.at[0]) || !inside[1].contains(at.at[1])) return;
+      const Range on_line = intersect(inside[2], {at.at[2], at.at[2] + count});
+      token += on_line.begin - at.at[2], at.at[2] = on_line.begin;
+      if (!on_line.empty()) f(token, on_line.end - on_line.begin, at);
+    });
   }
 
   // The indices on one axis that lie on a map.
@@ -72,31 +84,42 @@ struct TileView {
   }
 };
 
+// Where the tokens of a tile are.
+struct TileBoxes {
+  Box queries;  // in the query tensor
+  Box outputs;  // in the map of the output, where a shared query is in all windows
+  Box keys;     // in the key map
+};
+
 // A tile, the task's work. Tiles of equal geometry see their keys alike.
-class SpatialTile {
+class SpatialTile : public TileBoxes {
  public:
   SpatialTile(const SpatialParams& params, Scratch& scratch) : p(params), seen(scratch.take<Range>(p.most_queries())) {}
 
-  void start(int64_t index) {
-    const AxisTile* of_axis[kMaxAxes];
+  TileBoxes boxes_of(int64_t index) const {
+    TileBoxes boxes;
     for (int axis = kMaxAxes - 1; axis >= 0; --axis) {
-      const AxisTiles& tiles = p.axis[axis];
-      of_axis[axis] = &tiles.tile[index % tiles.count];
-      index /= tiles.count;
+      const AxisTile& on_axis = tile_on_axis(axis, index);
+      boxes.outputs.first[axis] = on_axis.first_query, boxes.outputs.size[axis] = on_axis.num_queries;
+      boxes.keys.first[axis] = on_axis.first_key, boxes.keys.size[axis] = on_axis.num_keys;
+      boxes.outputs.step[axis] = boxes.keys.step[axis] = p.axis[axis].step;
     }
+    boxes.queries = boxes.outputs;
+    if (p.is_shared_query) std::fill_n(boxes.queries.first, kMaxAxes, 0);
+    return boxes;
+  }
+
+  void start(int64_t index) {
+    static_cast<TileBoxes&>(*this) = boxes_of(index);
+    const AxisTile* of_axis[kMaxAxes];
+    for (int axis = kMaxAxes - 1; axis >= 0; --axis) of_axis[axis] = &tile_on_axis(axis, index);
     int64_t combined = 0;
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      const AxisTile& tile = *of_axis[axis];
-      queries.first[axis] = p.is_shared_query ? 0 : tile.first_query;
-      queries.size[axis] = tile.num_queries;
-      first_output[axis] = tile.first_query;
-      keys.first[axis] = tile.first_key, keys.size[axis] = tile.num_keys;
-      queries.step[axis] = keys.step[axis] = p.axis[axis].step;
-      combined = combined * p.axis[axis].num_geometries + tile.geometry;
+      combined = combined * p.axis[axis].num_geometries + of_axis[axis]->geometry;
     }
     if (combined == geometry) return;
     geometry = combined;
-    for (int axis = 0; axis < kMaxAxes; ++axis) axes[axis] = of_axis[axis];
+    std::copy_n(of_axis, kMaxAxes, axes);
     find_seen();
   }
 
@@ -123,16 +146,16 @@ class SpatialTile {
 
   int64_t geometry = -1;
   bool has_holes = false;  // a query does not see all keys between its first and its last
-  Box queries, keys;       // in the query tensor; in the key map
-
-  // The queries in the map of the output: a shared query is in all windows.
-  Box outputs() const {
-    Box box = queries;
-    std::copy_n(first_output, kMaxAxes, box.first);
-    return box;
-  }
 
  private:
+  // From the last axis on; `index` becomes that of the tile on the axes before.
+  const AxisTile& tile_on_axis(int axis, int64_t& index) const {
+    const AxisTiles& tiles = p.axis[axis];
+    const AxisTile& tile = tiles.tile[index % tiles.count];
+    index /= tiles.count;
+    return tile;
+  }
+
   void find_seen() {
     // What lies between is whole on all axes but the first that has more than one key.
     int outer = 0;
@@ -156,7 +179,6 @@ class SpatialTile {
 
   const SpatialParams& p;
   const AxisTile* axes[kMaxAxes] = {};
-  int64_t first_output[kMaxAxes] = {};
   Range* seen;  // [queries]
 };
 
