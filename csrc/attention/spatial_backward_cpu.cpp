@@ -81,7 +81,7 @@ class SpatialBackward {
   }
 
   // Brings a share of the next tile's tokens.
-  void fetch_next(int64_t share, int64_t count) const {
+  VK_INLINE void fetch_next(int64_t share, int64_t count) const {
     next.fetch({p.query, head, p.head_dim}, p.query_size, &TileBoxes::queries, share, count);
     next.fetch({p.out, head, p.value_dim}, p.query_size, &TileBoxes::outputs, share, count);
     next.fetch({p.grad_out, head, p.value_dim}, p.query_size, &TileBoxes::outputs, share, count);

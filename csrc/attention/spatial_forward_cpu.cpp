@@ -65,7 +65,7 @@ class SpatialForward {
   }
 
   // Brings a share of the next tile's tokens.
-  void fetch_next(int64_t share, int64_t count) const {
+  VK_INLINE void fetch_next(int64_t share, int64_t count) const {
     const int64_t kv_head = p.kv_head_of[next_head];
     next.fetch({p.query, next_head, p.head_dim}, p.query_size, &TileBoxes::queries, share, count);
     next.fetch({p.key, kv_head, p.head_dim}, p.key_size, &TileBoxes::keys, share, count);

@@ -24,7 +24,7 @@ struct Box {
 
   // Calls f(token, count, index) for the stretches of `tokens` that differ on the last axis only.
   template <class Function>
-  void for_each_line(Range tokens, Function&& f) const {
+  VK_INLINE void for_each_line(Range tokens, Function&& f) const {
     if (tokens.empty()) return;
     Place at = index(tokens.begin);
     for (int64_t token = tokens.begin; token < tokens.end;) {
@@ -38,9 +38,9 @@ struct Box {
 
   // Likewise, for what of these stretches lies on a map.
   template <class Function>
-  void for_each_line_on(const int64_t (&map)[kMaxAxes], Range tokens, Function&& f) const {
+  VK_INLINE void for_each_line_on(const int64_t (&map)[kMaxAxes], Range tokens, Function&& f) const {
     const Range inside[] = {on_map(0, map[0]), on_map(1, map[1]), on_map(2, map[2])};
-    for_each_line(tokens, [&](int64_t token, int64_t count, Place at) {
+    for_each_line(tokens, [&](int64_t token, int64_t count, Place at) VK_BODY {
       if (!inside[0].contains(at.at[0]) || !inside[1].contains(at.at[1])) return;
       const Range on_line = intersect(inside[2], {at.at[2], at.at[2] + count});
       token += on_line.begin - at.at[2], at.at[2] = on_line.begin;
