@@ -95,7 +95,8 @@ class Forward {
         [&](int64_t r)
             VK_BODY { return relative_to(intersect(axis.keys(rows.begin + r), tile_keys), tile_keys.begin); },
         [&](T* row, int64_t r, Range visible, int64_t, T scale)
-            VK_BODY { return apply_terms(row, visible, scale, rows.begin + r, tile_keys.begin); });
+            VK_BODY { return apply_terms(row, visible, scale, rows.begin + r, tile_keys.begin); },
+        [](int64_t) {});
   }
 
   T apply_terms(T* row, Range visible, T scale, int64_t query, int64_t first_key) {
@@ -108,10 +109,13 @@ class Forward {
   void finish(Range rows) {
     const int64_t count = rows.end - rows.begin;
     finish_rows(states, count, results);
-    key_tile.finish(results, sums, count, p.out.at<S>(batch, sequence.first_query + rows.begin, head),
-                    p.out.token_stride);
-    T* lse = static_cast<T*>(p.lse) + (sequence.first_row + rows.begin) * p.heads + head;
-    for (int64_t r = 0; r < count; ++r) lse[r * p.heads] = results[r].lse;
+    T* lse = static_cast<T*>(p.lse);
+    for (int64_t query = rows.begin; query < rows.end; ++query) {
+      const RowResult<T>& result = results[query - rows.begin];
+      key_tile.finish(result.factor, sums + (query - rows.begin) * value_width,
+                      p.out.at<S>(batch, sequence.first_query + query, head));
+      lse[(sequence.first_row + query) * p.heads + head] = result.lse;
+    }
   }
 
   const AttentionParams& p;

@@ -46,10 +46,10 @@ class ForwardTile {
 
   // Adds the keys that row r sees, the range visible(r) of the tile, within `seen`. apply_terms(logits, r, columns,
   // first_key, scale) does what is done to a row of logits in place and returns their maximum; `has_terms` says whether
-  // anything is.
-  template <class Visible, class ApplyTerms>
-  VK_INLINE void add(const Rows& rows, Range seen, T scale, bool has_terms, Visible&& visible,
-                     ApplyTerms&& apply_terms) {
+  // anything is. meanwhile(r) may fetch what will be needed later.
+  template <class Visible, class ApplyTerms, class Meanwhile>
+  VK_INLINE void add(const Rows& rows, Range seen, T scale, bool has_terms, Visible&& visible, ApplyTerms&& apply_terms,
+                     Meanwhile&& meanwhile) {
     const int64_t count = rows.count, first = seen.begin / kPanel<E> * kPanel<E>, columns = seen.end - first;
     const T left_scale = kFoldsScale<E> ? T(1) : scale;
     pack_queries(rows.queries, count, head_dim, scale, queries, query_width);     // [count, d]
@@ -60,6 +60,7 @@ class ForwardTile {
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
       const Range columns_of_row = relative_to(visible(r), first);
+      meanwhile(r);
       largest[r] =
           has_terms ? apply_terms(row, r, columns_of_row, first, left_scale) : row_max(row, columns_of_row, left_scale);
     }
@@ -81,12 +82,10 @@ class ForwardTile {
     }
   }
 
-  // The outputs of rows, `out_stride` apart, from their sums.
-  void finish(const RowResult<T>* results, T* sums, int64_t count, S* out, int64_t out_stride) const {
-    for (int64_t r = 0; r < count; ++r, sums += value_width, out += out_stride) {
-      if (results[r].factor == T(0)) clear(sums, {0, value_width});  // saw no key: zero, whatever the row holds
-      unpack_rows<T>(sums, value_width, 1, value_dim, results[r].factor, out, 0);
-    }
+  // The output of one row, from its sums.
+  VK_INLINE void finish(T factor, T* sums, S* out) const {
+    if (factor == T(0)) clear(sums, {0, value_width});  // saw no key: zero, whatever the row holds
+    unpack_rows<T>(sums, value_width, 1, value_dim, factor, out, 0);
   }
 
  private:

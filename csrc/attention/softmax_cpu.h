@@ -88,6 +88,7 @@ struct RowState {
 
   // What exponents are taken relative to. A row that saw nothing yet must not give inf - inf.
   T offset() const { return max == kMinusInfinity<T> ? T(0) : max; }
+  T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
 
 // What comes of it: `factor` makes exponentials probabilities; it is zero for a row that saw no key.
@@ -96,7 +97,7 @@ struct RowResult {
   T lse, factor;
 };
 
-// Whole vectors of rows are read and written.
+// Of many rows at once: whole vectors of them are read and written.
 template <class T>
 void finish_rows(const RowState<T>* states, int64_t count, RowResult<T>* results) {
   constexpr int kN = kWidth<T>;

@@ -5,8 +5,8 @@
 
 #include "attention/backward_tile_cpu.h"
 #include "attention/differentiate_cpu.h"
-#include "attention/next_tile_cpu.h"
 #include "attention/spatial_terms_cpu.h"
+#include "attention/tile_tokens_cpu.h"
 #include "cpu/kernels.h"
 
 namespace vitkernels::VK_ISA {
@@ -34,9 +34,16 @@ class SpatialBackward {
         head = p.head_list[i], head_scale_sum = 0;
         for (batch = p.batch * group / p.batch_groups; batch < p.batch * (group + 1) / p.batch_groups; ++batch) {
           const Range of_split{num_tiles * split / p.splits, num_tiles * (split + 1) / p.splits};
+          if (!of_split.empty()) find(of_split.begin);
           for (int64_t t = of_split.begin; t < of_split.end; ++t) {
-            next.start(t + 1 < of_split.end ? tile.boxes_of(t + 1) : TileBoxes{}, batch);
-            one_tile(t);
+            std::swap(present, next);
+            tile.start(present.boxes);
+            next_share = 0;
+            if (t + 1 < of_split.end) {
+              find(t + 1);
+              next_share = divide_up(next.count(), std::max<int64_t>(tile.queries.count(), 1));
+            }
+            one_tile();
           }
         }
         if (p.head_scale_sums) p.head_scale_sums[part * p.heads + head] = head_scale_sum;
@@ -46,12 +53,40 @@ class SpatialBackward {
   }
 
  private:
-  void one_tile(int64_t index) {
-    tile.start(index);
+  // What a tile of a head reads and writes.
+  struct Tokens {
+    TileBoxes boxes;
+    TileTokens<const S> queries, outputs, out_gradients, keys, values;
+    TileTokens<S> query_gradients, key_gradients, value_gradients;  // null beyond the map
+
+    int64_t count() const { return std::max(outputs.count, keys.count); }
+    VK_INLINE void fetch(Range tokens) const {
+      queries.fetch(tokens);
+      outputs.fetch(tokens);
+      out_gradients.fetch(tokens);
+      keys.fetch(tokens);
+      values.fetch(tokens);
+      query_gradients.fetch(tokens);
+      key_gradients.fetch(tokens);
+      value_gradients.fetch(tokens);
+    }
+  };
+
+  void find(int64_t index) {
+    next.boxes = tile.boxes_of(index);
+    const Box &queries = next.boxes.queries, &outputs = next.boxes.outputs, &keys = next.boxes.keys;
+    next.queries.find(p.query, batch, head, queries);
+    next.outputs.find(p.out, batch, head, outputs);
+    next.out_gradients.find(p.grad_out, batch, head, outputs);
+    next.keys.find(p.key, batch, kv_head, keys, p.key_size, fill(p.key_fill, p.head_dim));
+    next.values.find(p.value, batch, kv_head, keys, p.key_size, fill(p.value_fill, p.value_dim));
+    if (!p.query_sums) next.query_gradients.find(p.grad_query, batch, head, queries);
+    if (!p.key_sums) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
+    if (!p.value_sums) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
+  }
+
+  void one_tile() {
     const int64_t num_rows = tile.queries.count(), num_keys = tile.keys.count();
-    const Range all{0, num_rows};
-    queries = query_rows.of(p.query, batch, head, tile.queries, all);
-    out_gradient = out_gradient_rows.of(p.grad_out, batch, head, tile.outputs, all);
     find_numbers(num_rows);
     std::fill_n(query_gradient, num_rows * query_width, T(0));
     if (relative_query_gradient) std::fill_n(relative_query_gradient, num_rows * query_width, T(0));
@@ -60,33 +95,21 @@ class SpatialBackward {
     const int64_t blocks = divide_up(num_rows, spatial_backward_rows(p));
     for (int64_t stretch = 0; stretch < stretches.count; ++stretch) {
       const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, num_keys)};
-      key_tile.pack(
-          key_rows.of(p.key, batch, kv_head, tile.keys, columns, p.key_size, fill(p.key_fill, p.head_dim)),
-          value_rows.of(p.value, batch, kv_head, tile.keys, columns, p.key_size, fill(p.value_fill, p.value_dim)),
-          columns.end - columns.begin);
+      key_tile.pack(present.keys.from(columns.begin), present.values.from(columns.begin), columns.end - columns.begin);
       const bool has_terms = terms.any_on(tile);
       if (has_terms) terms.start_columns(batch, head, tile, columns);
       for (int64_t block = 0; block < blocks; ++block) {
-        fetch_next(stretch * blocks + block, stretches.count * blocks);
         const Range rows{num_rows * block / blocks, num_rows * (block + 1) / blocks};
         block_of_rows({rows, columns, block * stretches.count + stretch, blocks * stretches.count}, has_terms);
       }
       if (has_terms) terms.finish_columns(split, batch, head, columns);
-      add_gradient(p.grad_key, p.key_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
-      add_gradient(p.grad_value, p.value_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim, columns);
+      add_gradient(present.key_gradients, p.key_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
+      add_gradient(present.value_gradients, p.value_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim,
+                   columns);
       add_fill(p.key_fill_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
       add_fill(p.value_fill_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim, columns);
     }
     finish_queries(num_rows);
-  }
-
-  // Brings a share of the next tile's tokens.
-  VK_INLINE void fetch_next(int64_t share, int64_t count) const {
-    next.fetch({p.query, head, p.head_dim}, p.query_size, &TileBoxes::queries, share, count);
-    next.fetch({p.out, head, p.value_dim}, p.query_size, &TileBoxes::outputs, share, count);
-    next.fetch({p.grad_out, head, p.value_dim}, p.query_size, &TileBoxes::outputs, share, count);
-    next.fetch({p.key, kv_head, p.head_dim}, p.key_size, &TileBoxes::keys, share, count);
-    next.fetch({p.value, kv_head, p.value_dim}, p.key_size, &TileBoxes::keys, share, count);
   }
 
   const S* fill(const void* rows, int64_t dim) const {
@@ -96,16 +119,12 @@ class SpatialBackward {
   void find_numbers(int64_t num_rows) {
     const Box& outputs = tile.outputs;
     outputs.for_each_line({0, num_rows}, [&](int64_t first, int64_t count, const Place& index) {
-      const Place place = outputs.on_map(index);
-      const int64_t step = outputs.step[kLast];
-      const S* out = p.out.at<const S>(batch, place, head);
-      int64_t at = p.row(batch, place) * p.heads + head;
-      for (int64_t row = first; row < first + count; ++row) {
+      int64_t at = p.row(batch, outputs.on_map(index)) * p.heads + head;
+      for (int64_t row = first; row < first + count; ++row, at += outputs.step[kLast] * p.heads) {
         // delta = dO.O - dlse, so that dS = P * (dP - delta).
-        deltas[row] = dot_rows<T>(out, out_gradient[row], p.value_dim);
+        deltas[row] = dot_rows<T>(present.outputs[row], present.out_gradients[row], p.value_dim);
         if (p.grad_lse) deltas[row] -= static_cast<const T*>(p.grad_lse)[at];
         offsets[row] = exponent_offset(static_cast<const T*>(p.lse)[at]);
-        out += p.out.axis_stride[kLast] * step, at += step * p.heads;
       }
     });
   }
@@ -115,25 +134,26 @@ class SpatialBackward {
     const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
     if (seen.empty()) return;
     const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
-    const ScatteredRows<S> of_block = queries.from(rows.begin);
+    const ScatteredRows<S> of_block = present.queries.from(rows.begin);
     if (has_terms) {
       terms.start_piece(head, piece, part);
       terms.start_rows(of_block, rows);
     }
-    key_tile.add(
-        {of_block, out_gradient.from(rows.begin), rows.end - rows.begin, query_gradient + rows.begin * query_width},
-        seen, scale, [&](int64_t r, int64_t first_key, int64_t width, T* logits, T* gradients) VK_BODY {
-          const int64_t row = rows.begin + r;
-          const Range visible = relative_to(intersect(tile.seen_by(row), columns), columns.begin + first_key);
-          const RowNumbers<T> numbers{left_scale, offsets[row], deltas[row]};
-          if (has_terms) {
-            differentiate_terms(row, visible, first_key, numbers, logits, gradients);
-          } else {
-            differentiate_products(visible, numbers, logits, gradients);
-          }
-          clear_outside(logits, visible, width);
-          clear_outside(gradients, visible, width);
-        });
+    key_tile.add({of_block, present.out_gradients.from(rows.begin), rows.end - rows.begin,
+                  query_gradient + rows.begin * query_width},
+                 seen, scale, [&](int64_t r, int64_t first_key, int64_t width, T* logits, T* gradients) VK_BODY {
+                   const int64_t row = rows.begin + r;
+                   next.fetch({row * next_share, (row + 1) * next_share});
+                   const Range visible = relative_to(intersect(tile.seen_by(row), columns), columns.begin + first_key);
+                   const RowNumbers<T> numbers{left_scale, offsets[row], deltas[row]};
+                   if (has_terms) {
+                     differentiate_terms(row, visible, first_key, numbers, logits, gradients);
+                   } else {
+                     differentiate_products(visible, numbers, logits, gradients);
+                   }
+                   clear_outside(logits, visible, width);
+                   clear_outside(gradients, visible, width);
+                 });
     if (!has_terms) return;
     if (relative_query_gradient) terms.finish_rows(part, relative_query_gradient + rows.begin * query_width);
     terms.finish_piece();
@@ -150,18 +170,19 @@ class SpatialBackward {
   }
 
   // Adds the gradients of the keys on the map to their sums; or they are the gradient, where no other tile sees them.
-  void add_gradient(const MapTensor& gradient, void* all_sums, const T* rows, int64_t width, int64_t dim,
+  void add_gradient(const TileTokens<S>& gradients, void* all_sums, const T* rows, int64_t width, int64_t dim,
                     Range columns) {
+    if (!all_sums) {
+      for (int64_t column = columns.begin; column < columns.end; ++column, rows += width) {
+        if (gradients[column]) unpack_rows<T>(rows, width, 1, dim, T(1), gradients[column], 0);
+      }
+      return;
+    }
     const Box& box = tile.keys;
     T* sums = static_cast<T*>(all_sums) + ((split * p.batch + batch) * p.kv_heads + kv_head) * p.num_keys() * width;
     box.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
       const Place place = box.on_map(first);
       const T* from = rows + (column - columns.begin) * width;
-      if (!all_sums) {
-        unpack_rows<T>(from, width, count, dim, T(1), gradient.at<S>(batch, place, kv_head),
-                       gradient.axis_stride[kLast] * box.step[kLast]);
-        return;
-      }
       T* to = sums + ((place.at[0] * p.key_size[1] + place.at[1]) * p.key_size[2] + place.at[2]) * width;
       for (int64_t i = 0; i < count; ++i, from += width, to += box.step[kLast] * width) {
         for (int64_t c = 0; c < width; c += kWidth<T>) store(to + c, load(to + c) + load(from + c));
@@ -189,15 +210,14 @@ class SpatialBackward {
     const T scale = p.score.scale_of<T>(head);
     for (int64_t row = 0; row < num_rows; ++row) {
       T* sum = query_gradient + row * query_width;
-      if (p.head_scale_sums) head_scale_sum += dot_rows<T>(queries[row], sum, p.head_dim);
+      if (p.head_scale_sums) head_scale_sum += dot_rows<T>(present.queries[row], sum, p.head_dim);
       for (int64_t c = 0; c < query_width; c += kWidth<T>) {
         const Vec<T> scaled = load(sum + c) * scale;
         store(sum + c,
               relative_query_gradient ? scaled + load(relative_query_gradient + row * query_width + c) : scaled);
       }
-      const Place place = tile.queries.on_map(tile.queries.index(row));
       if (!p.query_sums) {
-        unpack_rows<T>(sum, query_width, 1, p.head_dim, T(1), p.grad_query.at<S>(batch, place, head), 0);
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, T(1), present.query_gradients[row], 0);
         continue;
       }
       T* to = static_cast<T*>(p.query_sums) +
@@ -215,11 +235,8 @@ class SpatialBackward {
   const int64_t most_block = std::min(most_rows, spatial_backward_rows(p));
 
   SpatialTile tile{p, scratch};
-  NextTile<S> next;
   BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t query_width = key_tile.query_width;
-  BoxRows<S> query_rows{most_rows, scratch}, out_gradient_rows{most_rows, scratch};
-  BoxRows<S> key_rows{most_keys, scratch}, value_rows{most_keys, scratch};
   S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
   T* query_gradient = scratch.take<T>(most_rows * query_width);
   T* relative_query_gradient =
@@ -234,7 +251,22 @@ class SpatialBackward {
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   double head_scale_sum = 0;
-  ScatteredRows<S> queries{}, out_gradient{};
+  int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
+
+  Tokens tokens() {
+    const int64_t rows = most_rows, keys = p.most_keys(), d = p.head_dim, dv = p.value_dim;
+    return {{},
+            {rows, d, scratch},
+            {rows, dv, scratch},
+            {rows, dv, scratch},
+            {keys, d, scratch},
+            {keys, dv, scratch},
+            {rows, d, scratch},
+            {keys, d, scratch},
+            {keys, dv, scratch}};
+  }
+
+  Tokens present = tokens(), next = tokens();
 };
 
 template <class S>

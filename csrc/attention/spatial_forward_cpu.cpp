@@ -3,8 +3,8 @@
 // A task is a tile of queries of one head; large tiles are cut into blocks of rows. Heads are outermost: what is expanded
 // from a head's tables stays in the cache.
 
-#include "attention/next_tile_cpu.h"
 #include "attention/spatial_terms_cpu.h"
+#include "attention/tile_tokens_cpu.h"
 #include "attention/tiles_cpu.h"
 #include "cpu/kernels.h"
 
@@ -24,39 +24,76 @@ class SpatialForward {
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
     std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
-    const int64_t num_tiles = p.num_tiles();
+    if (begin < end) find(begin / num_blocks);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % num_blocks, index = task / num_blocks;
-      head = index / num_tiles / p.batch, batch = index / num_tiles % p.batch;
-      tile.start(index % num_tiles);
-      const int64_t following = (task + 1) / num_blocks;
-      const bool is_last = following == index || task + 1 == end;
-      next.start(is_last ? TileBoxes{} : tile.boxes_of(following % num_tiles), following / num_tiles % p.batch);
-      next_head = following / num_tiles / p.batch;
+      const int64_t block = task % num_blocks, following = (task + 1) / num_blocks;
+      if (block == 0 || task == begin) {
+        std::swap(present, next);
+        tile.start(present.boxes);
+        packed_column = -1;
+      }
+      const bool is_last = block == num_blocks - 1;
+      if (is_last && task + 1 < end) find(following);
       const int64_t count = tile.queries.count();
-      rows_of_tile(index, block, {count * block / num_blocks, count * (block + 1) / num_blocks});
+      const Range rows{count * block / num_blocks, count * (block + 1) / num_blocks};
+      next_share = is_last && task + 1 < end ? divide_up(next.count(), std::max<int64_t>(rows.end - rows.begin, 1)) : 0;
+      rows_of_tile(block, rows);
     }
   }
 
  private:
-  void rows_of_tile(int64_t index, int64_t block, Range rows) {
+  // What a tile of a head reads and writes.
+  struct Tokens {
+    TileBoxes boxes;
+    int64_t batch, head;
+    TileTokens<const S> queries, keys, values;
+    TileTokens<S> outputs;
+
+    int64_t count() const { return std::max(queries.count, keys.count); }
+    VK_INLINE void fetch(Range tokens) const {
+      keys.fetch(tokens);
+      values.fetch(tokens);
+      queries.fetch(tokens);
+      outputs.fetch(tokens);
+    }
+  };
+
+  void find(int64_t index) {
+    const int64_t num_tiles = p.num_tiles(), batch = index / num_tiles % p.batch, head = index / num_tiles / p.batch;
+    const int64_t kv_head = p.kv_head_of[head];
+    next.batch = batch, next.head = head;
+    next.boxes = tile.boxes_of(index % num_tiles);
+    next.queries.find(p.query, batch, head, next.boxes.queries);
+    next.keys.find(p.key, batch, kv_head, next.boxes.keys, p.key_size, fill(p.key_fill, kv_head, p.head_dim));
+    next.values.find(p.value, batch, kv_head, next.boxes.keys, p.key_size, fill(p.value_fill, kv_head, p.value_dim));
+    next.outputs.find(p.out, batch, head, next.boxes.outputs);
+  }
+
+  const S* fill(const void* rows, int64_t kv_head, int64_t dim) const {
+    return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
+  }
+
+  void rows_of_tile(int64_t block, Range rows) {
     if (rows.empty()) return;
     const int64_t count = rows.end - rows.begin;
     const Tiling stretches = tile_axis(tile.keys.count(), kForwardKeyTile);
     std::fill_n(states, count, RowState<T>{});
     if (stretches.count != 1) std::fill_n(sums, count * value_width, T(0));
-    queries = query_rows.of(p.query, batch, head, tile.queries, rows);
     for (int64_t stretch = 0; stretch < stretches.count; ++stretch) {
       const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, tile.keys.count())};
       if (intersect(tile.seen_by_any(rows), columns).empty()) continue;
-      pack(index, columns);
+      if (packed_column != columns.begin) {
+        packed_column = columns.begin;
+        key_tile.pack(present.keys.from(columns.begin), present.values.from(columns.begin),
+                      columns.end - columns.begin);
+      }
       if (terms.any_on(tile)) {
-        terms.start_columns(batch, head, tile, columns);
-        terms.start_piece(head, {rows, columns, block * stretches.count + stretch, num_blocks * stretches.count}, 0);
+        terms.start_columns(present.batch, present.head, tile, columns);
+        terms.start_piece(present.head,
+                          {rows, columns, block * stretches.count + stretch, num_blocks * stretches.count}, 0);
       }
       const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
-        fetch_next(stretch * groups + group, stretches.count * groups);
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups}, columns,
                       stretches.count == 1);
       }
@@ -64,54 +101,36 @@ class SpatialForward {
     finish(rows);
   }
 
-  // Brings a share of the next tile's tokens.
-  VK_INLINE void fetch_next(int64_t share, int64_t count) const {
-    const int64_t kv_head = p.kv_head_of[next_head];
-    next.fetch({p.query, next_head, p.head_dim}, p.query_size, &TileBoxes::queries, share, count);
-    next.fetch({p.key, kv_head, p.head_dim}, p.key_size, &TileBoxes::keys, share, count);
-    next.fetch({p.value, kv_head, p.value_dim}, p.key_size, &TileBoxes::keys, share, count);
-  }
-
-  void pack(int64_t index, Range columns) {
-    if (packed_index == index && packed_column == columns.begin) return;
-    packed_index = index, packed_column = columns.begin;
-    const int64_t kv_head = p.kv_head_of[head];
-    key_tile.pack(
-        key_rows.of(p.key, batch, kv_head, tile.keys, columns, p.key_size, fill(p.key_fill, p.head_dim)),
-        value_rows.of(p.value, batch, kv_head, tile.keys, columns, p.key_size, fill(p.value_fill, p.value_dim)),
-        columns.end - columns.begin);
-  }
-
-  const S* fill(const void* rows, int64_t dim) const {
-    return rows ? static_cast<const S*>(rows) + p.kv_head_of[head] * dim : zeros;
-  }
-
   void group_of_rows(Range block, Range rows, Range columns, bool is_only_tile) {
     const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
     if (seen.empty()) return;
     const int64_t first_row = rows.begin - block.begin;
-    const ScatteredRows<S> of_group = queries.from(first_row);
+    const ScatteredRows<S> of_group = present.queries.from(rows.begin);
     const bool has_terms = terms.any_on(tile);
     if (has_terms) terms.start_rows(of_group, rows);
     key_tile.add(
         {of_group, rows.end - rows.begin, sums + first_row * value_width, states + first_row, is_only_tile}, seen,
-        p.score.scale_of<T>(head), has_terms,
+        p.score.scale_of<T>(present.head), has_terms,
         [&](int64_t r) VK_BODY { return relative_to(intersect(tile.seen_by(rows.begin + r), columns), columns.begin); },
         [&](T* row, int64_t r, Range visible, int64_t first_key, T scale)
-            VK_BODY { return apply_score(row, visible, scale, terms.row(rows.begin + r, first_key)); });
+            VK_BODY { return apply_score(row, visible, scale, terms.row(rows.begin + r, first_key)); },
+        [&](int64_t r) VK_BODY {
+          const int64_t share = first_row + r;
+          next.fetch({share * next_share, (share + 1) * next_share});
+        });
   }
 
   void finish(Range rows) {
     constexpr int kLast = kMaxAxes - 1;
     finish_rows(states, rows.end - rows.begin, results);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t r = row - rows.begin;
+      key_tile.finish(results[r].factor, sums + r * value_width, present.outputs[row]);
+    }
     const Box& outputs = tile.outputs;
     outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Place& index) {
-      const Place place = outputs.on_map(index);
-      const int64_t first = row - rows.begin, step = outputs.step[kLast];
-      key_tile.finish(results + first, sums + first * value_width, count, p.out.at<S>(batch, place, head),
-                      p.out.axis_stride[kLast] * step);
-      T* lse = static_cast<T*>(p.lse) + p.row(batch, place) * p.heads + head;
-      for (int64_t i = 0; i < count; ++i) lse[i * step * p.heads] = results[first + i].lse;
+      T* lse = static_cast<T*>(p.lse) + p.row(present.batch, outputs.on_map(index)) * p.heads + present.head;
+      for (int64_t i = 0; i < count; ++i) lse[i * outputs.step[kLast] * p.heads] = results[row - rows.begin + i].lse;
     });
   }
 
@@ -122,10 +141,8 @@ class SpatialForward {
   const int64_t most_rows = divide_up(p.most_queries(), num_blocks);
 
   SpatialTile tile{p, scratch};
-  NextTile<S> next;
   ForwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
   const int64_t value_width = key_tile.value_width;
-  BoxRows<S> query_rows{most_rows, scratch}, key_rows{most_keys, scratch}, value_rows{most_keys, scratch};
   S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
   T* sums = scratch.take<T>(most_rows * value_width);
   RowState<T>* states = scratch.take<RowState<T>>(round_up(most_rows, kWidth<T>));
@@ -135,9 +152,19 @@ class SpatialForward {
       {most_rows, most_keys, num_blocks* tile_axis(p.most_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
       scratch};
 
-  int64_t batch = 0, head = 0, next_head = 0;
-  int64_t packed_index = -1, packed_column = -1;
-  ScatteredRows<S> queries{};
+  Tokens tokens() {
+    return {{},
+            0,
+            0,
+            {p.most_queries(), p.head_dim, scratch},
+            {p.most_keys(), p.head_dim, scratch},
+            {p.most_keys(), p.value_dim, scratch},
+            {p.most_queries(), p.value_dim, scratch}};
+  }
+
+  Tokens present = tokens(), next = tokens();
+  int64_t packed_column = -1;
+  int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
 };
 
 }  // namespace

@@ -26,7 +26,7 @@ struct Box {
   template <class Function>
   VK_INLINE void for_each_line(Range tokens, Function&& f) const {
     if (tokens.empty()) return;
-    Place at = index(tokens.begin);
+    Place at = tokens.begin == 0 ? Place{} : index(tokens.begin);  // divisions take long
     for (int64_t token = tokens.begin; token < tokens.end;) {
       const int64_t count = std::min(size[2] - at.at[2], tokens.end - token);
       f(token, count, at);
@@ -50,6 +50,8 @@ struct Box {
 
   // The indices on one axis that lie on a map.
   Range on_map(int axis, int64_t map_size) const {
+    const int64_t last = first[axis] + (size[axis] - 1) * step[axis];
+    if (first[axis] >= 0 && last < map_size) return {0, size[axis]};
     const int64_t before = first[axis] < 0 ? divide_up(-first[axis], step[axis]) : 0;
     const int64_t end = first[axis] < map_size ? divide_up(map_size - first[axis], step[axis]) : 0;
     return {before, std::min(end, size[axis])};
@@ -86,6 +88,7 @@ struct TileView {
 
 // Where the tokens of a tile are.
 struct TileBoxes {
+  const AxisTile* on_axis[kMaxAxes] = {};
   Box queries;  // in the query tensor
   Box outputs;  // in the map of the output, where a shared query is in all windows
   Box keys;     // in the key map
@@ -99,27 +102,27 @@ class SpatialTile : public TileBoxes {
   TileBoxes boxes_of(int64_t index) const {
     TileBoxes boxes;
     for (int axis = kMaxAxes - 1; axis >= 0; --axis) {
-      const AxisTile& on_axis = tile_on_axis(axis, index);
+      const AxisTiles& tiles = p.axis[axis];
+      const AxisTile& on_axis = tiles.tile[index % tiles.count];
+      index /= tiles.count;
+      boxes.on_axis[axis] = &on_axis;
       boxes.outputs.first[axis] = on_axis.first_query, boxes.outputs.size[axis] = on_axis.num_queries;
       boxes.keys.first[axis] = on_axis.first_key, boxes.keys.size[axis] = on_axis.num_keys;
-      boxes.outputs.step[axis] = boxes.keys.step[axis] = p.axis[axis].step;
+      boxes.outputs.step[axis] = boxes.keys.step[axis] = tiles.step;
     }
     boxes.queries = boxes.outputs;
     if (p.is_shared_query) std::fill_n(boxes.queries.first, kMaxAxes, 0);
     return boxes;
   }
 
-  void start(int64_t index) {
-    static_cast<TileBoxes&>(*this) = boxes_of(index);
-    const AxisTile* of_axis[kMaxAxes];
-    for (int axis = kMaxAxes - 1; axis >= 0; --axis) of_axis[axis] = &tile_on_axis(axis, index);
+  void start(const TileBoxes& boxes) {
+    static_cast<TileBoxes&>(*this) = boxes;
     int64_t combined = 0;
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      combined = combined * p.axis[axis].num_geometries + of_axis[axis]->geometry;
+      combined = combined * p.axis[axis].num_geometries + on_axis[axis]->geometry;
     }
     if (combined == geometry) return;
     geometry = combined;
-    std::copy_n(of_axis, kMaxAxes, axes);
     find_seen();
   }
 
@@ -135,39 +138,38 @@ class SpatialTile : public TileBoxes {
   }
 
   TileView view() const {
-    return {{axes[0]->seen, axes[1]->seen, axes[2]->seen},
+    return {{on_axis[0]->seen, on_axis[1]->seen, on_axis[2]->seen},
             {queries.size[0], queries.size[1], queries.size[2]},
             {keys.size[0], keys.size[1], keys.size[2]}};
   }
   // Where the queries are on an axis, counted from the first key.
   Range places(int axis) const {
-    return {axes[axis]->seen[0].place, axes[axis]->seen[queries.size[axis] - 1].place + 1};
+    return {on_axis[axis]->seen[0].place, on_axis[axis]->seen[queries.size[axis] - 1].place + 1};
   }
 
   int64_t geometry = -1;
   bool has_holes = false;  // a query does not see all keys between its first and its last
 
  private:
-  // From the last axis on; `index` becomes that of the tile on the axes before.
-  const AxisTile& tile_on_axis(int axis, int64_t& index) const {
-    const AxisTiles& tiles = p.axis[axis];
-    const AxisTile& tile = tiles.tile[index % tiles.count];
-    index /= tiles.count;
-    return tile;
-  }
-
   void find_seen() {
     // What lies between is whole on all axes but the first that has more than one key.
     int outer = 0;
     while (outer < kMaxAxes - 1 && keys.size[outer] == 1) ++outer;
     has_holes = p.radius > 0;
-    for (int axis = 0; axis < kMaxAxes; ++axis) has_holes = has_holes || (axis != outer && !axes[axis]->sees_all);
-
+    bool sees_all = true;
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      sees_all = sees_all && on_axis[axis]->sees_all;
+      has_holes = has_holes || (axis != outer && !on_axis[axis]->sees_all);
+    }
+    if (sees_all) {
+      std::fill_n(seen, queries.count(), Range{0, keys.count()});
+      return;
+    }
     int64_t row = 0;
     for (int64_t i = 0; i < queries.size[0]; ++i) {
       for (int64_t j = 0; j < queries.size[1]; ++j) {
         for (int64_t k = 0; k < queries.size[2]; ++k) {
-          const Range a = axes[0]->seen[i].keys, b = axes[1]->seen[j].keys, c = axes[2]->seen[k].keys;
+          const Range a = on_axis[0]->seen[i].keys, b = on_axis[1]->seen[j].keys, c = on_axis[2]->seen[k].keys;
           const bool is_empty = a.empty() || b.empty() || c.empty();
           const int64_t first = (a.begin * keys.size[1] + b.begin) * keys.size[2] + c.begin;
           const int64_t last = ((a.end - 1) * keys.size[1] + b.end - 1) * keys.size[2] + c.end - 1;
@@ -178,56 +180,7 @@ class SpatialTile : public TileBoxes {
   }
 
   const SpatialParams& p;
-  const AxisTile* axes[kMaxAxes] = {};
   Range* seen;  // [queries]
-};
-
-// Where the tokens of a box are in a tensor.
-template <class S>
-class BoxRows {
- public:
-  BoxRows(int64_t most_rows, Scratch& scratch) : rows(scratch.take<const S*>(most_rows)) {}
-
-  // Tokens of a box on the map.
-  ScatteredRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens) {
-    const S** row = rows;
-    box.for_each_line(tokens, [&](int64_t, int64_t count, const Place& index) {
-      row = line(t, batch, head, box, index, count, row);
-    });
-    return {rows};
-  }
-
-  // Those beyond the map, whose sizes are given, are `fill`.
-  ScatteredRows<S> of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, Range tokens,
-                      const int64_t (&map)[kMaxAxes], const S* fill) {
-    const Range inside[] = {box.on_map(0, map[0]), box.on_map(1, map[1]), box.on_map(2, map[2])};
-    const S** row = rows;
-    box.for_each_line(tokens, [&](int64_t, int64_t count, Place index) {
-      const Range wanted{index.at[kLast], index.at[kLast] + count};
-      Range on_line = intersect(inside[kLast], wanted);
-      if (!inside[0].contains(index.at[0]) || !inside[1].contains(index.at[1]) || on_line.empty()) {
-        on_line = {wanted.end, wanted.end};
-      }
-      index.at[kLast] = on_line.begin;
-      row = std::fill_n(row, on_line.begin - wanted.begin, fill);
-      row = line(t, batch, head, box, index, on_line.end - on_line.begin, row);
-      row = std::fill_n(row, wanted.end - on_line.end, fill);
-    });
-    return {rows};
-  }
-
- private:
-  static constexpr int kLast = kMaxAxes - 1;
-
-  VK_INLINE static const S** line(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const Place& first,
-                                  int64_t count, const S** row) {
-    const int64_t step = t.axis_stride[kLast] * box.step[kLast];
-    const S* token = t.at<const S>(batch, box.on_map(first), head);
-    for (int64_t i = 0; i < count; ++i, token += step) *row++ = token;
-    return row;
-  }
-
-  const S** rows;
 };
 
 }  // namespace vitkernels::VK_ISA

@@ -100,6 +100,7 @@ VK_INLINE void store_narrowed(S* p, Vec<T> v, int64_t count) {
   if constexpr (std::is_same_v<S, T>) {
     return count == kWidth<T> ? store(p, v) : store_partial(p, v, count);
   } else {
+    if (count == kWidth<T>) return narrow(v, p);
     S elements[kWidth<T>];
     narrow(v, elements);
     std::memcpy(p, elements, count * sizeof(S));
