@@ -125,7 +125,7 @@ VK_INLINE void differentiate_score(const Row& score, Range visible, RowNumbers<T
     const Vec<T> grad = prob * (load(gradients + c) - with.delta);
     add_gradient(grad, product, c, lanes);
     store(logits + c, prob);
-    store(gradients + c, keep(grad * score.factor(c, lanes), lanes, T(0)));
+    store(gradients + c, keep(score.to_product(grad, c, lanes), lanes, T(0)));
   });
 }
 

@@ -16,8 +16,8 @@ struct GridScoreRow {
   VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
     return others.apply(product * multiplier.at(column, lanes), column, lanes) + bias.at(column, lanes);
   }
-  VK_INLINE Vec<T> factor(int64_t column, Range lanes) const {
-    return others.factor(column, lanes) * multiplier.at(column, lanes);
+  VK_INLINE Vec<T> to_product(Vec<T> grad, int64_t column, Range lanes) const {
+    return others.to_product(grad * multiplier.at(column, lanes), column, lanes);
   }
 };
 
@@ -113,7 +113,7 @@ class GridRow {
   // One vector of the gradient of the row that was expanded last.
   VK_INLINE void set_gradient(const GridScoreRow<T>& row, Vec<T> grad, Vec<T> product, int64_t column, Range lanes) {
     store(bias_gradient + column, grad);
-    if (multiplier) store(multiplier_gradient + column, grad * product * row.others.factor(column, lanes));
+    if (multiplier) store(multiplier_gradient + column, row.others.to_product(grad * product, column, lanes));
   }
 
   // Adds the gradient of that row to those of the terms.

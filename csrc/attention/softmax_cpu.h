@@ -74,8 +74,19 @@ struct ScoreRow {
   VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
     return logit(product, multiplier.at(column, lanes), bias.at(column, lanes), key_bias.at(column, lanes));
   }
-  // By which the logit grows with the product.
-  VK_INLINE Vec<T> factor(int64_t column, Range lanes) const { return multiplier.at(column, lanes); }
+  // How the product changes where the logit changes by `grad`.
+  VK_INLINE Vec<T> to_product(Vec<T> grad, int64_t column, Range lanes) const {
+    return grad * multiplier.at(column, lanes);
+  }
+};
+
+// A bias alone, of which whole vectors may be read.
+template <class T>
+struct BiasRow {
+  const T* bias;
+
+  VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range) const { return product + load(bias + column); }
+  VK_INLINE Vec<T> to_product(Vec<T> grad, int64_t, Range) const { return grad; }
 };
 
 template <class T>

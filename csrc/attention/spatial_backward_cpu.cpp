@@ -146,7 +146,9 @@ class SpatialBackward {
                    next.fetch({row * next_share, (row + 1) * next_share});
                    const Range visible = relative_to(intersect(tile.seen_by(row), columns), columns.begin + first_key);
                    const RowNumbers<T> numbers{left_scale, offsets[row], deltas[row]};
-                   if (has_terms) {
+                   if (has_terms && terms.is_bias()) {
+                     differentiate_bias(row, visible, first_key, numbers, logits, gradients);
+                   } else if (has_terms) {
                      differentiate_terms(row, visible, first_key, numbers, logits, gradients);
                    } else {
                      differentiate_products(visible, numbers, logits, gradients);
@@ -157,6 +159,17 @@ class SpatialBackward {
     if (!has_terms) return;
     if (relative_query_gradient) terms.finish_rows(part, relative_query_gradient + rows.begin * query_width);
     terms.finish_piece();
+  }
+
+  // Where all terms are a bias: no pointer of theirs is read again for every vector.
+  VK_INLINE void differentiate_bias(int64_t row, Range visible, int64_t first_key, RowNumbers<T> with, T* logits,
+                                    T* gradients) {
+    const BiasRow<T> score = terms.bias_row(row, first_key);
+    T* sums = terms.bias_gradient_row(row, first_key);
+    if (!sums) return differentiate_score(score, visible, with, logits, gradients, [](auto...) {});
+    differentiate_score(score, visible, with, logits, gradients,
+                        [&](Vec<T> grad, Vec<T>, int64_t c, Range lanes)
+                            VK_BODY { store(sums + c, load(sums + c) + keep(grad, lanes, T(0))); });
   }
 
   VK_WHOLE void differentiate_terms(int64_t row, Range visible, int64_t first_key, RowNumbers<T> with, T* logits,

@@ -112,8 +112,10 @@ class SpatialForward {
         {of_group, rows.end - rows.begin, sums + first_row * value_width, states + first_row, is_only_tile}, seen,
         p.score.scale_of<T>(present.head), has_terms,
         [&](int64_t r) VK_BODY { return relative_to(intersect(tile.seen_by(rows.begin + r), columns), columns.begin); },
-        [&](T* row, int64_t r, Range visible, int64_t first_key, T scale)
-            VK_BODY { return apply_score(row, visible, scale, terms.row(rows.begin + r, first_key)); },
+        [&](T* row, int64_t r, Range visible, int64_t first_key, T scale) VK_BODY {
+          return terms.is_bias() ? apply_score(row, visible, scale, terms.bias_row(rows.begin + r, first_key))
+                                 : apply_score(row, visible, scale, terms.row(rows.begin + r, first_key));
+        },
         [&](int64_t r) VK_BODY {
           const int64_t share = first_row + r;
           next.fetch({share * next_share, (share + 1) * next_share});

@@ -88,7 +88,7 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpa
   params.grad_query = map_tensor(query, args.axes);
   params.grad_key = map_tensor(key, args.axes);
   params.grad_value = map_tensor(value, args.axes);
-  params.batch_groups = grid_gradients.any() ? std::min(args.batch, GridGradients::kParts) : args.batch;
+  params.batch_groups = spatial_batch_groups(args.batch, args.kv_heads, grid_gradients.any());
   const bool has_sums = !key_has_one_tile(args, params);
   params.splits = spatial_backward_splits(params, has_sums);
   const int64_t parts = params.batch_groups * params.splits;

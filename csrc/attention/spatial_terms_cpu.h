@@ -225,6 +225,16 @@ class SpatialTerms {
             key_bias ? key_bias + first_column : nullptr};
   }
 
+  // Whether what is expanded to a bias is all that there is. Then these are the row's, and its gradient's or null.
+  bool is_bias() const { return !slot->multiplier && !key_bias && !terms.has_rel_pos(); }
+  BiasRow<T> bias_row(int64_t row, int64_t first_column) const {
+    return {slot->bias + (row - piece.rows.begin) * expanded.stride + first_column};
+  }
+  T* bias_gradient_row(int64_t row, int64_t first_column) const {
+    T* gradient = slot->bias_gradient;
+    return gradient ? gradient + (row - piece.rows.begin) * expanded.stride + first_column : nullptr;
+  }
+
   // One vector of that row's gradient. Columns count from the same one.
   VK_INLINE void add_gradient(int64_t row, int64_t first_column, Vec<T> grad, Vec<T> product, int64_t column,
                               Range lanes) {

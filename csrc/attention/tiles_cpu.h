@@ -50,6 +50,12 @@ inline int64_t spatial_backward_rows(const SpatialParams& p) {
   return p.axis[0].see_all && p.axis[1].see_all && p.axis[2].see_all ? kBackwardQueryBlock : kFewRows;
 }
 
+// Groups of the batch. Few where each expands the tables of its heads and has sums for their gradients.
+inline int64_t spatial_batch_groups(int64_t batch, int64_t kv_heads, bool has_tables) {
+  constexpr int64_t kTasks = 32, kMostGroups = 8;
+  return has_tables ? std::min(batch, std::clamp<int64_t>(kTasks / (kv_heads + 1), 1, kMostGroups)) : batch;
+}
+
 // Ranges of tiles that are worked on independently, where there are few heads. Fewer where each costs sums of its own for
 // the gradients of keys.
 inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_sums) {
