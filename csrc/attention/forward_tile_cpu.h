@@ -55,7 +55,8 @@ class ForwardTile {
     pack_queries(rows.queries, count, head_dim, scale, queries, query_width);     // [count, d]
     key_tile.multiply(queries, count, {first, seen.end}, logits, logits_stride);  // [count, columns]
 
-    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU.
+    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU. (All rows' lanes
+    // reduced together took a third of the steps, and 7% longer: the next loop then waits for the last row.)
     T largest[kRowGroup<E>];
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
