@@ -1,4 +1,4 @@
-// Backward of softmax attention on a GPU with tensor cores: bf16 and fp16, sums in float32, the same bits in every run.
+// Backward of softmax attention on a GPU with tensor cores, sums in float32, the same bits in every run.
 //
 // One kernel owns keys and sums dK and dV over the queries, the other owns queries and sums dQ over the keys; both
 // compute the logits again. Each element of a gradient has one owner, which adds in order, so nothing is added up in
@@ -19,15 +19,15 @@ template <class Element, int kDim, Side kOwner>
 struct BackwardKernel {
   static constexpr bool kOwnsKeys = kOwner == Side::kKeys;
   static constexpr Side kOther = kOwnsKeys ? Side::kQueries : Side::kKeys;
-  static constexpr BackwardTile kTile = backward_tile(kDim);
-  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 2);
+  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(Element));
+  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 2, sizeof(Element));
   static constexpr int kColumns = kOwnsKeys ? kTile.columns : kDim;
   static constexpr int kKeys = kOwnsKeys ? kTile.owned : kTile.streamed;
 
   using Owned = SharedPair<Element, kTile.owned, kDim>;
   using Streamed = SharedPair<Element, kTile.streamed, kDim>;
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
-  using Mma = TileMma<Element, kTile.warps>;
+  using Mma = TileMma<Element, kTile.warps, std::min(16, kTile.streamed)>;
 
   static VK_HOST_DEVICE int64_t num_owned(const Axis& axis) { return kOwnsKeys ? axis.num_keys : axis.num_queries; }
   static VK_HOST_DEVICE int64_t num_streamed(const Axis& axis) { return kOwnsKeys ? axis.num_queries : axis.num_keys; }
@@ -94,7 +94,7 @@ struct BackwardKernel {
     };
     const int columns = int(p.head_dim) - task.first_column, value_columns = int(p.value_dim) - task.first_column;
 
-    const Mma mma;
+    const Mma mma(p.allow_tf32);
     const auto coordinates = coordinates_of<kOwner, kTile.owned, kTile.streamed>(mma);        // (queries,keys)
     Tensor grad = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kColumns>>{});        // (MMA,MMA_M,MMA_N)
     Tensor grad_value = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kColumns>>{});  // (MMA,MMA_M,MMA_N)
@@ -203,9 +203,10 @@ cudaError_t launch_attention_backward_queries(const AttentionBackwardCudaParams&
 cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& p, cudaStream_t stream) {
   constexpr int kWarps = 4;
   const unsigned blocks = blocks_for(p.num_rows() * p.heads, kWarps);
-  const auto kernel = p.dtype == DType::kBFloat16 ? attention_backward_delta<cutlass::bfloat16_t>
-                                                  : attention_backward_delta<cutlass::half_t>;
-  return launch_tasks(kernel, p.num_rows() == 0 ? 0 : blocks, kWarps * kWarpSize, 0, stream, p);
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    return launch_tasks(attention_backward_delta<Element>, p.num_rows() == 0 ? 0 : blocks, kWarps * kWarpSize, 0,
+                        stream, p);
+  });
 }
 
 }  // namespace vitkernels

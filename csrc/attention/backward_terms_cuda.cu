@@ -25,15 +25,15 @@ struct TermAxis {
 
 template <class Element, int kDim>
 struct TermKernel {
-  static constexpr BackwardTile kTile = backward_tile(kDim);
+  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(Element));
   static constexpr int kQueries = kTile.owned, kKeys = kTile.streamed;
-  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 1);
+  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 1, sizeof(Element));
   static_assert(kQueries * kKeys * int(sizeof(float)) <= kSharedBytes, "the sums leave through the operands' place");
 
   using Queries = SharedPair<Element, kQueries, kDim>;
   using Keys = SharedPair<Element, kKeys, kDim>;
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
-  using Mma = TileMma<Element, kTile.warps>;
+  using Mma = TileMma<Element, kTile.warps, std::min(16, kTile.streamed)>;
 
   struct Axes {
     TermAxis batch, head, query_tile, key_tile;
@@ -58,7 +58,7 @@ struct TermKernel {
     const Range batches = axes.batch.served(of_batch), heads = axes.head.served(of_head);
     const Range query_tiles = axes.query_tile.served(query_tile), key_tiles = axes.key_tile.served(key_tile);
 
-    const Mma mma;
+    const Mma mma(p.allow_tf32);
     Tensor sums = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kKeys>>{});  // (MMA,MMA_M,MMA_N)
     clear(sums);
     for (int64_t batch = batches.begin; batch < batches.end; ++batch) {

@@ -1,4 +1,4 @@
-// Forward of softmax attention on a GPU with tensor cores: bf16 and fp16, sums in float32.
+// Forward of softmax attention on a GPU with tensor cores, sums in float32.
 //
 // A block of threads takes some queries of one head, a warp sixteen of them, and goes through the keys in tiles. While it
 // multiplies queries and keys, the values of the tile arrive; while it multiplies probabilities and values, the next keys.
@@ -23,11 +23,11 @@ using namespace cute;
 
 template <class Element, int kDim>
 struct ForwardKernel {
-  static constexpr ForwardTile kTile = forward_tile(kDim);
-  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim);
+  static constexpr ForwardTile kTile = forward_tile(kDim, sizeof(Element));
+  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, sizeof(Element));
 
-  using SharedQueries = SharedTile<kTile.queries, kDim>;
-  using SharedKeys = SharedTile<kTile.keys, kDim>;
+  using SharedQueries = SharedTile<Element, kTile.queries, kDim>;
+  using SharedKeys = SharedTile<Element, kTile.keys, kDim>;
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps>;
 
@@ -81,7 +81,7 @@ struct ForwardKernel {
       commit_copies();
     };
 
-    const Mma mma;
+    const Mma mma(p.allow_tf32);
     const auto thread = mma.get_slice(threadIdx.x);
     Tensor out = partition_fragment_C(mma, Shape<Int<kTile.queries>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
     Tensor cS = make_identity_tensor(Shape<Int<kTile.queries>, Int<kTile.keys>>{});  // (queries,keys)

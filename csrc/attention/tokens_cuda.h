@@ -28,17 +28,27 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
             int(tokens.end - tokens.begin), columns, t.is_aligned);
 }
 
+// Calls f(element).
+template <class Function>
+cudaError_t dispatch_element(DType dtype, Function&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(cutlass::bfloat16_t{});
+    case DType::kFloat16: return f(cutlass::half_t{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 // Calls f(element, padded head dimension).
 template <class Function>
 cudaError_t dispatch_tile(const AttentionParams& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
-  const auto by_dim = [&](auto element) {
+  return dispatch_element(p.dtype, [&](auto element) {
     if (dim <= 32) return f(element, cute::Int<32>{});
     if (dim <= 64) return f(element, cute::Int<64>{});
     if (dim <= 128) return f(element, cute::Int<128>{});
     return f(element, cute::Int<256>{});
-  };
-  return p.dtype == DType::kBFloat16 ? by_dim(cutlass::bfloat16_t{}) : by_dim(cutlass::half_t{});
+  });
 }
 
 }  // namespace vitkernels::cuda
