@@ -11,6 +11,10 @@ VENV ?= .venv
 # the newest torch brings gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 ARGS ?=
+# Of `make gpu`: an interpreter that has torch with CUDA, which nothing is installed into; and the folder of its results.
+GPU_PYTHON ?= python3
+OUT ?= gpu-out
+STAGES ?=
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
@@ -28,7 +32,7 @@ NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 
 .DEFAULT_GOAL := help
-.PHONY: help env build emulator demo test bench sanitize lint format docs wheel clean
+.PHONY: help env build emulator demo test bench gpu sanitize lint format docs wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +59,9 @@ test: build emulator $(VENV)/.test $(VENV)/.models  ## run the tests; ARGS="-k m
 
 bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch offers; ARGS=--help for options
 	$(PINNED) $(RUN) -m benchmarks.run $(ARGS)
+
+gpu:  ## with a GPU: build, test, check and measure; STAGES="build test" selects
+	$(GPU_PYTHON) .ci/gpu.py --out $(OUT) $(STAGES) $(ARGS)
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -84,7 +91,7 @@ wheel: $(VENV)/.cutlass  ## build a wheel into dist/, for every GPU architecture
 	  --config-settings build-dir=build/wheel --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
 
 clean:  ## remove what was built, but not the environment
-	rm -rf build dist docs/_build demo-out bench-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build demo-out bench-out gpu-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,14 @@
 """Every entry and target. A new operator adds its module to the imports, which register what they hold."""
 
-from benchmarks import attention, attention_table, attention_transposed, merge_attentions, models
+from benchmarks import (
+    attention,
+    attention_table,
+    attention_transposed,
+    gpu,
+    gpu_sequences,
+    merge_attentions,
+    models,
+)
 from benchmarks.registry import entries, find, targets
 
 __all__ = [
@@ -9,6 +17,8 @@ __all__ = [
     "attention_transposed",
     "entries",
     "find",
+    "gpu",
+    "gpu_sequences",
     "merge_attentions",
     "models",
     "targets",

@@ -15,7 +15,7 @@ __all__ = ["TOLERANCE", "relative_error", "upcast"]
 
 # Largest error of any number, relative to the largest number of the same tensor. Gross errors are meant; the
 # tests hold the numerics to a tighter policy.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "tf32": 4e-3}
 
 
 def relative_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

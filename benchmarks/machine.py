@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vitkernels
-from vitkernels import _library
 
 from benchmarks.compare import TOLERANCE
 from benchmarks.floor import matmul_rates
+from benchmarks.ours import about
 
-__all__ = ["describe", "line", "warnings"]
+__all__ = ["describe", "gpu_state", "line", "warnings"]
 
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 
@@ -40,10 +39,38 @@ def _git(*arguments: str) -> str | None:
 
 
 def _matmul_gflops(device: torch.device) -> dict[str, float]:
+    return {name: round(rate, 1) for dtype in _dtypes(device) for name, rate in matmul_rates(dtype, device).items()}
+
+
+def _dtypes(device: torch.device) -> list[str]:
+    return [dtype for dtype in TOLERANCE if dtype != "tf32" or device.type == "cuda"]
+
+
+_STATE = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit")
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, temperature and power of the first GPU at this moment, as the driver's tool prints them."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu=driver_version,{','.join(_STATE)}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(("driver", *_STATE), (text.strip() for text in found.split(",")), strict=False))
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
     return {
-        name: round(rate, 1)
-        for dtype in TOLERANCE
-        for name, rate in matmul_rates(getattr(torch, dtype), device).items()
+        "gpu": {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "cache_mb": round(properties.L2_cache_size / 1e6, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "before": gpu_state(),
+        }
     }
 
 
@@ -61,12 +88,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "vitkernels": vitkernels.__version__,
-        "isa": _library.isa(),
+        **about(),
         "matmul_gflops": _matmul_gflops(device),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **(_gpu(device) if device.type == "cuda" else {}),
     }
 
 
@@ -98,7 +125,7 @@ def warnings(machine: dict[str, Any]) -> list[str]:
 def _torch_mm_shares(machine: dict[str, Any]) -> dict[str, float]:
     """For each dtype, the rate of ``torch.mm`` relative to the best way to multiply such values."""
     shares = {}
-    for dtype in TOLERANCE:
+    for dtype in (d for d in TOLERANCE if f"torch.mm {d}" in machine["matmul_gflops"]):
         rates = {n: r for n, r in machine["matmul_gflops"].items() if n.endswith((f" {dtype}", " float32"))}
         shares[dtype] = rates[f"torch.mm {dtype}"] / max(rates.values())
     return shares

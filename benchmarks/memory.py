@@ -17,9 +17,9 @@ from torch import Tensor
 # The catalog's imports let the fork server hold torch and the operators before any thread has started.
 from benchmarks import catalog
 from benchmarks.measure import synchronize
-from benchmarks.registry import Call, Entry, Peer
+from benchmarks.registry import Call, Entry, Peer, torch_dtype
 
-__all__ = ["Fresh", "fresh_call", "sample"]
+__all__ = ["Fresh", "fresh_call", "peak_bytes", "sample"]
 
 _SAMPLE_SIZE = 4096
 
@@ -69,6 +69,11 @@ def _call_on_accelerator(call: Call, device: torch.device) -> tuple[tuple[Tensor
     return outputs, module.max_memory_allocated(device) - before
 
 
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """The same on an accelerator, whose allocator keeps accounts: no new process is needed."""
+    return _call_on_accelerator(call, device)[1]
+
+
 def _warm(device: torch.device) -> None:
     """Do what happens once per process and belongs to nobody's call.
 
@@ -85,7 +90,7 @@ def _child(pipe: Connection, entry_name: str, peer_name: str, dtype: str, device
         torch.set_num_threads(threads)
         device = torch.device(device_name)
         entry = catalog.find(entry_name)
-        call = entry.peer(peer_name).prepare(entry.inputs(getattr(torch, dtype), device))
+        call = entry.peer(peer_name).prepare(entry.inputs(torch_dtype(dtype), device))
         _warm(device)
         start = perf_counter()
         outputs, peak = _call_on_cpu(call) if device.type == "cpu" else _call_on_accelerator(call, device)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import vitkernels as vk
 from torch import Tensor, nn
 
+from benchmarks.ours import vk
 from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Target, Unavailable, register
 
 _DIM, _DEPTH = 384, 12  # of ViT-S
@@ -148,18 +148,23 @@ def _entry(
     pixels: int,
     work: _Work,
     dtypes: tuple[str, ...] = ("float32",),
+    *,
+    on_gpu: bool = False,
 ) -> Entry:
+    """``on_gpu``: for a GPU alone, with the host's part of the time, as users have it."""
     backward = mode == "backward"
     wrap = _backward if backward else _forward
     linear, attention = batch * work.linear, batch * work.attention
     return Entry(
-        name=f"models/{mode}/{name}-b{batch}-{pixels}",
+        name=f"{'gpu/' if on_gpu else ''}models/{mode}/{name}-b{batch}-{pixels}",
         inputs=_inputs(model, batch, pixels),
         peers=(Peer(OURS, wrap(_accelerated)), Peer("stock", wrap(_stock))),
         # Backward: each linear layer again for its input and its weight, attention as five products for two.
         flops=3 * linear + 3.5 * attention if backward else linear + attention,
         elements=(3 if backward else 1) * work.parameters + batch * 3 * pixels**2,
         dtypes=dtypes,
+        devices=("cuda",) if on_gpu else ("cpu", "cuda"),
+        replayed=False,
     )
 
 
@@ -181,6 +186,13 @@ register(
         for d in _ALL_DTYPES
     ),
 )  # fmt: skip
+
+register(
+    _entry("forward", "timm-vit-s16", _VIT, 128, 224, _VIT_WORK, ("bfloat16", "float32"), on_gpu=True),
+    _entry("backward", "timm-vit-s16", _VIT, 128, 224, _VIT_WORK, ("bfloat16",), on_gpu=True),
+    _entry("forward", "dinov2-s14", _dinov2, 32, 518, _Work.of_vit_small(518, 14), ("bfloat16",), on_gpu=True),
+    _entry("backward", "dinov2-s14", _dinov2, 16, 518, _Work.of_vit_small(518, 14), ("bfloat16",), on_gpu=True),
+)
 
 # The smallest of families whose attention has few tokens, or is not fused in timm. Operations as
 # torch.utils.flop_counter counts them.

@@ -21,12 +21,20 @@ __all__ = [
     "find",
     "register",
     "targets",
+    "torch_dtype",
 ]
 
 OURS = "vitkernels"
 
 Inputs = dict[str, Any]
 Call = Callable[[], tuple[Tensor, ...]]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Of the tensors of a measurement. ``tf32`` is float32 whose products may be rounded."""
+    dtype = getattr(torch, "float32" if name == "tf32" else name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 class Unavailable(Exception):
@@ -47,6 +55,8 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     option: str | None = None
     """Measured only when the command line has this option, for peers that take long to prepare."""
+    may_refuse: bool = False
+    """Other people's code that does not suit every device, dtype and shape: its errors are findings, not crashes."""
     in_fresh_process: bool = True
     """Whether the first call in a new process says something about memory (not when it compiles)."""
 
@@ -73,6 +83,11 @@ class Entry:
     elements: float
     dtypes: tuple[str, ...] = ("float32",)
     once: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    reference: Callable[[Inputs], Call] | None = None
+    """Prepares what results are compared with, in float32; the baseline, if there is none."""
+    replayed: bool = True
+    """On a GPU, timed as a graph that is replayed: the device's time, without that of the host between kernels."""
 
     @property
     def group(self) -> str:
@@ -90,8 +105,8 @@ class Entry:
 class Target:
     """A figure that some entries are expected to reach.
 
-    ``quantity`` is ``"speedup"`` (median of the ratios to the baseline) or ``"peak_mb"`` (our peak extra
-    memory, MB).
+    ``quantity`` is ``"speedup"`` (median of the ratios to the baseline, or to ``peer``), ``"peak_mb"`` (our peak extra
+    memory, MB) or ``"tflops"`` (the problem's operations over our time, in 10^12 a second).
     """
 
     label: str
@@ -101,6 +116,8 @@ class Target:
     mean_at_least: float | None = None
     each_at_least: float | None = None
     each_below: float | None = None
+    device: str = "cpu"
+    peer: str | None = None
 
 
 _entries: dict[str, Entry] = {}

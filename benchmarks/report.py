@@ -39,21 +39,24 @@ def _rate(row: Row) -> str:
     return rate + (f", {row.of_floor.median:.2f} of the floor" if row.of_floor else "")
 
 
-def _peer_text(result: PeerResult) -> str:
+def _peer_text(row: Row, result: PeerResult) -> str:
     if result.seconds is None:
-        return f"    {result.name:<11} {result.note or f'error {result.error:.1e}'}"
+        error = "" if result.error is None else f"error {result.error:.1e}"
+        return f"    {result.name:<14} {result.note or error}"
     figures = f"{_time(result.seconds):>9}  {_ratio(result.speedup):<18} {_memory(result.peak_mb):>10}"
-    return f"    {result.name:<11} {figures}  {result.note or ''}".rstrip()
+    if row.device != "cpu":
+        figures += f"  {row.flops / result.seconds / 1e12:6.1f} TFLOP/s"
+    return f"    {result.name:<14} {figures}  {result.note or ''}".rstrip()
 
 
 def row_text(row: Row) -> str:
     """The row, then each peer with its time, our speed-up [10%, 90%] and its peak extra memory."""
     lines = [f"{row.entry}  {row.dtype}  {_rate(row)}".rstrip()]
-    return "\n".join(lines + [_peer_text(result) for result in row.peers])
+    return "\n".join(lines + [_peer_text(row, result) for result in row.peers])
 
 
 def targets_text(verdicts: list[Verdict]) -> str:
-    width = max(len(v.label) for v in verdicts)
+    width = max((len(v.label) for v in verdicts), default=0)
     return "\n".join(f"{v.state:<12}  {v.label:<{width}}  {v.wanted}  ->  {v.found}" for v in verdicts)
 
 

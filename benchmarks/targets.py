@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.catalog import targets
 from benchmarks.experiment import Row
-from benchmarks.registry import Target
+from benchmarks.registry import OURS, Target
 
 __all__ = ["Verdict", "judge"]
 
@@ -22,17 +22,20 @@ class Verdict:
     """``"met"``, ``"not met"`` or ``"not measured"``."""
 
 
-def _value(row: Row, quantity: str) -> float | None:
-    if row.wrong:
+def _value(row: Row, target: Target) -> float | None:
+    if OURS in row.wrong:
         return None
-    if quantity == "peak_mb":
+    if target.quantity == "peak_mb":
         return row.ours.peak_mb
-    return row.baseline.speedup.median if row.baseline.speedup else None
+    if target.quantity == "tflops":
+        return row.flops / row.ours.seconds / 1e12 if row.ours.seconds else None
+    peer = next((p for p in row.peers if p.name == target.peer), None) if target.peer else row.baseline
+    return peer.speedup.median if peer and peer.speedup else None
 
 
 def _judge(target: Target, rows: dict[tuple[str, str], Row]) -> Verdict:
     found = [rows.get((name, target.dtype)) for name in target.entries]
-    values = [value for row in found if row and (value := _value(row, target.quantity)) is not None]
+    values = [value for row in found if row and (value := _value(row, target)) is not None]
     mean = math.exp(sum(math.log(max(v, 1e-9)) for v in values) / len(values)) if values else 0.0
     demands = (
         ("geometric mean >= {:g}", target.mean_at_least, lambda limit: mean >= limit),
@@ -44,7 +47,7 @@ def _judge(target: Target, rows: dict[tuple[str, str], Row]) -> Verdict:
     listed = " ".join(f"{v:.2f}" for v in values)
     if target.mean_at_least is not None and values:
         listed = f"{mean:.2f} (of {listed})"
-    if any(row and row.wrong for row in found):
+    if any(row and OURS in row.wrong for row in found):
         return Verdict(target.label, wanted, "wrong result", "not met")
     if len(values) < len(target.entries):
         missing = f"{len(values)} of {len(target.entries)} rows" + (f": {listed}" if values else "")
@@ -53,7 +56,7 @@ def _judge(target: Target, rows: dict[tuple[str, str], Row]) -> Verdict:
     return Verdict(target.label, wanted, listed, state)
 
 
-def judge(rows: Iterable[Row]) -> list[Verdict]:
-    """One verdict per registered target, in the order of their registration."""
+def judge(rows: Iterable[Row], device: str) -> list[Verdict]:
+    """One verdict per target registered for the device, in the order of their registration."""
     by_key = {(row.entry, row.dtype): row for row in rows}
-    return [_judge(target, by_key) for target in targets()]
+    return [_judge(target, by_key) for target in targets() if target.device == device]

@@ -42,12 +42,14 @@ def outputs_of(result: Any) -> list[Tensor]:
 def cotangent(output: Tensor) -> Tensor:
     """Numbers that are exact in every dtype."""
     generator = torch.Generator().manual_seed(output.numel())
-    return torch.randint(-128, 129, output.shape, generator=generator).to(output.dtype) / 64
+    numbers = torch.randint(-128, 129, output.shape, generator=generator).to(output.dtype) / 64
+    return numbers.to(output.device)
 
 
 def differentiate(
-    function: Callable[..., Any], call: Call, change: Callable[[Tensor], Tensor] = lambda t: t
-) -> tuple[list[Tensor], list[Tensor]]:
+    function: Callable[..., Any], call: Call, change: Callable[[Tensor], Tensor] = lambda t: t,
+    cotangent: Callable[[Tensor], Tensor] = cotangent,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Outputs, and the gradient of every differentiable tensor; ``change`` is applied to the incoming gradients."""
     outputs, leaves = outputs_of(function(**call)), learning(call)
     connected = [o for o in outputs if o.requires_grad]  # the reference's lse of no keys is a constant

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 
 import emulation
 import pytest
 import torch
+from devices import DEVICE, ON_CPU, why_not
 from emulation import cuda_kernels, emulator  # noqa: F401  fixtures
 from vitkernels import _library
+
+# What cuBLAS asks for where PyTorch is to be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_report_header() -> list[str]:
     return [
         f"vitkernels: {_library.isa()}, {torch.get_num_threads()} threads, {_library.cpu_library_path()}",
         f"CUDA kernels: {emulation.why_not() or f'emulated, {emulation.DIRECTORY}'}",
+        *([] if ON_CPU else [f"device: {torch.cuda.get_device_name(DEVICE)}, {_library.backends()['cuda']}"]),
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what has no kernels on the device."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "sample" in parameters and (reason := why_not(parameters["sample"], parameters.get("dtype"))):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _state() -> tuple[object, ...]:
@@ -32,3 +47,14 @@ def unchanged_settings() -> Iterator[None]:
     before = _state()
     yield
     assert _state() == before
+
+
+@pytest.fixture(autouse=not ON_CPU)
+def usable_device() -> Iterator[None]:
+    """End the process whose device a kernel has made useless: every later test would fail for that alone."""
+    yield
+    try:
+        torch.cuda.synchronize(DEVICE)
+    except RuntimeError as error:
+        print(f"the device is lost: {error}", file=sys.__stderr__, flush=True)
+        os._exit(70)  # pytest-xdist names the test, and starts another worker

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def poisoned(shape: list[int], dtype: torch.dtype) -> Tensor:
+def poisoned(shape: list[int], like: Tensor) -> Tensor:
     """Whatever makes a stray read visible."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else 2**30, dtype=dtype)
+    return like.new_full(shape, torch.nan if like.is_floating_point() else 2**30)
 
 
 def padded(tensor: Tensor) -> Tensor:
     """A view into larger memory: two entries before and three after, in every dimension."""
-    memory = poisoned([n + 5 for n in tensor.shape], tensor.dtype)
+    memory = poisoned([n + 5 for n in tensor.shape], tensor)
     return memory[tuple(slice(2, 2 + n) for n in tensor.shape)].copy_(tensor)
 
 
@@ -27,7 +27,7 @@ def spread(tensor: Tensor) -> Tensor:
     """Every other entry of the last dimension, after a padding that breaks all alignment."""
     if tensor.dim() == 0:
         return tensor.clone()
-    memory = poisoned([*tensor.shape[:-1], 2 * tensor.size(-1) + 1], tensor.dtype)
+    memory = poisoned([*tensor.shape[:-1], 2 * tensor.size(-1) + 1], tensor)
     return memory[..., 1::2].copy_(tensor)
 
 

@@ -220,7 +220,7 @@ def outputs_and_gradients(model: nn.Module, *inputs: Tensor, **kwargs: Any) -> d
     model.zero_grad()
     out = output_of(model, *inputs, **kwargs)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (out.double() * weight).sum().backward()
+    (out.double() * weight.to(out.device)).sum().backward()
     named = {"output": out.detach()}
     named |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: t.double().clone() for name, t in named.items()}

@@ -15,6 +15,7 @@ import pytest
 import torch
 import vitkernels as vk
 from calls import Call, statistics_dtype
+from devices import DEVICE
 from torch import Tensor
 
 Fill = Callable[[torch.Generator, tuple[int, ...], torch.dtype], Tensor]
@@ -105,7 +106,7 @@ class Input:
             return tuple(sizes[a] if a.isalpha() else int(a) for a in axes)
 
         dtype = self.dtype or (statistics_dtype(dtype) if self.statistics else dtype)
-        tensor = self.fill(generator, shape(self.axes), dtype).to(dtype)
+        tensor = self.fill(generator, shape(self.axes), dtype).to(dtype).to(DEVICE)
         if self.expand:
             tensor = tensor.expand(shape(self.expand))
         return tensor.requires_grad_(self.learns and dtype.is_floating_point)
@@ -121,7 +122,7 @@ class Offsets:
 
     def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
         cuts = torch.randint(sizes[self.tokens] + 1, (sizes[self.count] - 1,), generator=generator)
-        return torch.tensor([0, *sorted(cuts.tolist()), sizes[self.tokens]], dtype=self.dtype)
+        return torch.tensor([0, *sorted(cuts.tolist()), sizes[self.tokens]], dtype=self.dtype, device=DEVICE)
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,9 @@ SAMPLES = [
     *(attention(f"tokens-{q}-{k}-bias", q=q, k=k, bias=statistic("1hqk")) for q, k in TOKENS[::3]),
     *(attention(f"dims-{d}-{v}", d=d, v=v) for d, v in HEAD_DIMS),
     attention("plain", tags="core linear-memory"),
+    # On a GPU the longer side is split.
+    attention("few-queries", b=1, q=3, k=601, h=2, g=1, scale=statistic("h", positive), tags="core"),
+    attention("few-keys", b=1, q=601, k=3, h=2, g=1, tags="core"),
     attention("no-lse", return_lse=False, tags="core"),
     attention("number-scale", scale=0.3),
     attention("head-scale", scale=statistic("h", positive), tags="core"),
@@ -364,6 +368,8 @@ SAMPLES = [
     transposed("plain", tags="core deploy linear-memory"),
     transposed("column-sums", q=197, k=203, v=1, value_q=Input("1111", ones, expand="bqhv", learns=False), tags="core"),
     transposed("expanded-values", v=3, value_q=Input("b1h1", expand="bqhv")),
+    transposed("few-queries", b=1, q=3, k=601, h=2, g=1, query_weight=statistic("q1"), tags="core"),
+    transposed("few-keys", b=1, q=601, k=3, h=2, g=1, query_weight=statistic("bqh"), tags="core"),
     transposed("few-heads", b=1, q=113, k=401, h=1, v=5),
     *(transposed(f"query-weight-{axes}", query_weight=statistic(axes)) for axes in ("bqh", "1qh", "b1h", "q1", "1")),
     transposed("query-weight-long", q=505, k=97, v=2, query_weight=statistic("bq1"), tags="core"),
@@ -383,7 +389,7 @@ SAMPLES = [
     *(transposed(f"multiplier-{axes}", q=49, k=49, multiplier=statistic(axes)) for axes in ("bhqk", "h11")),
     transposed(
         "all-terms", q=97, k=333, h=4, g=2, tags="core", query_weight=statistic("1qh"), scale=statistic("h", fraction),
-        multiplier=statistic("b1qk"), bias=statistic("1hqk"), key_bias=statistic("bhk"),
+        multiplier=statistic("b1qk", fraction), bias=statistic("1hqk"), key_bias=statistic("bhk"),
     ),
     transposed("all-terms-causal", q=97, k=333, is_causal=True, multiplier=statistic("1h1k"), bias=statistic("bhqk")),
     *(

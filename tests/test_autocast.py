@@ -2,13 +2,14 @@
 
 import torch
 from calls import differentiate, learning, replace
+from devices import DEVICE, need
 from samples import Input, each_small_sample
 from torch.utils import _pytree as pytree
 
 
 def autocast(function):
     def run(**call):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return function(**call)
 
     return run
@@ -27,7 +28,9 @@ def with_data_cast(declared, argument):
 def test_casts_the_data_alone(sample):
     """The result is that of a call whose data were bfloat16 to begin with: a bias loses no bit."""
     call = expected_call = sample.call(torch.float32, sizes=sample.small())
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"vitkernels::{sample.operator}", "AutocastCPU"):
+    if torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"vitkernels::{sample.operator}", f"Autocast{DEVICE.type.upper()}"
+    ):
         expected_call = {name: with_data_cast(sample.arguments[name], call[name]) for name in call}
     outputs, grads = differentiate(autocast(sample.function), call)
     expected, expected_grads = differentiate(sample.function, expected_call)
@@ -51,6 +54,7 @@ def check_equal(sample, found, wanted):
 
 @each_small_sample
 def test_float64_stays(sample):
+    need(sample, torch.float64)
     call = sample.call(torch.float64, sizes=sample.small())
     expected = differentiate(sample.function, call)
     found = differentiate(autocast(sample.function), call)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from calls import differentiate, outputs_of, replace, tensors
+from devices import HALF, dtype_of
 from samples import each_tagged
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -20,7 +21,12 @@ def fresh_dynamo():
 
 
 def calls(sample):
-    return [sample.call(DTYPE, sizes=sample.small(grown)) for grown in GROWTH]
+    return [sample.call(dtype_of(sample, DTYPE), sizes=sample.small(grown)) for grown in GROWTH]
+
+
+def check_close(found, expected):
+    tolerance = {} if found.dtype in HALF else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found, expected, **tolerance)
 
 
 def check_same(compiled, sample, call):
@@ -29,7 +35,7 @@ def check_same(compiled, sample, call):
         pytree.tree_leaves(differentiate(sample.function, call)),
         strict=True,
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        check_close(found, expected)
 
 
 @each_tagged("core")
@@ -89,7 +95,7 @@ def check_exported(run, module, sample):
         for call in calls(sample):
             found = outputs_of(run(module.inputs(call)))
             for a, b in zip(found, outputs_of(sample.function(**call)), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+                check_close(a, b)
 
 
 @each_tagged("core")

@@ -1,4 +1,7 @@
-"""Same build, shapes and strides: the same bits, however many threads work and whatever ran before."""
+"""Same build, shapes and strides: the same bits, however many threads work and whatever ran before.
+
+On a GPU, which has no threads to set: the same bits in every one of the runs.
+"""
 
 import pytest
 import torch

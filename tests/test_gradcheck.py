@@ -2,12 +2,14 @@
 
 import torch
 from calls import learning, outputs_of, replace
+from devices import need
 from samples import each_small_sample
 from torch.utils import _pytree as pytree
 
 
 @each_small_sample
 def test_gradcheck(sample):
+    need(sample, torch.float64)
     # Finite differences perturb entry by entry: no views that share entries, and no coarser dtype.
     call = replace(sample.call(torch.float64, sizes=sample.small()), torch.clone)
     for tensor in learning(call):

@@ -70,6 +70,8 @@ def test_why_cuda_is_not_loaded(monkeypatch, tmp_path):
     assert _library._load_cuda() == "torch has CUDA 12.8, this build has libvitkernels_cuda13.so"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "libvitkernels_cuda13.so: file too short" in _library._load_cuda()
+    monkeypatch.setenv("VITKERNELS_CUDA_LIBRARY", str(tmp_path / "elsewhere" / "libvitkernels_cuda13.so"))
+    assert "elsewhere/libvitkernels_cuda13.so: cannot open shared object file" in _library._load_cuda()
 
 
 @pytest.mark.skipif(_library.backends()["cuda"] == "loaded", reason="the kernels are there")

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from calls import NAMESPACE, defined_operators, differentiate, learning, operator_calls, outputs_of
+from devices import DEVICE, HALF, dtype_of, why_not
 from samples import SMALL_SAMPLES, each_small_sample, each_tagged
+from vitkernels._library import why_no_kernel
 
 
 def small_calls(sample, dtype=torch.float32):
-    return operator_calls(sample.function, sample.call(dtype, sizes=sample.small()))
+    return operator_calls(sample.function, sample.call(dtype_of(sample, dtype), sizes=sample.small()))
 
 
 @each_small_sample
@@ -23,8 +25,9 @@ def test_opcheck_traced(sample):
 
 
 def test_every_operator_has_a_sample():
-    called = {op._schema.name for sample in SMALL_SAMPLES for op, _ in small_calls(sample)}
-    assert called == {schema.name for schema in defined_operators()}
+    called = {op._schema.name for sample in SMALL_SAMPLES if not why_not(sample) for op, _ in small_calls(sample)}
+    names = {schema.name for schema in defined_operators()}
+    assert called == {n for n in names if not why_no_kernel(n.removeprefix(f"{NAMESPACE}::"), DEVICE.type)}
 
 
 def test_schemas():
@@ -37,7 +40,7 @@ def test_schemas():
 
 @each_tagged("core")
 def test_second_derivatives_raise(sample):
-    call = sample.call(torch.float64, sizes=sample.small())
+    call = sample.call(dtype_of(sample, torch.float64), sizes=sample.small())
     outputs = [o for o in outputs_of(sample.function(**call)) if o.numel()]
     if not outputs:
         pytest.skip("a call without entries has no derivatives")
@@ -49,7 +52,10 @@ def test_second_derivatives_raise(sample):
 @each_tagged("core")
 def test_unused_outputs_cost_nothing(sample):
     """Each output alone is differentiable, without a gradient made up for the others."""
-    call = sample.call(torch.float64, sizes=sample.small())
+    dtype = dtype_of(sample, torch.float64)
+    if dtype in HALF:
+        pytest.skip("the parts of a sum are rounded too coarsely")
+    call = sample.call(dtype, sizes=sample.small())
     count = len(outputs_of(sample.function(**call)))
     _, together = differentiate(sample.function, call)
     alone = [differentiate(lambda i=i, **call: outputs_of(sample.function(**call))[i], call)[1] for i in range(count)]

@@ -15,9 +15,12 @@ struct TokenTensor {
   int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
   bool is_aligned = false;  // rows begin at multiples of 16 bytes and are whole numbers of them
 
+  VK_HOST_DEVICE int64_t offset(int64_t batch, int64_t token, int64_t head) const {
+    return batch * batch_stride + token * token_stride + head * head_stride;
+  }
   template <class S>
   VK_HOST_DEVICE S* at(int64_t batch, int64_t token, int64_t head) const {
-    return static_cast<S*>(data) + batch * batch_stride + token * token_stride + head * head_stride;
+    return static_cast<S*>(data) + offset(batch, token, head);
   }
 };
 

@@ -1,7 +1,5 @@
 // The operator vitkernels::attention_backward on a GPU.
-#include "attention/arguments_cuda.h"
-#include "attention/backward_arguments.h"
-#include "cuda/device.h"
+#include "attention/backward_launches_cuda.h"
 
 namespace vitkernels {
 namespace {
@@ -9,84 +7,32 @@ namespace {
 using Backward =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Gradients that are all zero where there is nothing to sum.
-class Gradients {
- public:
-  Gradients(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from, bool allow_tf32)
-      : checker_(checker),
-        args_(args),
-        is_empty_(from.lse.numel() == 0 || args.key.numel() == 0),
-        grad_out_(with_unit_last_stride(from.grad_out)),
-        out_(with_unit_last_stride(from.out)),
-        lse_(torch::stable::contiguous(from.lse)),
-        delta_(empty_as(args.query, args.lse_sizes(), ScalarType::Float)),
-        query_(like(args.query)),
-        key_(like(args.key)),
-        value_(like(args.value)) {
-    fill_on_device(args, out_, lse_, params_);
-    params_.allow_tf32 = allow_tf32;
-    if (from.grad_lse) grad_lse_ = torch::stable::contiguous(*from.grad_lse);
-    params_.grad_lse = grad_lse_ ? static_cast<const float*>(grad_lse_->const_data_ptr()) : nullptr;
-    params_.delta = static_cast<float*>(delta_.mutable_data_ptr());
-    params_.grad_out = token_tensor(grad_out_);
-    params_.grad_query = token_tensor(query_);
-    params_.grad_key = token_tensor(key_);
-    params_.grad_value = token_tensor(value_);
-  }
+Backward run_backward(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from,
+                      bool allow_tf32) {
+  from.check(checker, args);
+  const BackwardLaunches launches(checker, args, from.needed);
+  const Tensor grad_out = with_unit_last_stride(from.grad_out), out = with_unit_last_stride(from.out);
+  const Tensor lse = torch::stable::contiguous(from.lse);
+  OptionalTensor grad_lse;
+  if (from.grad_lse) grad_lse = torch::stable::contiguous(*from.grad_lse);
+  const Tensor delta = launches.gradient_of(lse);
+  const Tensor query = launches.gradient_of(args.query), key = launches.gradient_of(args.key);
+  const Tensor value = launches.gradient_of(args.value);
 
-  Backward compute(NeededGradients needed) const {
-    std::optional<OnDevice> device;
-    if (!is_empty_) {
-      device.emplace(args_.query);
-      check_cuda(checker_, launch_attention_backward_delta(params_, device->stream()));
-      check_cuda(checker_, launch_attention_backward_keys(params_, device->stream()));
-      check_cuda(checker_, launch_attention_backward_queries(params_, device->stream()));
-    }
-    const ScoreArguments& score = args_.score;
-    const auto strides = [](const OptionalTensor& t, int64_t rank) {
-      return t ? score_strides(*t, rank, true) : ScoreStrides{};
-    };
-    return {query_,
-            key_,
-            value_,
-            term(score.head_scale, needed.head_scale, TermFactor::kProduct, {.head = 1}, device),
-            term(score.bias, needed.bias, TermFactor::kOne, strides(score.bias, 4), device),
-            term(score.key_bias, needed.key_bias, TermFactor::kOne, strides(score.key_bias, 3), device),
-            term(score.multiplier, needed.multiplier, TermFactor::kScaledProduct, strides(score.multiplier, 4), device),
-            none(),
-            none(),
-            none(),
-            none(),
-            none()};
-  }
-
- private:
-  // A new one each: outputs must not alias.
-  Tensor none() const { return empty_as(args_.query, {0}, ScalarType::Float); }
-
-  Tensor like(const Tensor& t) const {
-    return is_empty_ ? zeros_as(t, sizes_of(t), t.scalar_type()) : empty_as(t, sizes_of(t), t.scalar_type());
-  }
-
-  Tensor term(const OptionalTensor& tensor, bool is_needed, TermFactor factor, ScoreStrides strides,
-              const std::optional<OnDevice>& device) const {
-    if (!tensor || !is_needed) return none();
-    Tensor grad = like(*tensor);
-    if (!is_empty_) {
-      const TermGradient gradient{factor, strides, static_cast<float*>(grad.mutable_data_ptr())};
-      check_cuda(checker_, launch_attention_backward_term(params_, gradient, device->stream()));
-    }
-    return grad;
-  }
-
-  const Checker& checker_;
-  const AttentionArguments& args_;
-  bool is_empty_;
-  Tensor grad_out_, out_, lse_, delta_;
-  OptionalTensor grad_lse_;
-  Tensor query_, key_, value_;
-  AttentionBackwardCudaParams params_;
-};
+  AttentionBackwardCudaParams params;
+  fill_on_device(args, out, lse, params);
+  params.allow_tf32 = allow_tf32;
+  params.query_value = token_tensor(grad_out);
+  params.key_value = params.value;
+  params.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+  params.delta = static_cast<float*>(delta.mutable_data_ptr());
+  if (!launches.is_empty()) launches.check(launch_attention_backward_delta(params, launches.stream()));
+  launches.sum(params, Side::kKeys, &key, &value);
+  const TermGradients terms = launches.sum_queries(params, query);
+  const auto none = [&] { return launches.none(); };
+  return {query,  key,    value,  terms.head_scale, terms.bias, terms.key_bias, terms.multiplier,
+          none(), none(), none(), none(),           none()};
+}
 
 Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
                                  const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
@@ -101,12 +47,9 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
   const AttentionArguments args = arguments_on_device(
       checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid}, head_map, is_causal);
-  checker.check(args.value_dim <= kMaxCudaHeadDim, "value has head dimension ", args.value_dim, ", takes at most ",
-                kMaxCudaHeadDim, " on a GPU");
-  const BackwardArguments from{
-      grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
-  from.check(checker, args);
-  return Gradients(checker, args, from, allow_tf32).compute(from.needed);
+  return run_backward(checker, args,
+                      {grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}},
+                      allow_tf32);
 }
 
 }  // namespace

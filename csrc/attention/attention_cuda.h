@@ -57,15 +57,55 @@ struct AttentionCudaParams : AttentionParams {
   }
 };
 
+enum class Side { kQueries, kKeys };
+
+// Each side has two tensors: query and key make the logits, their values the gradient of P. In the backward of attention
+// these are dO and V; attention_transposed has values of the queries, and dO is the keys'.
 struct AttentionBackwardCudaParams : AttentionCudaParams {
-  TokenTensor grad_out, grad_query, grad_key, grad_value;
-  const float* grad_lse = nullptr;  // as lse, or null
-  float* delta = nullptr;           // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta)
+  TokenTensor query_value, key_value;
+  bool key_value_has_query_heads = false;  // else kv heads
+  const float* query_weight = nullptr;     // of P, or null
+  ScoreStrides weight_strides;             // its key stride is 0
+  const float* grad_lse = nullptr;         // as lse, or null
+  float* delta = nullptr;                  // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta); null: zero
+
+  VK_HOST_DEVICE float weight(int64_t entry, int64_t query, int64_t head) const {
+    return query_weight ? query_weight[weight_strides.offset(entry, head, query, 0)] : 1.0f;
+  }
 };
 
-// What the gradient of a score term sums: that of the logits (biases), times the scaled product (multiplier), times the
-// product and everything else on it (scale of a head).
-enum class TermFactor { kOne, kScaledProduct, kProduct };
+// A contiguous tensor of sums. Where the work is split, each split has float sums in the same order: [splits, size].
+struct SumTarget {
+  TokenTensor tensor;  // no data: not wanted
+  float* parts = nullptr;
+  int64_t size = 0;
+
+  VK_HOST_DEVICE bool is_wanted() const { return tensor.data; }
+};
+
+// What a backward kernel sums for each token of the side that its blocks own, over the tokens of the other side. Those of
+// a query are one of the two, since the registers hold no more.
+struct OwnedSums {
+  SumTarget logit_grads;  // dS, with scale and multiplier, times the other side's query or key
+  SumTarget probs;        // P times the other side's values
+  float* dots = nullptr;  // [splits * blocks of columns, rows, heads]: of each query (or its values) with its sums,
+                          // before any scale and weight of the query; or null
+  int64_t splits = 1;
+};
+
+// Sums of [parts, rows, heads] over the parts and over what a tensor that is broadcast to (batch, queries, heads) shares.
+struct RowSums {
+  const float* rows = nullptr;
+  int64_t parts = 1, batch = 0, queries = 0, heads = 0;
+  const float* weight = nullptr;  // of each row, or null
+  ScoreStrides weight_strides;
+  double factor = 1.0;
+  ScoreStrides strides;
+  float* sums = nullptr;
+};
+
+// What the gradient of a score term sums: that of the logits (biases), or that times the scaled product (multiplier).
+enum class TermFactor { kOne, kScaledProduct };
 
 struct TermGradient {
   TermFactor factor = TermFactor::kOne;
@@ -78,8 +118,17 @@ inline constexpr int64_t kMaxCudaHeadDim = 256;
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);
 // Writes delta, which the others read.
 cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& params, cudaStream_t stream);
-cudaError_t launch_attention_backward_keys(const AttentionBackwardCudaParams& params, cudaStream_t stream);
-cudaError_t launch_attention_backward_queries(const AttentionBackwardCudaParams& params, cudaStream_t stream);
+// How many splits, and how many parts the dots then have.
+int64_t attention_backward_splits(const AttentionBackwardCudaParams& params, const OwnedSums& sums, Side owner);
+int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& params, const OwnedSums& sums);
+cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& params, const OwnedSums& sums, Side owner,
+                                      cudaStream_t stream);
+// Adds the splits' parts, in order.
+cudaError_t launch_sum_splits(const SumTarget& target, int64_t splits, DType dtype, cudaStream_t stream);
+cudaError_t launch_sum_rows(const RowSums& sums, cudaStream_t stream);
+// From the dots of queries' values with their sums of P: the gradients of each row's weight, and of lse.
+cudaError_t launch_transposed_rows(const AttentionBackwardCudaParams& params, const float* dots, int64_t parts,
+                                   float* grad_weight, float* grad_lse, cudaStream_t stream);
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& params, const TermGradient& term,
                                            cudaStream_t stream);
 cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stream);

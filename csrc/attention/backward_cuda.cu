@@ -1,9 +1,13 @@
-// Backward of softmax attention on a GPU with tensor cores, sums in float32, the same bits in every run.
+// Backward of softmax attention on a GPU with tensor cores, and transposed attention both ways: sums in float32, the same
+// bits in every run.
 //
-// One kernel owns keys and sums dK and dV over the queries, the other owns queries and sums dQ over the keys; both
-// compute the logits again. Each element of a gradient has one owner, which adds in order, so nothing is added up in
-// global memory. They are one body: a block owns a tile of one side and streams the other past it. In the first the tile
-// of logits is transposed, so that P and dS are operands of the next products where they are: in registers.
+// With P = w exp(S - lse) and dS = P * (dP - delta), dP being the product of both sides' values, blocks own keys and sum
+// dS^T Q and P^T (values of the queries), or own queries and sum dS K or P (values of the keys); each computes the logits
+// again. These are dK, dV and dQ of attention. Transposed attention is P^T V' and has gradients dK, dQ and P dO.
+//
+// Each sum has one owner, which adds in order. Where there are few owners, the other side is split, and each split has
+// sums of its own in memory. All is one body: a block owns a tile of one side and streams the other past it. If it owns
+// keys, the tile of logits is transposed, so that P and dS are operands of the next products where they are: in registers.
 
 #include "attention/differentiate_cuda.h"
 #include "attention/tiles_cuda.h"
@@ -15,10 +19,11 @@ namespace {
 using namespace cuda;
 using namespace cute;
 
-template <class Element, int kDim, Side kOwner>
+template <class T, int kDim, Side kOwner>
 struct BackwardKernel {
+  using Element = T;
   static constexpr bool kOwnsKeys = kOwner == Side::kKeys;
-  static constexpr Side kOther = kOwnsKeys ? Side::kQueries : Side::kKeys;
+  static constexpr Side kOther = other_side(kOwner);
   static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(Element));
   static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 2, sizeof(Element));
   static constexpr int kColumns = kOwnsKeys ? kTile.columns : kDim;
@@ -31,48 +36,68 @@ struct BackwardKernel {
 
   static VK_HOST_DEVICE int64_t num_owned(const Axis& axis) { return kOwnsKeys ? axis.num_keys : axis.num_queries; }
   static VK_HOST_DEVICE int64_t num_streamed(const Axis& axis) { return kOwnsKeys ? axis.num_queries : axis.num_keys; }
-  static VK_HOST_DEVICE int64_t num_owners(const AttentionParams& p) { return kOwnsKeys ? p.kv_heads : p.heads; }
+  static VK_HOST_DEVICE bool owns_query_heads(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
+    return !kOwnsKeys || (p.key_value_has_query_heads && !sums.logit_grads.is_wanted());
+  }
 
-  // Tokens of one head, and the columns of their gradients.
-  struct Task {
-    int64_t batch, head;
-    Sequence sequence;
-    Range tokens;
-    int first_column;
+  // How the work is cut: the fastest coordinate of a block first.
+  struct Cut {
+    int64_t tiles, heads, column_blocks;
+
+    VK_HOST_DEVICE Cut(const AttentionBackwardCudaParams& p, const OwnedSums& sums)
+        : tiles(ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned)),
+          heads(owns_query_heads(p, sums) ? p.heads : p.kv_heads) {
+      const int64_t width = sums.logit_grads.is_wanted() ? p.head_dim : 0;
+      column_blocks = ceil_div<int64_t>(sums.probs.is_wanted() && p.value_dim > width ? p.value_dim : width, kColumns);
+    }
+    VK_HOST_DEVICE int64_t num_tasks(const AttentionBackwardCudaParams& p) const {
+      return tiles * heads * p.batch * column_blocks;
+    }
   };
 
-  static __device__ Task task_of_block(const AttentionCudaParams& p) {
+  // Tokens of one head, which columns of their sums, and which part of the tokens that stream past.
+  struct Task {
+    int64_t batch, head, kv_head;
+    Range query_heads;
+    Sequence sequence;
+    Range tokens, streamed_tiles;
+    int first_column, part;
+    int64_t split;
+  };
+
+  static __device__ Task task_of_block(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
+    const Cut cut(p, sums);
     TaskIndex index(blockIdx.x);
-    const int64_t block = index.take(ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned));
-    const int64_t head = index.take(num_owners(p)), batch = index.take(p.batch);
+    const int64_t tile = index.take(cut.tiles), head = index.take(cut.heads), batch = index.take(p.batch);
+    const int64_t part = index.rest(), column_block = index.take(cut.column_blocks), split = index.rest();
+    const bool is_query_head = owns_query_heads(p, sums);
+    const int64_t kv_head = is_query_head ? p.kv_head(head) : head;
+    Range query_heads{0, p.heads};
+    if (is_query_head) query_heads = {head, kv_head < 0 ? head : head + 1};
     const Sequence sequence = p.sequence(batch);
+    const int64_t tiles = ceil_div<int64_t>(num_streamed(sequence.axis), kTile.streamed);
     return {.batch = batch,
             .head = head,
+            .kv_head = kv_head,
+            .query_heads = query_heads,
             .sequence = sequence,
-            .tokens = tile_of(block, kTile.owned, num_owned(sequence.axis)),
-            .first_column = int(index.rest()) * kColumns};
+            .tokens = tile_of(tile, kTile.owned, num_owned(sequence.axis)),
+            .streamed_tiles = {tiles * split / sums.splits, tiles * (split + 1) / sums.splits},
+            .first_column = int(column_block) * kColumns,
+            .part = int(part),
+            .split = split};
   }
 
-  static int64_t num_tasks(const AttentionParams& p) {
-    return ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned) * num_owners(p) * p.batch *
-           ceil_div<int64_t>(std::max(p.head_dim, p.value_dim), kColumns);
-  }
-
-  // The tiles that stream past an owner, in order: for each query head that reads its keys, or for its own query head.
+  // The tiles that stream past an owner, in order, for each query head that reads its keys.
   struct Step {
     int64_t head, tile;  // query head
   };
 
-  static __device__ Step first_step(const Task& task) { return {.head = kOwnsKeys ? 0 : task.head, .tile = -1}; }
-
   static __device__ bool advance(const AttentionCudaParams& p, const Task& task, Step& step) {
     const Axis& axis = task.sequence.axis;
-    const int64_t tiles = ceil_div<int64_t>(num_streamed(axis), kTile.streamed);
-    const int64_t end_head = kOwnsKeys ? p.heads : task.head + 1;
-    for (++step.tile; step.head < end_head; ++step.head, step.tile = 0) {
-      const int64_t kv_head = p.kv_head(step.head);
-      if (kOwnsKeys ? kv_head != task.head : kv_head < 0) continue;
-      for (; step.tile < tiles; ++step.tile) {
+    for (++step.tile; step.head < task.query_heads.end; ++step.head, step.tile = task.streamed_tiles.begin) {
+      if (p.kv_head(step.head) != task.kv_head) continue;
+      for (; step.tile < task.streamed_tiles.end; ++step.tile) {
         const Range streamed = tile_of(step.tile, kTile.streamed, num_streamed(axis));
         const Range rows = kOwnsKeys ? streamed : task.tokens, keys = kOwnsKeys ? task.tokens : streamed;
         if (!intersect(axis.any_keys(rows), keys).empty()) return true;
@@ -81,38 +106,46 @@ struct BackwardKernel {
     return false;
   }
 
-  static __device__ void run(const AttentionBackwardCudaParams& p, Element* shared) {
-    const Task task = task_of_block(p);
+  static __device__ void run(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Element* shared) {
+    const Task task = task_of_block(p, sums);
     if (task.tokens.empty()) return;
     const Sequence& sequence = task.sequence;
     const Axis& axis = sequence.axis;
     const Owned owned{shared};
     const auto stage = [&](int i) { return Streamed{shared + int{Owned::kElements} + i * int{Streamed::kElements}}; };
-    const auto start = [&](const Step& step, int i) {
-      stage(i).template copy<kOther, Copy>(p, sequence, task.batch, kOwnsKeys ? step.head : p.kv_head(step.head),
-                                           tile_of(step.tile, kTile.streamed, num_streamed(axis)));
+    const auto owner_of = [&](int64_t head) {
+      return TokensOfHead{sequence, task.batch, head, task.kv_head, task.tokens};
     };
-    const int columns = int(p.head_dim) - task.first_column, value_columns = int(p.value_dim) - task.first_column;
+    const auto streamed_at = [&](const Step& step) {
+      return TokensOfHead{sequence, task.batch, step.head, task.kv_head,
+                          tile_of(step.tile, kTile.streamed, num_streamed(axis))};
+    };
+    const int columns = sums.logit_grads.is_wanted() ? int(p.head_dim) - task.first_column : 0;
+    const int value_columns = sums.probs.is_wanted() ? int(p.value_dim) - task.first_column : 0;
+    // The columns of the values that are in shared memory. Where the gradient of P is needed, they begin at 0.
+    const int column = task.first_column / kDim * kDim;
 
     const Mma mma(p.allow_tf32);
-    const auto coordinates = coordinates_of<kOwner, kTile.owned, kTile.streamed>(mma);        // (queries,keys)
-    Tensor grad = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kColumns>>{});        // (MMA,MMA_M,MMA_N)
-    Tensor grad_value = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kColumns>>{});  // (MMA,MMA_M,MMA_N)
+    const auto coordinates = coordinates_of<kOwner, kTile.owned, kTile.streamed>(mma);  // (queries,keys)
+    Tensor grad = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kColumns>>{});  // (MMA,MMA_M,MMA_N)
+    Tensor more = make_fragment_like(grad);                                             // (MMA,MMA_M,MMA_N)
+    auto& grad_value = *(kOwnsKeys ? &more : &grad);                                    // (MMA,MMA_M,MMA_N)
     clear(grad);
     clear(grad_value);
 
-    Step step = first_step(task);
+    Step step{.head = task.query_heads.begin, .tile = task.streamed_tiles.begin - 1};
     bool exists = advance(p, task, step);
+    int64_t owned_head = step.head;  // of the owner's values in shared memory
     if (exists) {
-      owned.template copy<kOwner, Copy>(p, sequence, task.batch, task.head, task.tokens);
-      start(step, 0);
+      owned.template copy<kOwner, Copy>(p, owner_of(step.head), column);
+      stage(0).template copy<kOther, Copy>(p, streamed_at(step), column);
     }
     for (int i = 0; exists; i ^= 1) {
       const Step now = step;
       wait_for_copies<0>();
       __syncthreads();  // this stage is there, and nobody reads the other one any more
       exists = advance(p, task, step);
-      if (exists) start(step, i ^ 1);
+      if (exists) stage(i ^ 1).template copy<kOther, Copy>(p, streamed_at(step), column);
 
       const Range streamed = tile_of(now.tile, kTile.streamed, num_streamed(axis));
       const Range rows = kOwnsKeys ? streamed : task.tokens, keys = kOwnsKeys ? task.tokens : streamed;
@@ -121,91 +154,138 @@ struct BackwardKernel {
       clear(probs);
       clear(grads);
       multiply_tile(mma, probs, owned.first(), stage(i).first(), int(p.head_dim));
-      multiply_tile(mma, grads, owned.second(), stage(i).second(), int(p.value_dim));
+      if (columns > 0) {
+        const bool is_stale = kOwnsKeys && p.key_value_has_query_heads && now.head != owned_head;
+        multiply_values<kOwner, Copy>(mma, grads, p, owned, owner_of(now.head), stage(i), streamed_at(now), is_stale);
+        owned_head = now.head;
+      }
 
       Tensor logits = queries_by_keys<kOwner>(by_rows(probs));       // (queries,keys)
       Tensor logit_grads = queries_by_keys<kOwner>(by_rows(grads));  // (queries,keys)
       apply_score<kKeys>(logits, coordinates, p.score, axis, task.batch, now.head, rows, keys);
-      differentiate(logits, logit_grads, coordinates, p, sequence.first_row, now.head, rows);
-      // The scale of all heads waits for the end: small gradients would leave the range of fp16.
-      const float head_scale = p.score.head_scale ? static_cast<const float*>(p.score.head_scale)[now.head] : 1.0f;
-      multiply_grads(logit_grads, coordinates, p.score.multiplier, head_scale, task.batch, now.head, rows, keys);
+      differentiate<kOwnsKeys>(logits, logit_grads, coordinates, p, sequence, task.batch, now.head, rows);
+      // What all logits of the owner share waits for the end: small gradients would leave the range of fp16.
+      const float factor = kOwnsKeys ? p.score.head_factor<float>(now.head) : 1.0f;
+      multiply_grads(logit_grads, coordinates, p.score.multiplier, factor, task.batch, now.head, rows, keys);
 
-      multiply_operand(mma, grad, as_operand_a(convert<Element>(grads)),
-                       stage(i).template part<kColumns>(0, task.first_column), columns);
-      if constexpr (kOwnsKeys) {
+      if (columns > 0) {
+        multiply_operand(mma, grad, as_operand_a(convert<Element>(grads)),
+                         stage(i).template part<kColumns>(0, task.first_column), columns);
+      }
+      if (value_columns > 0) {
         multiply_operand(mma, grad_value, as_operand_a(convert<Element>(probs)),
-                         stage(i).template part<kColumns>(1, task.first_column), value_columns);
+                         stage(i).template part<kColumns>(1, task.first_column - column), value_columns);
       }
     }
-    CUTE_UNROLL
-    for (int i = 0; i < size(grad); ++i) grad(i) *= float(p.score.scale);
 
-    // The gradients leave through the owned tile.
-    const auto finish = [&](int index, const auto& result, const TokenTensor& target, int width) {
-      auto sT = owned.template part<kColumns>(index);  // (owned,columns)
-      const Range tokens = kOwnsKeys ? sequence.key_tokens(task.tokens) : sequence.query_tokens(task.tokens);
-      store_tile<kThreads>(mma, result, sT, target.at<Element>(task.batch, tokens.begin, task.head) + task.first_column,
-                           target.token_stride, int(tokens.end - tokens.begin), width, target.is_aligned);
-    };
-    finish(0, grad, kOwnsKeys ? p.grad_key : p.grad_query, columns);
-    if constexpr (kOwnsKeys) finish(1, grad_value, p.grad_value, value_columns);
+    if constexpr (kOwnsKeys) {
+      CUTE_UNROLL
+      for (int i = 0; i < size(grad); ++i) grad(i) *= float(p.score.scale);
+      if (columns > 0) store(mma, grad, owned.template part<kColumns>(0), sums.logit_grads, task, columns);
+      if (value_columns > 0) store(mma, grad_value, owned.template part<kColumns>(1), sums.probs, task, value_columns);
+    } else {
+      const int index = columns > 0 ? 0 : 1;
+      const bool is_there = owned_head < task.query_heads.end;
+      const auto sT = owned.part(index);  // (queries,columns)
+      if (sums.dots) write_dots(mma, grad, sT, is_there, p, sums, task);
+      scale_rows(mma, grad, p, task, index == 0 ? p.score.scale_of<float>(task.head) : 1.0f);
+      store(mma, grad, sT, index == 0 ? sums.logit_grads : sums.probs, task, index == 0 ? columns : value_columns);
+    }
+  }
+
+  // For a thread, the (row,column) of each sum of the owned tile, as (rows,columns).
+  static __device__ auto owned_coordinates(const Mma& mma) {
+    return by_rows(mma.get_slice(threadIdx.x)
+                       .partition_C(make_identity_tensor(Shape<Int<kTile.owned>, Int<kColumns>>{})));  // (rows,columns)
+  }
+
+  // The dot product of each query (or its values), in shared memory, with its sums.
+  template <class Sums, class Shared>
+  static __device__ void write_dots(const Mma& mma, const Sums& grad, const Shared& sT, bool is_there,
+                                    const AttentionBackwardCudaParams& p, const OwnedSums& sums, const Task& task) {
+    Tensor rows = by_rows(grad);             // (rows,columns)
+    const auto at = owned_coordinates(mma);  // (rows,columns)
+    CUTE_UNROLL
+    for (int r = 0; r < size<0>(rows); ++r) {
+      const int row = get<0>(at(r, 0));
+      float dot = 0.0f;
+      if (is_there) {  // else nothing was copied, and the sums are zero
+        CUTE_UNROLL
+        for (int c = 0; c < size<1>(rows); ++c) dot += rows(r, c) * float(sT(row, get<1>(at(r, c))));
+      }
+      dot = combine_quad(dot, [](float a, float b) { return a + b; });
+      const int64_t query = task.tokens.begin + row;
+      if (get<1>(at(r, 0)) == 0 && query < task.tokens.end) {
+        sums.dots[(task.part * p.num_rows() + task.sequence.first_row + query) * p.heads + task.head] = dot;
+      }
+    }
+  }
+
+  template <class Sums>
+  static __device__ void scale_rows(const Mma& mma, Sums& grad, const AttentionBackwardCudaParams& p, const Task& task,
+                                    float factor) {
+    Tensor rows = by_rows(grad);             // (rows,columns)
+    const auto at = owned_coordinates(mma);  // (rows,columns)
+    CUTE_UNROLL
+    for (int r = 0; r < size<0>(rows); ++r) {
+      const int64_t query = min(task.tokens.begin + get<0>(at(r, 0)), task.tokens.end - 1);
+      const float factor_of_row = factor * p.weight(task.batch, query, task.head);
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(rows); ++c) rows(r, c) *= factor_of_row;
+    }
+  }
+
+  // Sums leave through the owned tile, those of a split as they are.
+  template <class Sums, class Shared>
+  static __device__ void store(const Mma& mma, const Sums& grad, Shared sT, const SumTarget& target, const Task& task,
+                               int columns) {
+    const Range tokens = kOwnsKeys ? task.sequence.key_tokens(task.tokens) : task.sequence.query_tokens(task.tokens);
+    const int rows = int(tokens.end - tokens.begin);
+    const int64_t offset = target.tensor.offset(task.batch, tokens.begin, task.head) + task.first_column;
+    if (target.parts) {
+      store_sums(by_rows(grad), owned_coordinates(mma), target.parts + task.split * target.size + offset,
+                 target.tensor.token_stride, rows, columns);
+    } else {
+      store_tile<kThreads>(mma, grad, sT, static_cast<Element*>(target.tensor.data) + offset,
+                           target.tensor.token_stride, rows, columns, target.tensor.is_aligned);
+    }
   }
 };
 
-template <class Element, int kDim>
-__global__ void __launch_bounds__(BackwardKernel<Element, kDim, Side::kKeys>::kThreads)
-    attention_backward_keys(const __grid_constant__ AttentionBackwardCudaParams p) {
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads)
+    attention_backward(const __grid_constant__ AttentionBackwardCudaParams p, const __grid_constant__ OwnedSums sums) {
   extern __shared__ __align__(128) unsigned char shared[];
-  BackwardKernel<Element, kDim, Side::kKeys>::run(p, reinterpret_cast<Element*>(shared));
+  Kernel::run(p, sums, reinterpret_cast<typename Kernel::Element*>(shared));
 }
 
-template <class Element, int kDim>
-__global__ void __launch_bounds__(BackwardKernel<Element, kDim, Side::kQueries>::kThreads)
-    attention_backward_queries(const __grid_constant__ AttentionBackwardCudaParams p) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  BackwardKernel<Element, kDim, Side::kQueries>::run(p, reinterpret_cast<Element*>(shared));
-}
-
-// A warp takes a row.
-template <class Element>
-__global__ void attention_backward_delta(const __grid_constant__ AttentionBackwardCudaParams p) {
-  for (int64_t row = warp_of_grid(); row < p.num_rows() * p.heads; row += warps_in_grid()) {
-    TaskIndex index(row);
-    const int64_t head = index.take(p.heads), token = index.take(p.is_packed() ? p.packed_queries : p.num_queries());
-    const Element* out = p.out.at<const Element>(index.rest(), token, head);
-    const Element* grad_out = p.grad_out.at<const Element>(index.rest(), token, head);
-    float sum = 0.0f;
-    for (int64_t c = lane_index(); c < p.value_dim; c += kWarpSize) sum += float(out[c]) * float(grad_out[c]);
-    sum = warp_sum(sum);
-    if (lane_index() == 0) p.delta[row] = p.grad_lse ? sum - p.grad_lse[row] : sum;
-  }
+template <class Function>
+auto dispatch_kernel(const AttentionBackwardCudaParams& p, Side owner, Function&& f) {
+  return dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) {
+    if (owner == Side::kKeys) return f(BackwardKernel<Element, kDim, Side::kKeys>{});
+    return f(BackwardKernel<Element, kDim, Side::kQueries>{});
+  });
 }
 
 }  // namespace
 
-cudaError_t launch_attention_backward_keys(const AttentionBackwardCudaParams& p, cudaStream_t stream) {
-  return dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) {
-    using Kernel = BackwardKernel<Element, kDim, Side::kKeys>;
-    return launch_tasks(attention_backward_keys<Element, kDim>, Kernel::num_tasks(p), Kernel::kThreads,
-                        Kernel::kSharedBytes, stream, p);
+int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner) {
+  return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
+    return splits_of(typename Kernel::Cut(p, sums).num_tasks(p), Kernel::num_streamed(p.pattern.axis[0]));
   });
 }
 
-cudaError_t launch_attention_backward_queries(const AttentionBackwardCudaParams& p, cudaStream_t stream) {
-  return dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) {
-    using Kernel = BackwardKernel<Element, kDim, Side::kQueries>;
-    return launch_tasks(attention_backward_queries<Element, kDim>, Kernel::num_tasks(p), Kernel::kThreads,
-                        Kernel::kSharedBytes, stream, p);
+int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
+  return dispatch_kernel(p, Side::kQueries, [&]<class Kernel>(Kernel) {
+    return typename Kernel::Cut(p, sums).column_blocks * sums.splits;
   });
 }
 
-cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& p, cudaStream_t stream) {
-  constexpr int kWarps = 4;
-  const unsigned blocks = blocks_for(p.num_rows() * p.heads, kWarps);
-  return dispatch_element(p.dtype, [&]<class Element>(Element) {
-    return launch_tasks(attention_backward_delta<Element>, p.num_rows() == 0 ? 0 : blocks, kWarps * kWarpSize, 0,
-                        stream, p);
+cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
+                                      cudaStream_t stream) {
+  return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
+    return launch_tasks(attention_backward<Kernel>, typename Kernel::Cut(p, sums).num_tasks(p) * sums.splits,
+                        Kernel::kThreads, Kernel::kSharedBytes, stream, p, sums);
   });
 }
 

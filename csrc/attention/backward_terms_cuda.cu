@@ -1,5 +1,5 @@
-// Gradients of the score terms on a GPU: biases, multiplier and scale of a head, each in its own broadcast shape, the
-// same bits in every run.
+// Gradients of the score terms on a GPU: biases and multiplier, each in its own broadcast shape, the same bits in every
+// run.
 //
 // A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it computes a tile of
 // the logits' gradient again and adds it in registers, in order; at the end it adds the rows or columns of that tile
@@ -93,8 +93,10 @@ struct TermKernel {
     const Queries of_queries{shared};
     const Keys of_keys{shared + int{Queries::kElements}};
     __syncthreads();  // nobody reads the last tile any more
-    of_queries.template copy<Side::kQueries, Copy>(p, sequence, batch, head, rows);
-    of_keys.template copy<Side::kKeys, Copy>(p, sequence, batch, kv_head, keys);
+    const TokensOfHead queries{sequence, batch, head, kv_head, rows},
+        keys_of_head{sequence, batch, head, kv_head, keys};
+    of_queries.template copy<Side::kQueries, Copy>(p, queries);
+    of_keys.template copy<Side::kKeys, Copy>(p, keys_of_head);
     wait_for_copies<0>();
     __syncthreads();
 
@@ -103,7 +105,7 @@ struct TermKernel {
     clear(probs);
     clear(grads);
     multiply_tile(mma, probs, of_queries.first(), of_keys.first(), int(p.head_dim));
-    multiply_tile(mma, grads, of_queries.second(), of_keys.second(), int(p.value_dim));
+    multiply_values<Side::kQueries, Copy>(mma, grads, p, of_queries, queries, of_keys, keys_of_head, false);
     Tensor products = make_fragment_like(probs);  // (MMA,MMA_M,MMA_N)
     cute::copy(probs, products);
 
@@ -111,10 +113,7 @@ struct TermKernel {
     Tensor logits = by_rows(probs);                                                 // (queries,keys)
     Tensor logit_grads = by_rows(grads);                                            // (queries,keys)
     apply_score<kKeys>(logits, coordinates, p.score, sequence.axis, batch, head, rows, keys);
-    differentiate(logits, logit_grads, coordinates, p, sequence.first_row, head, rows);
-    if (term.factor == TermFactor::kProduct) {
-      multiply_grads(logit_grads, coordinates, p.score.multiplier, float(p.score.scale), batch, head, rows, keys);
-    }
+    differentiate<true>(logits, logit_grads, coordinates, p, sequence, batch, head, rows);
     const float scale = term.factor == TermFactor::kScaledProduct ? p.score.scale_of<float>(head) : 1.0f;
     CUTE_UNROLL
     for (int i = 0; i < size(sums); ++i) {

@@ -62,7 +62,11 @@ struct Score {
 
   template <class T>
   VK_HOST_DEVICE T scale_of(int64_t head) const {
-    return T(scale) * (head_scale ? static_cast<const T*>(head_scale)[head] : T(1));
+    return T(scale) * head_factor<T>(head);
+  }
+  template <class T>
+  VK_HOST_DEVICE T head_factor(int64_t head) const {
+    return head_scale ? static_cast<const T*>(head_scale)[head] : T(1);
   }
 };
 

@@ -1,6 +1,7 @@
 // Tile sizes of the attention kernels on a GPU.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace vitkernels {
@@ -45,6 +46,15 @@ constexpr BackwardTile backward_tile(int dim, int element_bytes) {
   if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 32, .warps = 4, .columns = 128};  // 64 KB, 96 KB
   if (is_wide) return {.owned = 32, .streamed = 8, .warps = 2, .columns = 128};                     // 96 KB
   return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                                 // 96 KB
+}
+
+// Into how many ranges the tokens are split that stream past a kernel's blocks. By shapes alone, whatever the GPU: so many
+// blocks keep a large one busy, and fewer tokens are not worth the sums in memory. Not measured on a GPU yet.
+inline constexpr int64_t kBlocksOfLargeGpu = 256, kLeastTokensOfSplit = 256;
+
+constexpr int64_t splits_of(int64_t blocks, int64_t tokens) {
+  if (blocks == 0) return 1;
+  return std::max<int64_t>(1, std::min(kBlocksOfLargeGpu / blocks, tokens / kLeastTokensOfSplit));
 }
 
 }  // namespace vitkernels

@@ -30,18 +30,14 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
 
 // Calls f(element).
 template <class Function>
-cudaError_t dispatch_element(DType dtype, Function&& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(cutlass::bfloat16_t{});
-    case DType::kFloat16: return f(cutlass::half_t{});
-    default: return cudaErrorInvalidValue;
-  }
+auto dispatch_element(DType dtype, Function&& f) {
+  if (dtype == DType::kFloat32) return f(float{});
+  return dtype == DType::kBFloat16 ? f(cutlass::bfloat16_t{}) : f(cutlass::half_t{});
 }
 
 // Calls f(element, padded head dimension).
 template <class Function>
-cudaError_t dispatch_tile(const AttentionParams& p, Function&& f) {
+auto dispatch_tile(const AttentionParams& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
   return dispatch_element(p.dtype, [&](auto element) {
     if (dim <= 32) return f(element, cute::Int<32>{});

@@ -2,6 +2,7 @@
 // argument without a name is allow_tf32.
 #include "attention/logit_gradients.h"
 #include "attention/tiles_cpu.h"
+#include "attention/transposed_arguments.h"
 #include "cpu/isa.h"
 
 namespace vitkernels {
@@ -11,70 +12,28 @@ using torch::stable::parallel_for;
 
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Strides of a tensor broadcast to (batch, query, head).
-ScoreStrides weight_strides(const Tensor& t, bool contiguous) {
-  int64_t strides[3] = {};
-  int64_t running = 1;
-  for (int64_t i = t.dim() - 1; i >= 0; --i) {
-    strides[3 - t.dim() + i] = t.size(i) == 1 ? 0 : contiguous ? running : t.stride(i);
-    running *= t.size(i);
-  }
-  return {.batch = strides[0], .head = strides[2], .query = strides[1]};
+void fill(const TransposedArguments& args, AttentionTransposedParams& params) {
+  args.attention.fill(params);
+  params.value = token_tensor(args.value);
+  params.value_dim = args.value.size(3);
+  params.lse = const_cast<void*>(args.lse.const_data_ptr());
+  if (!args.query_weight) return;
+  params.query_weight = args.query_weight->const_data_ptr();
+  params.weight_strides = weight_strides(*args.query_weight, false);
 }
-
-// Owns what Params points to.
-struct TransposedArguments {
-  // There is a value for each query instead of each key; the key passes for the value that is missing.
-  TransposedArguments(const Checker& checker, const Tensor& query, const Tensor& key, const Tensor& value_q,
-                      const Tensor& lse_of_rows, const OptionalTensor& query_weight, ScoreArguments score,
-                      const OptionalTensor& head_map, bool is_causal)
-      : attention(checker, query, key, key, std::move(score), head_map, is_causal), query_weight(query_weight) {
-    const std::vector<int64_t> rows = attention.lse_sizes();
-    const ScalarType statistics = statistics_type(attention.dtype);
-    checker.rank("value_q", value_q, 4, "(B, Nq, heads, dv)");
-    checker.strided_like("value_q", value_q, query);
-    checker.dtype("value_q", value_q, query.scalar_type());
-    checker.size("value_q", value_q, 0, rows[0], "query's batch size");
-    checker.size("value_q", value_q, 1, rows[1], "query's number of tokens");
-    checker.size("value_q", value_q, 2, rows[2], "query's number of heads");
-    checker.check(value_q.size(3) > 0, "value_q has head dimension 0, takes at least 1");
-    checker.strided_like("lse", lse_of_rows, query);
-    checker.dtype("lse", lse_of_rows, statistics);
-    checker.shape("lse", lse_of_rows, rows);
-    check_score_term(checker, "query_weight", query_weight, query, statistics, rows, "(B, Nq, heads)");
-    value = with_unit_last_stride(value_q);
-    lse = torch::stable::contiguous(lse_of_rows);
-  }
-
-  void fill(AttentionTransposedParams& params) const {
-    attention.fill(params);
-    params.value = token_tensor(value);
-    params.value_dim = value.size(3);
-    params.lse = const_cast<void*>(lse.const_data_ptr());
-    if (!query_weight) return;
-    params.query_weight = query_weight->const_data_ptr();
-    params.weight_strides = weight_strides(*query_weight, false);
-  }
-
-  std::vector<int64_t> out_sizes() const {
-    return {attention.batch, attention.num_keys, attention.heads, value.size(3)};
-  }
-
-  AttentionArguments attention;
-  Tensor value, lse;
-  OptionalTensor query_weight;
-};
 
 Tensor attention_transposed_cpu(const Tensor& query, const Tensor& key, const Tensor& value_q, const Tensor& lse,
                                 OptionalTensor query_weight, double scale, OptionalTensor head_scale,
                                 OptionalTensor bias, OptionalTensor key_bias, OptionalTensor multiplier,
                                 OptionalTensor head_map, bool is_causal, bool) {
-  const TransposedArguments args(Checker("attention_transposed"), query, key, value_q, lse, query_weight,
-                                 {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal);
+  const Checker checker("attention_transposed");
+  const TransposedArguments args(
+      checker, {checker, query, key, key, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal},
+      value_q, lse, query_weight);
   Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
   if (out.numel() == 0) return out;
   AttentionTransposedParams params;
-  args.fill(params);
+  fill(args, params);
   params.out = token_tensor(out);
   const Kernels& kernels = vitkernels::kernels();
   const int64_t tasks = params.batch * params.heads * transposed_keys(params).count;
@@ -113,18 +72,17 @@ Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor&
                                            bool is_causal, bool, bool need_query_weight, bool need_head_scale,
                                            bool need_bias, bool need_key_bias, bool need_multiplier) {
   const Checker checker("attention_transposed_backward");
-  const TransposedArguments args(checker, query, key, value_q, lse, query_weight,
-                                 {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal);
-  checker.strided_like("grad_out", grad_out, query);
-  checker.dtype("grad_out", grad_out, query.scalar_type());
-  checker.shape("grad_out", grad_out, args.out_sizes());
+  const TransposedArguments args(
+      checker, {checker, query, key, key, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal},
+      value_q, lse, query_weight);
+  args.check_grad_out(checker, grad_out);
   const Tensor out_gradient = with_unit_last_stride(grad_out);
 
   const Tensor grad_value = empty_as(value_q, sizes_of(value_q), value_q.scalar_type());
   const Tensor grad_lse = empty_as(lse, sizes_of(lse), lse.scalar_type());
   const Tensor grad_row_weight = empty_as(lse, sizes_of(lse), lse.scalar_type());
   AttentionTransposedParams params;
-  args.fill(params);
+  fill(args, params);
   params.grad_out = token_tensor(out_gradient);
   params.grad_value = token_tensor(grad_value);
   params.grad_row_lse = grad_lse.mutable_data_ptr();

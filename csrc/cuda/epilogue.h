@@ -26,6 +26,21 @@ __device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t s
   }
 }
 
+// Sums (rows,columns) as they are, straight from the registers: of each row a quad of threads writes whole sectors.
+// `coordinates` gives the (row,column) of each in the tile.
+template <class Sums, class Coordinates>
+__device__ void store_sums(const Sums& sums, const Coordinates& coordinates, float* target, int64_t stride, int rows,
+                           int columns) {
+  CUTE_UNROLL
+  for (int r = 0; r < cute::size<0>(sums); ++r) {
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(sums); ++c) {
+      const int row = cute::get<0>(coordinates(r, c)), column = cute::get<1>(coordinates(r, c));
+      if (row < rows && column < columns) target[row * stride + column] = sums(r, c);
+    }
+  }
+}
+
 // The sums `rC` of a tile, rounded, to `rows` x `columns` elements at `target`, through `sC`.
 template <int kThreads, class Mma, class Sums, class Shared, class Element>
 __device__ void store_tile(const Mma& mma, const Sums& rC, Shared& sC, Element* target, int64_t stride, int rows,

@@ -51,7 +51,7 @@ struct TileMma
 // sums += a b^T for one tile, over the first `depth` columns. `sA` is (rows, depth), `sB` is (columns, depth), both in
 // shared memory and zero behind the depth. A warp has sixteen rows.
 template <class Mma, class Sums, class TileA, class TileB>
-__device__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB, int depth) {
+__device__ __forceinline__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB, int depth) {
   using Element = typename TileA::value_type;
   const auto thread = mma.get_slice(threadIdx.x);
   cute::Tensor rA = cute::make_fragment_like<Element>(thread.partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
@@ -66,7 +66,7 @@ __device__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const
   cute::Tensor tArA = copy_a.retile_D(rA);     // (CPY,CPY_M,CPY_K)
   cute::Tensor tBrB = copy_b.retile_D(rB);     // (CPY,CPY_N,CPY_K)
 
-  with_arithmetic<Element>(mma.allow_tf32, [&](auto arithmetic) {
+  with_arithmetic<Element>(mma.allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
     CUTE_UNROLL
     for (int k = 0; k < cute::size<2>(rA); ++k) {
       if (k * kDepthOfStep<Element> >= depth) break;
@@ -99,7 +99,8 @@ __device__ auto transposed(const TileB& sB) {
 // sums += a b, a in registers (operand A, (MMA,MMA_M,MMA_K)), `sB` (depth, columns) in shared memory; the first `columns`
 // columns only.
 template <class Mma, class Sums, class OperandA, class TileB>
-__device__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA, const TileB& sB, int columns) {
+__device__ __forceinline__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA, const TileB& sB,
+                                                 int columns) {
   using Element = typename TileB::value_type;
   const auto sBt = transposed(sB);  // (columns,depth)
   const auto thread = mma.get_slice(threadIdx.x);
@@ -110,7 +111,7 @@ __device__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA,
   cute::Tensor tBrB = copy.retile_D(rB);      // (CPY,CPY_N,CPY_K)
   constexpr int kColumnsOfCopy = decltype(cute::size<1>(sB))::value / decltype(cute::size<1>(tBrB))::value;
 
-  with_arithmetic<Element>(mma.allow_tf32, [&](auto arithmetic) {
+  with_arithmetic<Element>(mma.allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
     CUTE_UNROLL
     for (int k = 0; k < cute::size<2>(rA); ++k) {
       const auto a = arithmetic.prepare(rA(cute::_, 0, k));  // (MMA)

@@ -79,7 +79,7 @@ struct ThreeTimesTf32 {
 
 // Calls f(arithmetic) for products of `Element`.
 template <class Element, class Function>
-__device__ void with_arithmetic(bool allow_tf32, Function&& f) {
+__device__ __forceinline__ void with_arithmetic(bool allow_tf32, Function&& f) {
   if constexpr (sizeof(Element) == 2) {
     f(WholeElements{});
   } else if (allow_tf32) {

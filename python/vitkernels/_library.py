@@ -46,13 +46,19 @@ _cpu = _load()
 
 
 def cuda_library_paths() -> list[Path]:
-    """The CUDA libraries beside the CPU library, one for each major version of CUDA."""
+    """The CUDA libraries beside the CPU library, one for each major version of CUDA.
+
+    ``VITKERNELS_CUDA_LIBRARY`` names one elsewhere: the stable ABI lets it come from another build.
+    """
+    override = os.environ.get("VITKERNELS_CUDA_LIBRARY")
+    if override:
+        return [Path(override)]
     return sorted(cpu_library_path().parent.glob("libvitkernels_cuda[0-9]*.so"))
 
 
 def cuda_architectures(path: Path) -> str:
     """What a CUDA library holds code for, as in ``sm_80, compute_80 (PTX)``; the library need not be loaded."""
-    found = re.search(rb"vitkernels_cuda_architectures=([^;]*);", path.read_bytes())
+    found = re.search(rb"vitkernels_cuda_architectures=([^;]*);", path.read_bytes() if path.exists() else b"")
     names = [name.split("-") for name in found[1].decode().split()] if found else []
     return ", ".join(f"sm_{number}" if kind == "real" else f"compute_{number} (PTX)" for number, kind in names)
 
@@ -65,8 +71,8 @@ def _load_cuda() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     major = torch.version.cuda.split(".")[0]
-    path = cpu_library_path().parent / f"libvitkernels_cuda{major}.so"
-    if path not in paths:
+    path = next((p for p in paths if p.name == f"libvitkernels_cuda{major}.so"), None)
+    if path is None:
         return f"torch has CUDA {torch.version.cuda}, this build has {', '.join(p.name for p in paths)}"
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]

@@ -1,0 +1,59 @@
+"""Where the gates compute, and what has kernels there.
+
+``VITKERNELS_TEST_DEVICE=cuda`` runs the tests of the sample table on a GPU: samples are made on the CPU, from the same
+seeds, and moved. What has no kernels there is skipped. (test_emulator_gates runs CUDA kernels on CPU tensors.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = torch.device(os.environ.get("VITKERNELS_TEST_DEVICE", "cpu"))
+ON_CPU = DEVICE.type == "cpu"
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+# The functions of the sample table that have CUDA kernels, and the dtypes that these take.
+FUNCTIONS = {"merge_attentions": DTYPES, "attention": HALF, "attention_transposed": HALF}
+# Arguments that these kernels do not take yet.
+ON_GRID = {"bias_table", "multiplier_table", "rel_pos"}
+
+
+def is_taken(sample: Any) -> bool:
+    """Whether CUDA kernels compute a sample in some dtype, forward and backward."""
+    return sample.operator in FUNCTIONS and not ON_GRID & sample.arguments.keys()
+
+
+def why_not(sample: Any, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why a sample, in a dtype if one is given, has no kernels on the device of the tests, or ``None``."""
+    if ON_CPU:
+        return None
+    if not is_taken(sample):
+        return f"no CUDA kernels for {sample}"
+    if dtype is not None and dtype not in FUNCTIONS[sample.operator]:
+        return f"no CUDA kernels for {sample.operator} in {dtype}"
+    return None
+
+
+def need(sample: Any, dtype: torch.dtype) -> None:
+    """Skip the test where the device has no kernels for it."""
+    if reason := why_not(sample, dtype):
+        pytest.skip(reason)
+
+
+def dtype_of(sample: Any, wanted: torch.dtype) -> torch.dtype:
+    """``wanted``, or where the kernels do not take it the most precise dtype that they do."""
+    return wanted if why_not(sample, wanted) is None else next(d for d in DTYPES if why_not(sample, d) is None)
+
+
+def raised_alike(function: Any, call: Mapping[str, Any], text: str) -> bool:
+    """Whether a GPU refuses a bad call with the CPU's words: integers in tensors are read by kernels alone."""
+    given = {name for name, value in call.items() if value is not None}
+    if {"value_q", "lse"} <= given and torch.float32 not in FUNCTIONS["attention_transposed"]:
+        return False  # these calls are float32, which is refused first
+    return function.__name__ in FUNCTIONS and " head_map[" not in text and not given & {*ON_GRID, "num_prefix_tokens"}
