@@ -32,10 +32,10 @@ NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 
 .DEFAULT_GOAL := help
-.PHONY: help env build emulator demo test bench gpu sanitize lint format docs wheel clean
+.PHONY: help env build emulator demo test bench gpu cuda-report sanitize lint format docs wheel clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(foreach extra,test bench demo docs lint models,$(VENV)/.$(extra))  ## install what any of the commands needs
 
@@ -62,6 +62,11 @@ bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch off
 
 gpu:  ## with a GPU: build, test, check and measure; STAGES="build test" selects
 	$(GPU_PYTHON) .ci/gpu.py --out $(OUT) $(STAGES) $(ARGS)
+
+cuda-report: build emulator  ## registers, spills and shared memory of every CUDA kernel, into docs/cuda_report.md
+	$(RUN) tests/launches.py build/launches.json
+	$(RUN) .ci/cuda_report.py build/emulator/tests/emulator/libvitkernels_cuda_emulated.so \
+	  --launches build/launches.json --markdown docs/cuda_report.md $(ARGS)
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
