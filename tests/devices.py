@@ -18,8 +18,9 @@ ON_CPU = DEVICE.type == "cpu"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
+ON_TENSOR_CORES = (torch.float32, *HALF)
 # The functions of the sample table that have CUDA kernels, and the dtypes that these take.
-FUNCTIONS = {"merge_attentions": DTYPES, "attention": HALF, "attention_transposed": HALF}
+FUNCTIONS = {"merge_attentions": DTYPES, "attention": ON_TENSOR_CORES, "attention_transposed": ON_TENSOR_CORES}
 # Arguments that these kernels do not take yet.
 ON_GRID = {"bias_table", "multiplier_table", "rel_pos"}
 
@@ -54,6 +55,4 @@ def dtype_of(sample: Any, wanted: torch.dtype) -> torch.dtype:
 def raised_alike(function: Any, call: Mapping[str, Any], text: str) -> bool:
     """Whether a GPU refuses a bad call with the CPU's words: integers in tensors are read by kernels alone."""
     given = {name for name, value in call.items() if value is not None}
-    if {"value_q", "lse"} <= given and torch.float32 not in FUNCTIONS["attention_transposed"]:
-        return False  # these calls are float32, which is refused first
     return function.__name__ in FUNCTIONS and " head_map[" not in text and not given & {*ON_GRID, "num_prefix_tokens"}

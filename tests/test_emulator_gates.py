@@ -15,11 +15,12 @@ import test_reference
 import test_registration
 import torch
 import vitkernels as vk
-from calls import differentiate
+from calls import differentiate, in_float64
 from devices import DEVICE, DTYPES, FUNCTIONS, ON_GRID, is_taken, raised_alike
 from emulation import needs_emulator
-from error_policy import check_sample
+from error_policy import check_sample, largest_error
 from layouts import LAYOUTS
+from vitkernels import reference
 
 pytestmark = needs_emulator
 
@@ -84,20 +85,48 @@ def test_small_reference_gate(sample, dtype, cuda_kernels):
 
 
 @each(samples.SMALL_SAMPLES, functions=SOME_DTYPES)
-def test_half_gate(sample, cuda_kernels):
-    """The gates that need a dtype which these kernels take."""
+def test_float32_gate(sample, cuda_kernels):
+    """The gates that need no float64."""
     test_autocast.test_casts_the_data_alone(sample)
     if "core" in sample.tags:
-        test_registration.test_opcheck(sample, torch.bfloat16)
-        test_layout.test_expanded_gradients(sample, torch.bfloat16, sizes=sample.small())
+        test_registration.test_opcheck(sample)
+        test_layout.test_expanded_gradients(sample, sizes=sample.small())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_attention_takes_half_precision(dtype, cuda_kernels):
-    call = next(s for s in ATTENTION if s.id == "plain").call(dtype)
-    with pytest.raises(RuntimeError, match=r"attention: query is float(32|64), takes bfloat16 or float16 on a GPU"):
-        vk.attention(**call)
+@pytest.mark.parametrize("sample", [s for s in ATTENTION if s.id == "plain"], ids=str)
+def test_attention_takes_no_float64(sample, cuda_kernels):
+    takes = f"{sample.operator}: query is float64, takes float32, bfloat16 or float16 on a GPU"
+    with pytest.raises(RuntimeError, match=takes):
+        sample.function(**sample.call(torch.float64))
     assert not cuda_kernels.launches()
+
+
+@pytest.mark.parametrize("sample", [s for s in ATTENTION if s.id == "plain"], ids=str)
+def test_tf32_where_it_is_allowed(sample, precision, cuda_kernels):
+    call = sample.call(torch.float32)
+    truth = differentiate(sample.reference, in_float64(call))
+    exact = differentiate(sample.function, call)
+    precision("high")
+    rounded = differentiate(sample.function, call)
+    for found, close, true in zip(*(a + b for a, b in (rounded, exact, truth)), strict=True):
+        error = largest_error(found, true)
+        assert 8 * largest_error(close, true) < error < 4 * TF32 * true.abs().max()
+
+
+# Eleven significant bits; an operand is half a unit off, and its product with another one a unit.
+TF32 = 2.0**-10
+
+
+def test_operands_at_the_end_of_the_range(cuda_kernels):
+    """What cannot be split: infinities, and numbers that would round to one."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.rand(1, n, 1, 8, generator=generator) + 0.5 for n in (5, 7, 7))
+    key[:, 1] = -torch.inf  # absent
+    value[:, 2, :, 3], value[:, 4, :, 4] = torch.inf, torch.finfo(torch.float32).max
+    value[:, 5, :, 5] = torch.nan
+    found, expected = (f(query, key, value) for f in (vk.attention, reference.attention))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0.0, equal_nan=True)
+    assert found[..., 3].isinf().all() and found[..., 4].isfinite().all() and found[..., 5].isnan().all()
 
 
 @pytest.mark.parametrize("name", sorted(ON_GRID))
@@ -132,13 +161,19 @@ def test_gate(gate, sample, cuda_kernels):
     assert bool(cuda_kernels.launches()) == launches_expected(sample)
 
 
-@gates(
-    test_registration.test_opcheck_traced, test_registration.test_second_derivatives_raise,
-    test_registration.test_unused_outputs_cost_nothing, test_compile.test_compile_recompiles_at_most_once,
-    test_compile.test_compile_dynamic_never_recompiles, test_compile.test_export,
-)  # fmt: skip
+@gates(test_registration.test_second_derivatives_raise, test_registration.test_unused_outputs_cost_nothing)
 @each(samples.SMALL_SAMPLES, tag="core")
 def test_core_gate(gate, sample, cuda_kernels):
+    gate(sample)
+    assert cuda_kernels.launches()
+
+
+@gates(
+    test_registration.test_opcheck_traced, test_compile.test_compile_recompiles_at_most_once,
+    test_compile.test_compile_dynamic_never_recompiles, test_compile.test_export,
+)  # fmt: skip
+@each(samples.SMALL_SAMPLES, tag="deploy", functions=tuple(FUNCTIONS))
+def test_compiler_gate(gate, sample, cuda_kernels):
     torch._dynamo.reset()
     gate(sample)
     torch._dynamo.reset()

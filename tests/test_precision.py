@@ -9,14 +9,6 @@ OPERATORS = sorted({s.operator for s in SAMPLES} - {"merge_attentions"})
 each_operator = pytest.mark.parametrize("sample", [s for s in SAMPLES if s.id == "plain"], ids=str)
 
 
-@pytest.fixture
-def precision():
-    """Sets the precision; what was set before comes back."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 def flags(function, call):
     """``allow_tf32`` of each operator that forward and backward call."""
     with Recorder() as recorder:
