@@ -32,7 +32,7 @@ NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 
 .DEFAULT_GOAL := help
-.PHONY: help env build emulator demo test bench gpu cuda-report sanitize lint format docs wheel clean
+.PHONY: help env build emulator emulate-all demo test bench gpu cuda-report sanitize lint format docs wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ else
 	  -DCMAKE_BUILD_TYPE=Release -DVITKERNELS_EMULATOR=ON -DPython_EXECUTABLE=$(abspath $(RUN))
 	$(BIN)/cmake --build build/emulator --target emulator
 endif
+
+emulate-all: build emulator $(VENV)/.test  ## pass the gates of CUDA kernels on every sample at its own size
+	$(RUN) -m pytest tests/test_emulator_gates.py -m "emulate_all or not emulate_all" $(ARGS)
 
 demo: build $(VENV)/.demo $(VENV)/.models  ## run a trained vision transformer on photographs, before and after
 	$(RUN) examples/demo.py $(ARGS)

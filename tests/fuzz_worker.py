@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 # No two dimensions share a length by chance (heads are at most 4): one that two tensors have must agree.
-SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31, "z": 2, "y": 4, "x": 7}
+SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31, "z": 2, "y": 9, "x": 8}
 CALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [
     *CALL_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
@@ -83,7 +83,7 @@ def slots(call: Call) -> list[Slot]:
         if isinstance(argument, Tensor):
             found.append(Slot(name, None, argument))
         elif isinstance(argument, list):
-            found += [Slot(name, i, t) for i, t in enumerate(argument)]
+            found += [Slot(name, i, t) for i, t in enumerate(argument) if isinstance(t, Tensor)]
     return found
 
 
@@ -105,14 +105,18 @@ def spoil_rank(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     # A tensor of rank 0 broadcasts: wrong only where a tensor is data.
     ranks = [r for r in range(7) if r != slot.tensor.dim() and (r > 0 or slot.argument in target.required)]
-    shape = [rng.choice((2, 7)) for _ in range(rng.choice(ranks))]
+    used = {n for other in slots(call) for n in other.tensor.shape}  # what has these lengths may broadcast
+    shape = [rng.choice([n for n in range(2, 9) if n not in used] or [11]) for _ in range(rng.choice(ranks))]
     return put(call, slot, torch.ones(shape, dtype=slot.tensor.dtype, device=DEVICE))
 
 
 def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     others = {n for other in slots(call) if other.tensor is not slot.tensor for n in other.tensor.shape}
-    dim = choose(rng, [i for i, n in enumerate(slot.tensor.shape) if n > 1 and n in others])
+    dims = range(slot.tensor.dim())
+    if slot.argument == "query" and target.name.endswith("spatial_attention"):
+        dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
+    dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
     shape[dim] = rng.choice([n for n in (0, shape[dim] - 1, shape[dim] + 1) if n != 1])
     return put(call, slot, torch.zeros(shape, dtype=slot.tensor.dtype, device=DEVICE))

@@ -9,7 +9,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 # From sizes that no two dimensions have in common: the compiler would take them to be equal for ever.
-GROWTH = (7, 8, 9, 10)
+GROWTH = (12, 13, 14, 15)
 DTYPE = torch.float32
 
 

@@ -7,7 +7,6 @@
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kMaxHeads = 1 << 20;            // the head map is a table in memory
 constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
 
 }  // namespace
@@ -64,21 +63,8 @@ void check_integers(const Checker& checker, const char* name, const Tensor& t, c
                 ", takes int64 or int32");
 }
 
-// The values of an int64 or int32 vector.
-std::vector<int64_t> read_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
-  check_integers(checker, name, t, like);
-  const ScalarType type = t.scalar_type();
-  std::vector<int64_t> values(t.size(0));
-  for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t at = int64_t(i) * t.stride(0);
-    values[i] = type == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[at]
-                                         : static_cast<const int32_t*>(t.const_data_ptr())[at];
-  }
-  return values;
-}
-
 std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor& head_map, const Tensor& query,
-                                   int64_t heads, int64_t kv_heads, IntegersOn integers) {
+                                   int64_t heads, int64_t kv_heads, ReadIntegers read) {
   std::vector<int64_t> map(heads);
   if (!head_map) {
     checker.check(kv_heads > 0 && heads % kv_heads == 0, "key has ", kv_heads, " heads, takes a divisor of query's ",
@@ -88,21 +74,18 @@ std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor&
   }
   checker.defined("head_map", *head_map);
   checker.shape("head_map", *head_map, {heads});
-  if (integers == IntegersOn::kDevice) {
-    check_integers(checker, "head_map", *head_map, query);
-    return {};
-  }
-  map = read_integers(checker, "head_map", *head_map, query);
+  check_integers(checker, "head_map", *head_map, query);
+  if (!read) return {};
+  map = read(checker, *head_map);
   for (int64_t h = 0; h < heads; ++h) {
     checker.check(map[h] >= 0 && map[h] < kv_heads, "head_map[", h, "] is ", map[h], ", takes 0 to ", kv_heads - 1);
   }
   return map;
 }
 
-std::vector<int64_t> read_offsets(const Checker& checker, const char* name, const Tensor& t, const Tensor& like,
-                                  int64_t tokens, int64_t longest) {
-  const std::vector<int64_t> offsets = read_integers(checker, name, t, like);
-  checker.check(!offsets.empty(), name, " is empty, takes 0 and the end of each sequence");
+std::vector<int64_t> read_offsets(const Checker& checker, const char* name, const Tensor& t, int64_t tokens,
+                                  int64_t longest, ReadIntegers read) {
+  const std::vector<int64_t> offsets = read(checker, t);
   checker.check(offsets[0] == 0, name, "[0] is ", offsets[0], ", takes 0");
   for (size_t i = 1; i < offsets.size(); ++i) {
     checker.check(offsets[i] >= offsets[i - 1] && offsets[i] <= tokens, name, "[", i, "] is ", offsets[i],
@@ -116,13 +99,23 @@ std::vector<int64_t> read_offsets(const Checker& checker, const char* name, cons
 
 }  // namespace
 
+std::vector<int64_t> read_host_integers(const Checker&, const Tensor& t) {
+  std::vector<int64_t> values(t.size(0));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int64_t at = int64_t(i) * t.stride(0);
+    values[i] = t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[at]
+                                                    : static_cast<const int32_t*>(t.const_data_ptr())[at];
+  }
+  return values;
+}
+
 AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key,
                                        const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
-                                       bool is_causal, const std::optional<Packing>& packing, IntegersOn integers)
+                                       bool is_causal, const std::optional<Packing>& packing, ReadIntegers read)
     : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
-  check_tokens(checker, packing);
-  kv_head_of = read_head_map(checker, head_map, query, heads, kv_heads, integers);
-  if (integers == IntegersOn::kHost) list_heads();
+  check_tokens(checker, packing.has_value());
+  if (packing) check_packing(checker, *packing, read);
+  heads_of = HeadMap(checker, head_map, query, heads, kv_heads, read);
   if (head_map) this->head_map = torch::stable::contiguous(*head_map);
   check_score(checker);
   this->query = with_unit_last_stride(query);
@@ -131,9 +124,13 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
   for (OptionalTensor* term : {&this->score.bias, &this->score.multiplier, &this->score.key_bias}) {
     *term = with_kernel_strides(*term);
   }
+  if (read) count_tasks();
+}
+
+void AttentionArguments::count_tasks() {
   AttentionParams params;
   fill(params);
-  if (!packing) {
+  if (query_offsets.empty()) {
     num_tasks = batch * heads * forward_query_blocks(params.pattern.axis[0]);
     return;
   }
@@ -144,8 +141,11 @@ AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& que
   num_tasks = first_task.back();
 }
 
-// The query heads of each kv head, in order: a counting sort of kv_head_of.
-void AttentionArguments::list_heads() {
+HeadMap::HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads,
+                 int64_t kv_heads, ReadIntegers read)
+    : kv_head_of(read_head_map(checker, head_map, query, heads, kv_heads, read)) {
+  if (!read) return;
+  // The query heads of each kv head, in order: a counting sort of kv_head_of.
   first_head.assign(kv_heads + 1, 0);
   for (const int64_t kv_head : kv_head_of) ++first_head[kv_head + 1];
   for (int64_t g = 0; g < kv_heads; ++g) first_head[g + 1] += first_head[g];
@@ -154,11 +154,11 @@ void AttentionArguments::list_heads() {
   for (int64_t h = 0; h < heads; ++h) head_list[next[kv_head_of[h]]++] = h;
 }
 
-void AttentionArguments::check_tokens(const Checker& checker, const std::optional<Packing>& packing) {
-  const int64_t rank = packing ? 3 : 4, tokens = rank - 3;  // the axis of tokens; heads and dim follow
-  checker.rank("query", query, rank, packing ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
-  checker.rank("key", key, rank, packing ? "(tokens, kv_heads, d)" : "(B, Nk, kv_heads, d)");
-  checker.rank("value", value, rank, packing ? "(tokens, kv_heads, dv)" : "(B, Nk, kv_heads, dv)");
+void AttentionArguments::check_tokens(const Checker& checker, bool is_packed) {
+  const int64_t rank = is_packed ? 3 : 4, tokens = rank - 3;  // the axis of tokens; heads and dim follow
+  checker.rank("query", query, rank, is_packed ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
+  checker.rank("key", key, rank, is_packed ? "(tokens, kv_heads, d)" : "(B, Nk, kv_heads, d)");
+  checker.rank("value", value, rank, is_packed ? "(tokens, kv_heads, dv)" : "(B, Nk, kv_heads, dv)");
   dtype = checker.element_type("query", query);
   for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
     checker.strided_like(name, *t, query);
@@ -173,34 +173,46 @@ void AttentionArguments::check_tokens(const Checker& checker, const std::optiona
   checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
   checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
   checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
-  if (!packing) {
-    batch = query.size(0);
-    checker.size("key", key, 0, batch, "query's batch size");
-    checker.size("value", value, 0, batch, "query's batch size");
-    return;
-  }
+  if (is_packed) return;
+  batch = query.size(0);
+  checker.size("key", key, 0, batch, "query's batch size");
+  checker.size("value", value, 0, batch, "query's batch size");
+}
+
+void AttentionArguments::check_packing(const Checker& checker, const Packing& packing, ReadIntegers read) {
   for (const auto& [name, longest] :
-       {std::pair{"max_seqlen_q", packing->max_seqlen_q}, {"max_seqlen_k", packing->max_seqlen_k}}) {
+       {std::pair{"max_seqlen_q", packing.max_seqlen_q}, {"max_seqlen_k", packing.max_seqlen_k}}) {
     checker.check(longest >= 0 && longest <= kMaxLength, name, " is ", longest, ", takes 0 to ", kMaxLength);
   }
-  query_offsets =
-      read_offsets(checker, "cu_seqlens_q", packing->cu_seqlens_q, query, num_queries, packing->max_seqlen_q);
-  key_offsets = read_offsets(checker, "cu_seqlens_k", packing->cu_seqlens_k, query, num_keys, packing->max_seqlen_k);
-  checker.check(query_offsets.size() == key_offsets.size(), "cu_seqlens_k has ", key_offsets.size(),
-                " elements, takes as many as cu_seqlens_q (", query_offsets.size(), ")");
-  batch = int64_t(query_offsets.size()) - 1;
-  num_queries = packing->max_seqlen_q, num_keys = packing->max_seqlen_k;
+  for (const auto& [name, offsets] :
+       {std::pair{"cu_seqlens_q", &packing.cu_seqlens_q}, {"cu_seqlens_k", &packing.cu_seqlens_k}}) {
+    check_integers(checker, name, *offsets, query);
+    checker.check(offsets->size(0) > 0, name, " is empty, takes 0 and the end of each sequence");
+  }
+  cu_seqlens_q = torch::stable::contiguous(packing.cu_seqlens_q);
+  cu_seqlens_k = torch::stable::contiguous(packing.cu_seqlens_k);
+  checker.check(cu_seqlens_q->size(0) == cu_seqlens_k->size(0), "cu_seqlens_k has ", cu_seqlens_k->size(0),
+                " elements, takes as many as cu_seqlens_q (", cu_seqlens_q->size(0), ")");
+  if (read) {
+    query_offsets = read_offsets(checker, "cu_seqlens_q", *cu_seqlens_q, num_queries, packing.max_seqlen_q, read);
+    key_offsets = read_offsets(checker, "cu_seqlens_k", *cu_seqlens_k, num_keys, packing.max_seqlen_k, read);
+  }
+  batch = cu_seqlens_q->size(0) - 1;
+  num_queries = packing.max_seqlen_q, num_keys = packing.max_seqlen_k;
+}
+
+void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type) {
+  checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
+  if (!score.head_scale) return;
+  checker.strided_like("scale", *score.head_scale, query);
+  checker.dtype("scale", *score.head_scale, type);
+  checker.shape("scale", *score.head_scale, {heads});
+  score.head_scale = torch::stable::contiguous(*score.head_scale);
 }
 
 void AttentionArguments::check_score(const Checker& checker) {
-  checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
   const ScalarType type = statistics_type(dtype);
-  if (score.head_scale) {
-    checker.strided_like("scale", *score.head_scale, query);
-    checker.dtype("scale", *score.head_scale, type);
-    checker.shape("scale", *score.head_scale, {heads});
-    score.head_scale = torch::stable::contiguous(*score.head_scale);
-  }
+  check_scale(checker, score, query, heads, type);
   const std::vector<int64_t> full{batch, heads, num_queries, num_keys};
   check_score_term(checker, "bias", score.bias, query, type, full, "(B, heads, Nq, Nk)");
   check_score_term(checker, "multiplier", score.multiplier, query, type, full, "(B, heads, Nq, Nk)");
@@ -224,9 +236,9 @@ void AttentionArguments::fill(AttentionParams& params) const {
   params.dtype = dtype;
   params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
   params.head_dim = head_dim, params.value_dim = value_dim;
-  params.kv_head_of = kv_head_of.data();
-  params.first_head = first_head.data();
-  params.head_list = head_list.data();
+  params.kv_head_of = heads_of.kv_head_of.data();
+  params.first_head = heads_of.first_head.data();
+  params.head_list = heads_of.head_list.data();
   params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
   params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
   params.first_task = first_task.empty() ? nullptr : first_task.data();

@@ -101,7 +101,8 @@ struct AttentionTransposedParams : AttentionBackwardParams {
 };
 
 struct MergeParams {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;         // of the parts
+  DType out_dtype = DType::kFloat32;     // of the result: that of the parts, or on a GPU narrower than their float32
   int64_t parts = 0, rows = 0, dim = 0;  // rows: batch * tokens * heads, all tensors contiguous
   const void* const* outs = nullptr;     // [parts] -> [rows, dim]
   const void* const* lses = nullptr;     // [parts] -> [rows]

@@ -1,11 +1,8 @@
-// The operator vitkernels::attention_backward on a GPU.
+// The operators vitkernels::attention_backward and vitkernels::attention_varlen_backward on a GPU.
 #include "attention/backward_launches_cuda.h"
 
 namespace vitkernels {
 namespace {
-
-using Backward =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Backward run_backward(const Checker& checker, const AttentionArguments& args, const BackwardArguments& from,
                       bool allow_tf32) {
@@ -52,9 +49,27 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
                       allow_tf32);
 }
 
+VarlenBackward attention_varlen_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
+                                              const Tensor& key, const Tensor& value, const Tensor& out,
+                                              const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                              int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                              OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
+                                              OptionalTensor multiplier, OptionalTensor head_map, bool is_causal,
+                                              bool allow_tf32, bool need_head_scale, bool need_bias, bool need_key_bias,
+                                              bool need_multiplier) {
+  const Checker checker("attention_varlen_backward");
+  const AttentionArguments args =
+      arguments_on_device(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
+                          is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k});
+  return without_grid(run_backward(
+      checker, args, {grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}},
+      allow_tf32));
+}
+
 }  // namespace
 }  // namespace vitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&vitkernels::attention_backward_cuda));
+  m.impl("attention_varlen_backward", TORCH_BOX(&vitkernels::attention_varlen_backward_cuda));
 }

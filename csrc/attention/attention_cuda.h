@@ -26,6 +26,10 @@ struct AttentionCudaParams : AttentionParams {
   DeviceIntegers cu_seqlens_q, cu_seqlens_k;    // [batch + 1] of a packed batch, else absent
   int64_t packed_queries = 0, packed_keys = 0;  // tokens of a packed batch
   bool allow_tf32 = false;                      // operands of float32 products are rounded to TF32
+  // The forward's splits of the keys. Where there are several, each has results of its own, which are then joined.
+  int64_t splits = 1;
+  float* split_out = nullptr;  // [splits, rows, heads, value_dim]
+  float* split_lse = nullptr;  // [splits, rows, heads]
 
   // The kv head that a query head reads, -1 if the map names none that exists.
   VK_HOST_DEVICE int64_t kv_head(int64_t head) const {
@@ -36,6 +40,12 @@ struct AttentionCudaParams : AttentionParams {
 
   VK_HOST_DEVICE bool is_packed() const { return bool(cu_seqlens_q); }
   VK_HOST_DEVICE int64_t num_rows() const { return is_packed() ? packed_queries : batch * num_queries(); }
+
+  // What a grid has blocks for. A packed batch has an entry, and an entry a tile, even if they are empty: somebody must
+  // clear the tokens that no entry covers.
+  VK_HOST_DEVICE int64_t num_entries() const { return is_packed() ? at_least_one(batch) : batch; }
+  VK_HOST_DEVICE int64_t query_tiles(int64_t size) const { return tiles(num_queries(), packed_queries, size); }
+  VK_HOST_DEVICE int64_t key_tiles(int64_t size) const { return tiles(num_keys(), packed_keys, size); }
 
   VK_HOST_DEVICE Sequence sequence(int64_t entry) const {
     Sequence s{.axis = pattern.axis[0], .first_row = entry * num_queries()};
@@ -48,12 +58,34 @@ struct AttentionCudaParams : AttentionParams {
     return s;
   }
 
+  // From where an entry begins to where the next one does: those of its tokens that are none of the sequence are its own
+  // to clear. Whatever the offsets say, each token lies in a slot: they lead from 0 to the end in steps, and somewhere a
+  // step upwards goes past it.
+  VK_HOST_DEVICE Range query_slot(int64_t entry) const { return slot(cu_seqlens_q, entry, packed_queries); }
+  VK_HOST_DEVICE Range key_slot(int64_t entry) const { return slot(cu_seqlens_k, entry, packed_keys); }
+
  private:
+  static VK_HOST_DEVICE int64_t at_least_one(int64_t count) { return count > 0 ? count : 1; }
+
+  VK_HOST_DEVICE int64_t tiles(int64_t longest, int64_t packed, int64_t size) const {
+    if (is_packed()) longest = at_least_one(longest < packed ? longest : packed);
+    return (longest + size - 1) / size;
+  }
+
   // Whatever the offsets say, tokens that exist, and no more than the longest entry has.
-  static VK_HOST_DEVICE Range tokens_of(const DeviceIntegers& offsets, int64_t entry, int64_t longest, int64_t count) {
+  VK_HOST_DEVICE Range tokens_of(const DeviceIntegers& offsets, int64_t entry, int64_t longest, int64_t count) const {
+    if (entry >= batch) return {0, 0};
     const int64_t begin = offsets[entry], end = offsets[entry + 1];
     if (begin < 0 || begin > count || end < begin) return {0, 0};
     return intersect({begin, begin + longest}, {begin, end < count ? end : count});
+  }
+
+  VK_HOST_DEVICE Range slot(const DeviceIntegers& offsets, int64_t entry, int64_t count) const {
+    const auto begin_of = [&](int64_t e) {
+      const int64_t begin = offsets[e];
+      return begin < 0 ? 0 : begin < count ? begin : count;
+    };
+    return {entry == 0 ? 0 : begin_of(entry), entry + 1 >= batch ? count : begin_of(entry + 1)};
   }
 };
 
@@ -115,6 +147,8 @@ struct TermGradient {
 
 inline constexpr int64_t kMaxCudaHeadDim = 256;
 
+// Ranges of keys for which the forward has blocks of their own, where there are few blocks otherwise.
+int64_t attention_key_splits(const AttentionCudaParams& params);
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);
 // Writes delta, which the others read.
 cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& params, cudaStream_t stream);

@@ -10,10 +10,6 @@ namespace {
 using torch::stable::parallel_for;
 
 using Forward = std::tuple<Tensor, Tensor>;
-// Of query, key, value and the score terms, in the order of the arguments.
-using Backward =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using VarlenBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forward run_forward(const AttentionArguments& args) {
   Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
@@ -113,12 +109,6 @@ Forward attention_varlen_cpu(const Tensor& query, const Tensor& key, const Tenso
                       Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}});
 }
 
-// Packed sequences have no grid.
-template <std::size_t... kIndex>
-VarlenBackward first_of(const Backward& grads, std::index_sequence<kIndex...>) {
-  return {std::get<kIndex>(grads)...};
-}
-
 VarlenBackward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
                                              const Tensor& key, const Tensor& value, const Tensor& out,
                                              const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
@@ -133,8 +123,7 @@ VarlenBackward attention_varlen_backward_cpu(const Tensor& grad_out, OptionalTen
   const BackwardArguments from{
       grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}};
   from.check(checker, args);
-  const Backward grads = run_backward(args, from);
-  return first_of(grads, std::make_index_sequence<std::tuple_size_v<VarlenBackward>>());
+  return without_grid(run_backward(args, from));
 }
 
 }  // namespace

@@ -1,9 +1,25 @@
 // What an attention's backward operator gets besides the forward's arguments.
 #pragma once
 
+#include <tuple>
+#include <utility>
+
 #include "attention/arguments.h"
 
 namespace vitkernels {
+
+// Of query, key, value and the score terms, in the order of the arguments.
+using Backward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Packed sequences have no grid.
+using VarlenBackward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline VarlenBackward without_grid(const Backward& grads) {
+  return [&]<std::size_t... kIndex>(std::index_sequence<kIndex...>) {
+    return VarlenBackward{std::get<kIndex>(grads)...};
+  }(std::make_index_sequence<std::tuple_size_v<VarlenBackward>>());
+}
 
 struct NeededGradients {
   bool head_scale, bias, key_bias, multiplier;

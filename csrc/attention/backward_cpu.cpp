@@ -1,17 +1,12 @@
 // Backward of softmax attention on the CPU. Compiled once per instruction set.
 //
-// Five products per tile of keys and block of queries:
-//   S = Q K^T, dP = dO V^T, then with P = exp(S - lse) and dS = P * (dP - delta):
-//   dV += P^T dO, dK += dS^T Q, dQ += dS K.
 // A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
 // gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order. To a
 // table by offset, all keys contribute: a task has a part of that gradient to itself.
 
+#include "attention/backward_tile_cpu.h"
 #include "attention/differentiate_cpu.h"
-#include "attention/logits_cpu.h"
 #include "cpu/kernels.h"
-#include "cpu/pack.h"
-#include "cpu/scratch.h"
 
 namespace vitkernels::VK_ISA {
 namespace {
@@ -74,13 +69,8 @@ class Backward {
 
   void tile_of_keys(Range tile) {
     const int64_t count = tile.end - tile.begin, first = sequence.first_key + tile.begin;
-    const S* key_rows = p.key.at<const S>(batch, first, kv_head);
-    const S* value_rows = p.value.at<const S>(batch, first, kv_head);
-    key_tile.pack(key_rows, p.key.token_stride, count);
-    pack_transposed(value_rows, p.value.token_stride, count, p.value_dim, value_panels);
-    pack_groups(key_rows, p.key.token_stride, count, p.head_dim, key_groups, query_width);
-    std::fill_n(key_gradient, count * query_width, T(0));
-    std::fill_n(value_gradient, count * value_width, T(0));
+    key_tile.pack({p.key.at<const S>(batch, first, kv_head), p.key.token_stride},
+                  {p.value.at<const S>(batch, first, kv_head), p.value.token_stride}, count);
 
     const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
     for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
@@ -89,88 +79,43 @@ class Backward {
         block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
     }
-    unpack_rows<T>(key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, first, kv_head),
+    unpack_rows<T>(key_tile.key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, first, kv_head),
                    p.grad_key.token_stride);
-    unpack_rows<T>(value_gradient, value_width, count, p.value_dim, T(1), p.grad_value.at<S>(batch, first, kv_head),
-                   p.grad_value.token_stride);
+    unpack_rows<T>(key_tile.value_gradient, key_tile.value_width, count, p.value_dim, T(1),
+                   p.grad_value.at<S>(batch, first, kv_head), p.grad_value.token_stride);
   }
 
   void block_of_queries(Range rows, Range tile) {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
-    const int64_t count = rows.end - rows.begin, first = sequence.first_query + rows.begin;
-    const int64_t width = round_up(seen.end, kWidth<T>), depth = padded_depth<E>(count);
-    const int64_t key_depth = padded_depth<E>(seen.end);
-    const S* query_rows = p.query.at<const S>(batch, first, head);
-    const S* out_gradient_rows = p.grad_out.at<const S>(batch, first, head);
-
-    const T scale = p.score.scale_of<T>(head);
-    pack_queries(query_rows, p.query.token_stride, count, p.head_dim, scale, queries, operand_width);  // [count, d]
-    pack_operands(out_gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient,
-                  out_gradient_width);                                   // [count, dv]
-    key_tile.multiply(queries, count, seen.end, logits, logits_stride);  // [count, seen]
-    matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
-                     {value_panels, kPanel<E> * kGroup<E>, padded_depth<E>(p.value_dim) * kPanel<E>}, count, width,
-                     padded_depth<E>(p.value_dim), gradients, logits_stride);  // [count, width]
-
+    const int64_t first = sequence.first_query + rows.begin;
+    const TensorRows<S> queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
+    const TensorRows<S> out_gradient{p.grad_out.at<const S>(batch, first, head), p.grad_out.token_stride};
     if (p.score.on_grid.any()) {
       grid_row.start_block(head, rows, tile);
-      grid_row.start_rows(query_rows, p.query.token_stride, rows, tile);
+      grid_row.start_rows(queries.data, queries.stride, rows, tile);
     }
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t query = rows.begin + r;
-      const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-      const int64_t token = sequence.first_query + query, row = (sequence.first_row + query) * p.heads + head;
-      // delta = dO.O - dlse, so that dS = P * (dP - delta).
-      T delta =
-          dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
-      if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
-      differentiate_row(
-          p.score, {batch, head, query, tile.begin, visible, key_depth},
-          RowNumbers<T>{kFoldsScale<E> ? T(1) : scale, exponent_offset(static_cast<const T*>(p.lse)[row]), delta},
-          logits + r * logits_stride, gradients + r * logits_stride, &grid_row, part);
-    }
-
-    const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] =
-        operands(count, key_depth, scale, query_rows, out_gradient_rows);
-    // P^T and dS^T are read in place: the next row is the next group.
-    matmul<E, true>({probs, kGroup<E>, group_stride}, {out_gradient_groups, value_width * kGroup<E>, panel_stride},
-                    seen.end, value_width, depth, value_gradient, value_width);  // [keys, dv]
-    matmul<E, true>({grads, kGroup<E>, group_stride}, {query_groups, query_width * kGroup<E>, panel_stride}, seen.end,
-                    query_width, depth, key_gradient, query_width);  // [keys, d]
-    matmul<E, true>({grad_rows, logits_stride, kGroup<E>}, {key_groups, query_width * kGroup<E>, panel_stride}, count,
-                    query_width, key_depth, query_gradient(split, rows.begin, p.grad_query_parts),
-                    query_width);  // [count, d]
+    const T scale = p.score.scale_of<T>(head);
+    key_tile.add({queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, p.grad_query_parts)},
+                 {0, seen.end}, scale, [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
+                   const int64_t query = rows.begin + r;
+                   const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
+                   differentiate_row(p.score, {batch, head, query, tile.begin, visible, width},
+                                     numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &grid_row,
+                                     part);
+                 });
     if (p.grad_rel_query_parts) {
       grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, p.grad_rel_query_parts), query_width);
     }
   }
 
-  // What the last three products multiply.
-  struct Operands {
-    const E *probs, *grads;  // P, scale * dS as groups of rows: [count / kGroup, group_stride]
-    const E* grad_rows;      // dS: [count, logits_stride]
-    const E *out_gradient_groups, *query_groups;
-  };
-
-  // Where operands are not of the type of the arithmetic: P and dS rounded and in groups, over what they were.
-  Operands operands(int64_t count, int64_t columns, T scale, const S* query_rows, const S* out_gradient_rows) {
-    if constexpr (kGroup<E> == 1) {
-      return {logits, gradients, gradients, out_gradient, queries};  // the queries hold the scale
-    } else {
-      const auto row_of = [&](T* rows, int64_t r) { return r < count ? rows + r * logits_stride : nullptr; };
-      for (int64_t r = 0; r < padded_depth<E>(count); r += 2) {
-        const T *first = row_of(gradients, r), *second = row_of(gradients, r + 1);
-        if (first) narrow_row(first, columns, gradient_rows + r * logits_stride);
-        if (second) narrow_row(second, columns, gradient_rows + (r + 1) * logits_stride);
-        narrow_groups(first, second, columns, scale, gradients + r * logits_stride);
-        narrow_groups(row_of(logits, r), row_of(logits, r + 1), columns, T(1), logits + r * logits_stride);
-      }
-      pack_groups(query_rows, p.query.token_stride, count, p.head_dim, query_pairs, query_width);
-      pack_groups(out_gradient_rows, p.grad_out.token_stride, count, p.value_dim, out_gradient_pairs, value_width);
-      return {reinterpret_cast<E*>(logits), reinterpret_cast<E*>(gradients), gradient_rows, out_gradient_pairs,
-              query_pairs};
-    }
+  VK_INLINE RowNumbers<T> numbers_of_row(int64_t query, T scale) const {
+    const int64_t token = sequence.first_query + query, row = (sequence.first_row + query) * p.heads + head;
+    // delta = dO.O - dlse, so that dS = P * (dP - delta).
+    T delta =
+        dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
+    if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
+    return {scale, exponent_offset(static_cast<const T*>(p.lse)[row]), delta};
   }
 
   T* query_gradient(int64_t of_split, int64_t query, void* parts) const {
@@ -181,32 +126,9 @@ class Backward {
   const AttentionBackwardParams& p;
   Scratch scratch;
   const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
-  const int64_t query_width = round_up(p.head_dim, kWidth<T>);
-  const int64_t value_width = round_up(p.value_dim, kWidth<T>);
-  const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
 
-  const int64_t operand_width = round_up(p.head_dim, kOperandWidth<E>);
-  const int64_t out_gradient_width = round_up(p.value_dim, kOperandWidth<E>);
-  const int64_t group_stride = logits_stride * kGroup<E> * (sizeof(T) / sizeof(E));  // of P and dS
-  static constexpr int64_t panel_stride = kPanel<E> * kGroup<E>;
-
-  static constexpr int64_t block_rows = padded_depth<E>(kBackwardQueryBlock);
-
-  E* queries = scratch.take<E>(block_rows * operand_width);
-  E* out_gradient = scratch.take<E>(block_rows * out_gradient_width);
-  T* logits = scratch.take<T>(block_rows * logits_stride);     // then P
-  T* gradients = scratch.take<T>(block_rows * logits_stride);  // dP, then dS
-  KeyTile<E> key_tile{scratch.take<E>(most_keys * padded_depth<E>(p.head_dim)),
-                      scratch.take<E>(kMostLastKeys* operand_width), p.head_dim, operand_width};
-  E* value_panels = scratch.take<E>(most_keys * padded_depth<E>(p.value_dim));
-  E* key_groups = scratch.take<E>(most_keys * query_width);
-  T* key_gradient = scratch.take<T>(most_keys * query_width);
-  T* value_gradient = scratch.take<T>(most_keys * value_width);
-  // Only where operands are pairs.
-  static constexpr int64_t kPairRows = kGroup<E> == 1 ? 0 : block_rows;
-  E* gradient_rows = scratch.take<E>(kPairRows * logits_stride);
-  E* query_pairs = scratch.take<E>(kPairRows * query_width);
-  E* out_gradient_pairs = scratch.take<E>(kPairRows * value_width);
+  BackwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  const int64_t query_width = key_tile.query_width;
   GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, most_keys, true}, scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;

@@ -34,6 +34,13 @@ struct BackwardKernel {
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps, std::min(16, kTile.streamed)>;
 
+  // In tiles of so many tokens.
+  static VK_HOST_DEVICE int64_t owned_tiles(const AttentionCudaParams& p, int64_t size) {
+    return kOwnsKeys ? p.key_tiles(size) : p.query_tiles(size);
+  }
+  static VK_HOST_DEVICE int64_t streamed_tiles(const AttentionCudaParams& p, int64_t size) {
+    return kOwnsKeys ? p.query_tiles(size) : p.key_tiles(size);
+  }
   static VK_HOST_DEVICE int64_t num_owned(const Axis& axis) { return kOwnsKeys ? axis.num_keys : axis.num_queries; }
   static VK_HOST_DEVICE int64_t num_streamed(const Axis& axis) { return kOwnsKeys ? axis.num_queries : axis.num_keys; }
   static VK_HOST_DEVICE bool owns_query_heads(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
@@ -45,13 +52,12 @@ struct BackwardKernel {
     int64_t tiles, heads, column_blocks;
 
     VK_HOST_DEVICE Cut(const AttentionBackwardCudaParams& p, const OwnedSums& sums)
-        : tiles(ceil_div<int64_t>(num_owned(p.pattern.axis[0]), kTile.owned)),
-          heads(owns_query_heads(p, sums) ? p.heads : p.kv_heads) {
+        : tiles(owned_tiles(p, kTile.owned)), heads(owns_query_heads(p, sums) ? p.heads : p.kv_heads) {
       const int64_t width = sums.logit_grads.is_wanted() ? p.head_dim : 0;
       column_blocks = ceil_div<int64_t>(sums.probs.is_wanted() && p.value_dim > width ? p.value_dim : width, kColumns);
     }
     VK_HOST_DEVICE int64_t num_tasks(const AttentionBackwardCudaParams& p) const {
-      return tiles * heads * p.batch * column_blocks;
+      return tiles * heads * p.num_entries() * column_blocks;
     }
   };
 
@@ -68,7 +74,7 @@ struct BackwardKernel {
   static __device__ Task task_of_block(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
     const Cut cut(p, sums);
     TaskIndex index(blockIdx.x);
-    const int64_t tile = index.take(cut.tiles), head = index.take(cut.heads), batch = index.take(p.batch);
+    const int64_t tile = index.take(cut.tiles), head = index.take(cut.heads), batch = index.take(p.num_entries());
     const int64_t part = index.rest(), column_block = index.take(cut.column_blocks), split = index.rest();
     const bool is_query_head = owns_query_heads(p, sums);
     const int64_t kv_head = is_query_head ? p.kv_head(head) : head;
@@ -86,6 +92,32 @@ struct BackwardKernel {
             .first_column = int(column_block) * kColumns,
             .part = int(part),
             .split = split};
+  }
+
+  static __device__ Range tokens_of(const Sequence& sequence, Range owned) {
+    return kOwnsKeys ? sequence.key_tokens(owned) : sequence.query_tokens(owned);
+  }
+
+  // Sums of a packed batch's tokens that no sequence covers.
+  static __device__ void clear_uncovered(const AttentionBackwardCudaParams& p, const OwnedSums& sums, const Task& task,
+                                         int columns, int value_columns) {
+    const Range slot = kOwnsKeys ? p.key_slot(task.batch) : p.query_slot(task.batch);
+    for_uncovered(slot, tokens_of(task.sequence, {0, num_owned(task.sequence.axis)}), [&](int64_t token) {
+      clear_row(sums.logit_grads, task, token, columns);
+      clear_row(sums.probs, task, token, value_columns);
+      if (sums.dots) sums.dots[(task.part * p.num_rows() + token) * p.heads + task.head] = 0.0f;
+    });
+  }
+
+  static __device__ void clear_row(const SumTarget& target, const Task& task, int64_t token, int columns) {
+    const int64_t first = target.tensor.offset(0, token, task.head) + task.first_column;
+    for (int c = 0; c < min(columns, kColumns); ++c) {
+      if (target.parts) {
+        target.parts[task.split * target.size + first + c] = 0.0f;
+      } else {
+        static_cast<Element*>(target.tensor.data)[first + c] = Element(0);
+      }
+    }
   }
 
   // The tiles that stream past an owner, in order, for each query head that reads its keys.
@@ -108,6 +140,9 @@ struct BackwardKernel {
 
   static __device__ void run(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Element* shared) {
     const Task task = task_of_block(p, sums);
+    const int columns = sums.logit_grads.is_wanted() ? int(p.head_dim) - task.first_column : 0;
+    const int value_columns = sums.probs.is_wanted() ? int(p.value_dim) - task.first_column : 0;
+    if (p.is_packed() && task.tokens.begin == 0) clear_uncovered(p, sums, task, columns, value_columns);
     if (task.tokens.empty()) return;
     const Sequence& sequence = task.sequence;
     const Axis& axis = sequence.axis;
@@ -120,8 +155,6 @@ struct BackwardKernel {
       return TokensOfHead{sequence, task.batch, step.head, task.kv_head,
                           tile_of(step.tile, kTile.streamed, num_streamed(axis))};
     };
-    const int columns = sums.logit_grads.is_wanted() ? int(p.head_dim) - task.first_column : 0;
-    const int value_columns = sums.probs.is_wanted() ? int(p.value_dim) - task.first_column : 0;
     // The columns of the values that are in shared memory. Where the gradient of P is needed, they begin at 0.
     const int column = task.first_column / kDim * kDim;
 
@@ -239,7 +272,7 @@ struct BackwardKernel {
   template <class Sums, class Shared>
   static __device__ void store(const Mma& mma, const Sums& grad, Shared sT, const SumTarget& target, const Task& task,
                                int columns) {
-    const Range tokens = kOwnsKeys ? task.sequence.key_tokens(task.tokens) : task.sequence.query_tokens(task.tokens);
+    const Range tokens = tokens_of(task.sequence, task.tokens);
     const int rows = int(tokens.end - tokens.begin);
     const int64_t offset = target.tensor.offset(task.batch, tokens.begin, task.head) + task.first_column;
     if (target.parts) {
@@ -271,7 +304,7 @@ auto dispatch_kernel(const AttentionBackwardCudaParams& p, Side owner, Function&
 
 int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner) {
   return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
-    return splits_of(typename Kernel::Cut(p, sums).num_tasks(p), Kernel::num_streamed(p.pattern.axis[0]));
+    return splits_of(typename Kernel::Cut(p, sums).num_tasks(p), Kernel::streamed_tiles(p, 1));
   });
 }
 

@@ -72,6 +72,7 @@ struct TermKernel {
           const Range seen = sequence.axis.any_keys(rows);
           for (int64_t k = key_tiles.begin; k < key_tiles.end; ++k) {
             const Range keys = tile_of(k, kKeys, sequence.axis.num_keys);
+            if (keys.empty()) break;
             if (!intersect(seen, keys).empty()) {
               add_tile(p, term, mma, sums, reinterpret_cast<Element*>(shared), sequence, batch, head, kv_head, rows,
                        keys);

@@ -129,6 +129,16 @@ VK_INLINE void differentiate_score(const Row& score, Range visible, RowNumbers<T
   });
 }
 
+// Without terms.
+template <class T>
+VK_INLINE void differentiate_products(Range visible, RowNumbers<T> with, T* logits, T* gradients) {
+  for_each_vector<T>(visible, [&](int64_t c, Range lanes) VK_BODY {
+    const Vec<T> prob = keep(exp<T>(load(logits + c) * with.scale - with.offset), lanes, T(0));
+    store(logits + c, prob);
+    store(gradients + c, keep(prob * (load(gradients + c) - with.delta), lanes, T(0)));
+  });
+}
+
 template <class T>
 VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
                                   GridRow<T>* grid_row, int64_t part) {
@@ -156,11 +166,7 @@ VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumb
   if (score.has_terms()) {
     differentiate_terms(score, at, with, logits, gradients, grid_row, part);
   } else {
-    for_each_vector<T>(at.visible, [&](int64_t c, Range lanes) VK_BODY {
-      const Vec<T> prob = keep(exp<T>(load(logits + c) * with.scale - with.offset), lanes, T(0));
-      store(logits + c, prob);
-      store(gradients + c, keep(prob * (load(gradients + c) - with.delta), lanes, T(0)));
-    });
+    differentiate_products(at.visible, with, logits, gradients);
   }
   clear_outside(logits, at.visible, at.width);
   clear_outside(gradients, at.visible, at.width);

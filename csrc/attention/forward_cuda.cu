@@ -2,7 +2,8 @@
 //
 // A block of threads takes some queries of one head, a warp sixteen of them, and goes through the keys in tiles. While it
 // multiplies queries and keys, the values of the tile arrive; while it multiplies probabilities and values, the next keys.
-// A query's logits never leave the registers of its warp.
+// A query's logits never leave the registers of its warp. Where that makes few blocks, the keys are split: each split has
+// blocks of its own, whose results are joined as those of any attention over disjoint keys.
 
 #include "attention/attention_cuda.h"
 #include "attention/score_cuda.h"
@@ -31,37 +32,67 @@ struct ForwardKernel {
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps>;
 
-  // Which queries of which head, and which columns of the values.
+  // Which queries of which head, which columns of the values, and which of the splits of the keys.
   struct Task {
     int64_t batch, head, kv_head;
     Sequence sequence;
     Range rows;
-    int64_t first_column;
+    int64_t first_column, split;
+
+    __device__ int num_rows() const { return int(rows.end - rows.begin); }
+    __device__ int num_columns(const AttentionCudaParams& p) const {
+      return int(min(p.value_dim - first_column, int64_t(kDim)));
+    }
   };
 
   static __device__ Task task_of_block(const AttentionCudaParams& p) {
-    TaskIndex index(blockIdx.x);
-    const int64_t block = index.take(ceil_div<int64_t>(p.num_queries(), kTile.queries));
-    const int64_t head = index.take(p.heads), batch = index.take(p.batch);
+    TaskIndex index(block_index());
+    const int64_t block = index.take(p.query_tiles(kTile.queries));
+    const int64_t head = index.take(p.heads), batch = index.take(p.num_entries());
+    const int64_t first_column = index.take(ceil_div<int64_t>(p.value_dim, kDim)) * kDim;
     const Sequence sequence = p.sequence(batch);
     return {.batch = batch,
             .head = head,
             .kv_head = p.kv_head(head),
             .sequence = sequence,
             .rows = tile_of(block, kTile.queries, sequence.axis.num_queries),
-            .first_column = index.rest() * kDim};
+            .first_column = first_column,
+            .split = index.rest()};
   }
 
-  static int64_t num_tasks(const AttentionCudaParams& p) {
-    return ceil_div<int64_t>(p.num_queries(), kTile.queries) * p.heads * p.batch * ceil_div<int64_t>(p.value_dim, kDim);
+  static int64_t tasks_of_split(const AttentionCudaParams& p) {
+    return p.query_tiles(kTile.queries) * p.heads * p.num_entries() * ceil_div<int64_t>(p.value_dim, kDim);
+  }
+
+  // The tiles of keys that a task goes through.
+  static __device__ Range tiles_of(const AttentionCudaParams& p, const Task& task, Range seen) {
+    const int64_t first = seen.begin / kTile.keys, count = ceil_div<int64_t>(seen.end, kTile.keys) - first;
+    return {first + count * task.split / p.splits, first + count * (task.split + 1) / p.splits};
+  }
+
+  static __device__ float* lse_of(const AttentionCudaParams& p, const Task& task) {
+    if (p.splits == 1) return static_cast<float*>(p.lse);
+    return p.split_lse + task.split * p.num_rows() * p.heads;
+  }
+
+  // Tokens of a packed batch that no sequence covers. Nothing is read of a split whose lse is that of no keys.
+  static __device__ void clear_uncovered(const AttentionCudaParams& p, const Task& task, int columns) {
+    const Range covered = task.sequence.query_tokens({0, task.sequence.axis.num_queries});
+    for_uncovered(p.query_slot(task.batch), covered, [&](int64_t token) {
+      if (task.first_column == 0) {
+        lse_of(p, task)[token * p.heads + task.head] = -std::numeric_limits<float>::infinity();
+      }
+      Element* const out = p.out.at<Element>(task.batch, token, task.head) + task.first_column;
+      for (int c = 0; c < columns && p.splits == 1; ++c) out[c] = Element(0);
+    });
   }
 
   static __device__ void run(const AttentionCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
+    const int columns = task.num_columns(p);
+    if (p.is_packed() && task.rows.begin == 0) clear_uncovered(p, task, columns);
     if (task.rows.empty()) return;
     const Axis& axis = task.sequence.axis;
-    const int rows = int(task.rows.end - task.rows.begin);
-    const int columns = int(min(p.value_dim - task.first_column, int64_t(kDim)));
 
     Element* const shared_keys = shared + int{SharedQueries::kElements};
     Element* const shared_values = shared_keys + int{SharedKeys::kElements};
@@ -90,12 +121,12 @@ struct ForwardKernel {
     OnlineSoftmax<decltype(size<0>(out_rows))::value> softmax;
     clear(out);
 
-    const int64_t first_tile = seen.begin / kTile.keys, end_tile = ceil_div<int64_t>(seen.end, kTile.keys);
-    if (!seen.empty()) {
+    const Range tiles = tiles_of(p, task, seen);
+    if (!tiles.empty()) {
       start_tile<Copy>(sQ, p.query, task.batch, task.head, task.sequence.query_tokens(task.rows), 0, int(p.head_dim));
-      start_keys(keys_of(first_tile));
+      start_keys(keys_of(tiles.begin));
     }
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
       const Range keys = keys_of(tile);
       wait_for_copies<0>();
       __syncthreads();  // the keys are there, and nobody reads the last values any more
@@ -112,18 +143,21 @@ struct ForwardKernel {
       });
       wait_for_copies<0>();
       __syncthreads();  // the values are there, and nobody reads the keys any more
-      if (tile + 1 < end_tile) start_keys(keys_of(tile + 1));
+      if (tile + 1 < tiles.end) start_keys(keys_of(tile + 1));
       multiply_operand(mma, out, as_operand_a(convert<Element>(logits)), sV, columns);
     }
     softmax.total();
-    finish(p, task, mma, out, softmax, sQ, rows, columns);
+    finish(p, mma, out, softmax, sQ);
   }
 
   // out / sum and lse. The block's queries in shared memory are not needed any more: the results leave through them.
   template <class Out, class Softmax, class Shared>
-  static __device__ void finish(const AttentionCudaParams& p, const Task& task, const Mma& mma, Out& out,
-                                const Softmax& softmax, Shared& sO, int rows, int columns) {
+  static __device__ void finish(const AttentionCudaParams& p, const Mma& mma, Out& out, const Softmax& softmax,
+                                Shared& sO) {
+    const Task task = task_of_block(p);
+    const int rows = task.num_rows(), columns = task.num_columns(p);
     const auto thread = mma.get_slice(threadIdx.x);
+    const int64_t first_row = task.sequence.first_row + task.rows.begin;
     Tensor out_rows = by_rows(out);  // (rows,columns)
     Tensor cO =
         by_rows(thread.partition_C(make_identity_tensor(product_each(shape(sO)))));  // (rows,columns) -> (row,column)
@@ -137,9 +171,14 @@ struct ForwardKernel {
       }
       const int row = get<0>(cO(r, 0));
       if (get<1>(cO(r, 0)) == 0 && row < rows && task.first_column == 0) {
-        static_cast<float*>(p.lse)[(task.sequence.first_row + task.rows.begin + row) * p.heads + task.head] =
-            softmax.lse(r);
+        lse_of(p, task)[(first_row + row) * p.heads + task.head] = softmax.lse(r);
       }
+    }
+    if (p.splits > 1) {
+      const int64_t first = (task.split * p.num_rows() + first_row) * p.heads + task.head;
+      store_sums(out_rows, cO, p.split_out + first * p.value_dim + task.first_column, p.heads * p.value_dim, rows,
+                 columns);
+      return;
     }
     const int64_t first = task.sequence.query_tokens(task.rows).begin;
     store_tile<kThreads>(mma, out, sO, p.out.at<Element>(task.batch, first, task.head) + task.first_column,
@@ -157,15 +196,40 @@ __global__ void __launch_bounds__(ForwardKernel<Element, kDim>::kThreads)
 template <class Element, int kDim>
 cudaError_t launch(const AttentionCudaParams& p, cudaStream_t stream) {
   using Kernel = ForwardKernel<Element, kDim>;
-  return launch_tasks(attention<Element, kDim>, Kernel::num_tasks(p), Kernel::kThreads, Kernel::kSharedBytes, stream,
-                      p);
+  return launch_tasks(attention<Element, kDim>, Kernel::tasks_of_split(p) * p.splits, Kernel::kThreads,
+                      Kernel::kSharedBytes, stream, p);
+}
+
+cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
+  const int64_t rows = p.num_rows() * p.heads;
+  const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
+  for (int64_t split = 0; split < p.splits; ++split) {
+    outs[split] = p.split_out + split * rows * p.value_dim;
+    lses[split] = p.split_lse + split * rows;
+  }
+  return launch_merge_attentions({.out_dtype = p.dtype,
+                                  .parts = p.splits,
+                                  .rows = rows,
+                                  .dim = p.value_dim,
+                                  .outs = outs,
+                                  .lses = lses,
+                                  .out = p.out.data,
+                                  .lse = p.lse},
+                                 stream);
 }
 
 }  // namespace
 
+int64_t attention_key_splits(const AttentionCudaParams& p) {
+  const int64_t blocks = dispatch_tile(
+      p, [&]<class Element, int kDim>(Element, Int<kDim>) { return ForwardKernel<Element, kDim>::tasks_of_split(p); });
+  return std::min(splits_of(blocks, p.key_tiles(1)), kMaxMergeParts);
+}
+
 cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
-  return dispatch_tile(p,
-                       [&]<class Element, int kDim>(Element, Int<kDim>) { return launch<Element, kDim>(p, stream); });
+  const cudaError_t error =
+      dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) { return launch<Element, kDim>(p, stream); });
+  return error != cudaSuccess || p.splits == 1 ? error : join_splits(p, stream);
 }
 
 }  // namespace vitkernels

@@ -6,8 +6,6 @@ namespace {
 // A vector of the largest kind: what a kernel may read, or add zeros to, behind the last entry of a table; and the
 // length of an embedding is a multiple of it.
 constexpr int64_t kPadding = 16;
-// The batch is cut into at most so many groups, each with sums of its own for these gradients.
-constexpr int64_t kParts = 8;
 
 constexpr const char* kRelPosNames[kMaxAxes] = {"rel_pos_depth", "rel_pos_height", "rel_pos_width"};
 
@@ -115,10 +113,39 @@ GridScore::GridScore(const Checker& checker, const GridArguments& arguments, con
                 ", takes 0 to less than query's number of tokens (", tokens, ")");
   checker.check(key.size(1) == tokens, "key has ", key.size(1), " tokens, takes query's ", tokens,
                 " with a table by offset");
+  check_terms(checker, query, statistics);
+  check_grid(checker, tokens - prefix);
+  reverse();
+}
+
+GridScore::GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, int axes,
+                     const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics)
+    : from(arguments) {
+  check_terms(checker, query, statistics);
+  for (const auto& [name, table] :
+       {std::pair{"bias_table", &from.bias_table}, {"multiplier_table", &from.multiplier_table}}) {
+    if (*table) checker.rank(name, **table, 1 + axes, "(heads or 1, then the offsets of each axis of the map)");
+  }
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    const bool is_missing = axis < kMaxAxes - axes;
+    checker.check(!is_missing || !from.rel_pos[axis], kRelPosNames[axis], " is given, takes None with a map of ", axes,
+                  " axes");
+    checker.check(
+        !source || is_missing || grid.size[axis] > largest_offset[axis] || !(has_table() || from.rel_pos[axis]),
+        has_table() ? source : kRelPosNames[axis], " has ", grid.num_offsets(axis), " offsets on axis ",
+        axis - (kMaxAxes - axes), ", takes at least ", 2 * largest_offset[axis] + 1);
+  }
+  reverse();
+}
+
+void GridScore::check_terms(const Checker& checker, const Tensor& query, ScalarType statistics) {
   check_table(checker, "bias_table", from.bias_table, query, statistics);
   check_table(checker, "multiplier_table", from.multiplier_table, query, statistics);
   for (int axis = 0; axis < kMaxAxes; ++axis) check_rel_pos(checker, axis, query, statistics);
-  find_grid(checker, tokens - prefix);
+  find_grid(checker);
+}
+
+void GridScore::reverse() {
   bias_entries = reversed_entries(from.bias_table);
   multiplier_entries = reversed_entries(from.multiplier_table);
   for (int axis = 0; axis < kMaxAxes; ++axis) rel_pos_rows[axis] = reversed_rows(from.rel_pos[axis]);
@@ -130,9 +157,10 @@ void GridScore::check_table(const Checker& checker, const char* name, const Opti
   const Tensor& t = *table;
   checker.strided_like(name, t, query);
   checker.dtype(name, t, statistics);
-  bool fits = t.dim() >= 2 && t.dim() <= 1 + kMaxAxes && (t.size(0) == 1 || t.size(0) == query.size(2));
+  const int64_t heads = query.size(query.dim() - 2);
+  bool fits = t.dim() >= 2 && t.dim() <= 1 + kMaxAxes && (t.size(0) == 1 || t.size(0) == heads);
   for (int64_t i = 1; fits && i < t.dim(); ++i) fits = t.size(i) % 2 == 1;
-  checker.check(fits, name, " has shape ", shape_text(t), ", takes 1 or ", query.size(2),
+  checker.check(fits, name, " has shape ", shape_text(t), ", takes 1 or ", heads,
                 " (heads), then an odd number 2 n - 1 for each of one to three axes");
 }
 
@@ -142,17 +170,16 @@ void GridScore::check_rel_pos(const Checker& checker, int axis, const Tensor& qu
   const char* name = kRelPosNames[axis];
   checker.strided_like(name, t, query);
   checker.dtype(name, t, statistics);
-  const int64_t heads = query.size(2), dim = query.size(3), rank = t.dim();
+  const int64_t heads = query.size(query.dim() - 2), dim = query.size(query.dim() - 1), rank = t.dim();
   const bool fits = (rank == 2 || (rank == 3 && (t.size(0) == 1 || t.size(0) == heads))) && t.size(rank - 1) == dim &&
                     t.size(rank - 2) % 2 == 1;
   checker.check(fits, name, " has shape ", shape_text(t), ", takes (2 n - 1, ", dim, ") or (", heads, ", 2 n - 1, ",
                 dim, ") = (heads, offsets, d)");
 }
 
-// The grid follows from the numbers of offsets. It must be the same in all terms, and hold the tokens.
-void GridScore::find_grid(const Checker& checker, int64_t num_tokens) {
+// The grid follows from the numbers of offsets. It must be the same in all terms.
+void GridScore::find_grid(const Checker& checker) {
   grid.num_prefix = from.num_prefix_tokens;
-  const char* source = nullptr;
   const auto take = [&](const char* name, const Tensor& t, int axis, int64_t offsets) {
     const int64_t size = (offsets + 1) / 2;
     checker.check(!source || size == grid.size[axis], name, " has shape ", shape_text(t), ", of ", size,
@@ -173,6 +200,10 @@ void GridScore::find_grid(const Checker& checker, int64_t num_tokens) {
   for (int axis = 0; axis < kMaxAxes; ++axis) {
     if (from.rel_pos[axis]) take(kRelPosNames[axis], *from.rel_pos[axis], axis, offsets_of(*from.rel_pos[axis]));
   }
+}
+
+// It must hold the tokens.
+void GridScore::check_grid(const Checker& checker, int64_t num_tokens) const {
   int64_t rest = num_tokens;  // what the product so far must be multiplied with; no product can overflow
   for (const int64_t size : grid.size) rest = rest % size == 0 ? rest / size : 0;
   checker.check(rest == 1, source ? source : "rel_pos", " is of a grid of ", grid.size[0], " x ", grid.size[1], " x ",
@@ -187,25 +218,19 @@ void GridScore::fill(GridTerms& terms) const {
   for (int axis = 0; axis < kMaxAxes; ++axis) terms.rel_pos[axis] = rel_pos_term(rel_pos_rows[axis]);
 }
 
-GridGradients::GridGradients(const GridScore& score, const WantedOnGrid& asked, AttentionBackwardParams& params)
-    : score(score), wanted(asked) {
+GridGradients::GridGradients(const GridScore& score, const WantedOnGrid& asked) : score(score), wanted(asked) {
   const OptionalTensor* given[] = {&score.from.bias_table, &score.from.multiplier_table, &score.from.rel_pos[0],
                                    &score.from.rel_pos[1], &score.from.rel_pos[2]};
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    wanted[i] &= given[i]->has_value();
-    if (wanted[i]) params.most_batch_groups = kParts;
-  }
+  for (size_t i = 0; i < wanted.size(); ++i) wanted[i] &= given[i]->has_value();
 }
 
-void GridGradients::allocate(AttentionBackwardParams& params, const Tensor& like) {
-  GridTerms& terms = params.score.on_grid;
-  const int64_t parts = params.batch_groups() * params.splits;
+void GridGradients::allocate(GridTerms& terms, int64_t heads, int64_t parts, const Tensor& like) {
   TableTerm* tables[] = {&terms.bias, &terms.multiplier};
   for (int i = 0; i < 2; ++i) {
     if (!wanted[i]) continue;
     TableTerm& term = *tables[i];
     term.grad_head_stride = terms.grid.num_entries() + kPadding;
-    term.grad_part_stride = params.heads * term.grad_head_stride;
+    term.grad_part_stride = heads * term.grad_head_stride;
     sums[i] = zeros_as(like, {parts, term.grad_part_stride}, ScalarType::Double);
     term.grad = static_cast<double*>(sums[i]->mutable_data_ptr());
   }
@@ -213,13 +238,13 @@ void GridGradients::allocate(AttentionBackwardParams& params, const Tensor& like
     if (!wanted[2 + axis]) continue;
     RelPosTerm& term = terms.rel_pos[axis];
     term.grad_head_stride = terms.grid.num_offsets(axis) * term.row_stride;
-    term.grad_part_stride = params.heads * term.grad_head_stride;
+    term.grad_part_stride = heads * term.grad_head_stride;
     sums[2 + axis] = zeros_as(like, {parts, term.grad_part_stride}, like.scalar_type());
     term.grad = sums[2 + axis]->mutable_data_ptr();
   }
 }
 
-std::vector<Tensor> GridGradients::finish(const AttentionBackwardParams& params, const Tensor& like) const {
+std::vector<Tensor> GridGradients::finish(int64_t num_heads, const Tensor& like) const {
   const GridArguments& from = score.from;
   const OptionalTensor* given[] = {&from.bias_table, &from.multiplier_table, &from.rel_pos[0], &from.rel_pos[1],
                                    &from.rel_pos[2]};
@@ -234,14 +259,14 @@ std::vector<Tensor> GridGradients::finish(const AttentionBackwardParams& params,
     const bool is_table = i < 2;
     const int64_t heads = is_table ? t.size(0) : heads_of(t), entries = is_table ? num_entries(t) : offsets_of(t);
     const int64_t row = is_table ? 1 : padded_dim(t), parts = sums[i]->size(0);
-    const Reduction reduction{heads, entries, is_table ? 1 : t.size(t.dim() - 1), row, sums[i]->size(1) / params.heads};
+    const Reduction reduction{heads, entries, is_table ? 1 : t.size(t.dim() - 1), row, sums[i]->size(1) / num_heads};
     dispatch_statistics(t, [&]<class T>(T) {
       T* grad = static_cast<T*>(grads.back().mutable_data_ptr());
       const void* data = sums[i]->const_data_ptr();
       if (is_table) {
-        reduction.run(static_cast<const double*>(data), parts, params.heads, grad);
+        reduction.run(static_cast<const double*>(data), parts, num_heads, grad);
       } else {
-        reduction.run(static_cast<const T*>(data), parts, params.heads, grad);
+        reduction.run(static_cast<const T*>(data), parts, num_heads, grad);
       }
     });
   }

@@ -23,18 +23,26 @@ class GridScore {
   GridScore() = default;
   GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, const Tensor& key,
             ScalarType statistics);
+  // Of a map with `axes` axes, where no query sees a key further away than `largest_offset`.
+  GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, int axes,
+            const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
 
   void fill(GridTerms& terms) const;
 
   GridArguments from;
 
  private:
-  void find_grid(const Checker& checker, int64_t num_tokens);
+  void check_terms(const Checker& checker, const Tensor& query, ScalarType statistics);
+  void find_grid(const Checker& checker);
+  void check_grid(const Checker& checker, int64_t num_tokens) const;
+  void reverse();
   void check_table(const Checker& checker, const char* name, const OptionalTensor& table, const Tensor& query,
                    ScalarType statistics) const;
+  bool has_table() const { return from.bias_table || from.multiplier_table; }
   void check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const;
 
   Grid grid;
+  const char* source = nullptr;                       // the argument that it was found in
   OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], reversed
   std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], reversed
 };
@@ -42,14 +50,18 @@ class GridScore {
 // The gradients of these terms, and the memory of their sums.
 class GridGradients {
  public:
-  // Says how the work is to be cut.
-  GridGradients(const GridScore& score, const WantedOnGrid& wanted, AttentionBackwardParams& params);
+  // The batch is cut into at most so many groups, each with sums of its own.
+  static constexpr int64_t kParts = 8;
 
-  // Once the number of tasks is known.
-  void allocate(AttentionBackwardParams& params, const Tensor& like);
+  GridGradients(const GridScore& score, const WantedOnGrid& wanted);
+
+  bool any() const { return std::find(wanted.begin(), wanted.end(), true) != wanted.end(); }
+
+  // Sums for each of `parts` tasks.
+  void allocate(GridTerms& terms, int64_t heads, int64_t parts, const Tensor& like);
 
   // Empty where not wanted, in the order of the arguments.
-  std::vector<Tensor> finish(const AttentionBackwardParams& params, const Tensor& like) const;
+  std::vector<Tensor> finish(int64_t heads, const Tensor& like) const;
 
  private:
   const GridScore& score;

@@ -51,8 +51,13 @@ VK_INLINE T sum_of(const T* values, int64_t count) {
 template <class T>
 class GridRow {
  public:
-  GridRow(const Score& score, const typename RelativeLogits<T>::Sizes& sizes, Scratch& scratch)
-      : score(score), relative(score.on_grid, sizes, scratch) {
+  struct Sizes {
+    int64_t head_dim, most_block, most_rows, most_keys;
+    bool with_gradients;
+  };
+
+  GridRow(const Score& score, const Sizes& sizes, Scratch& scratch)
+      : score(score), relative(score.on_grid, relative_sizes(score.on_grid.grid, sizes), scratch) {
     if (!terms.any()) return;
     const int64_t columns = round_up(sizes.most_keys, kWidth<T>) + kWidth<T>;  // and the rest of a vector behind
     if (terms.multiplier.data) multiplier = scratch.take<T>(columns);
@@ -66,7 +71,7 @@ class GridRow {
   VK_NOINLINE void start_block(int64_t of_head, Range block, Range tile) {
     head = of_head;
     if (terms.has_rel_pos() && !on_grid(block).empty() && !on_grid(tile).empty()) {
-      relative.pack(head, on_grid(block), on_grid(tile));
+      relative.pack(head, entries(on_grid(block), on_grid(tile)));
     }
   }
 
@@ -76,8 +81,9 @@ class GridRow {
     const Range placed = on_grid(rows);
     has_relative = terms.has_rel_pos() && !placed.empty() && !on_grid(tile).empty();
     if (!has_relative) return;
-    relative.multiply(queries + (placed.begin + grid.num_prefix - rows.begin) * query_stride, query_stride, placed,
-                      on_grid(tile));
+    first_placed = placed.begin;
+    relative.multiply(queries + (placed.begin + grid.num_prefix - rows.begin) * query_stride, query_stride,
+                      placed.end - placed.begin, entries(placed, on_grid(tile)));
   }
 
   // All terms of a query along the keys first_key + visible.
@@ -94,7 +100,9 @@ class GridRow {
       place = grid.place(token);
       const T* none[kMaxAxes] = {};
       const T* rows[kMaxAxes] = {};
-      for (int axis = 0; axis < kMaxAxes; ++axis) rows[axis] = relative.row(axis, token, place);
+      for (int axis = 0; axis < kMaxAxes; ++axis) {
+        rows[axis] = relative.row(axis, token - first_placed, grid.first_entry(axis, place));
+      }
       if (multiplier) expand_into(multiplier, terms.multiplier, none);
       if (bias) expand_into(bias, terms.bias, rows);
     }
@@ -114,7 +122,7 @@ class GridRow {
     add_to_table(terms.multiplier, multiplier_gradient, part);
     add_to_table(terms.bias, bias_gradient, part);
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      T* sums = relative.gradient_row(axis, token, place);
+      T* sums = relative.gradient_row(axis, token - first_placed, grid.first_entry(axis, place));
       if (!sums) continue;
       grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
         const T* gradient = bias_gradient + first_column + first;
@@ -136,6 +144,21 @@ class GridRow {
 
  private:
   static constexpr int kLast = kMaxAxes - 1;
+
+  static typename RelativeLogits<T>::Sizes relative_sizes(const Grid& grid, const Sizes& sizes) {
+    typename RelativeLogits<T>::Sizes result{sizes.head_dim, sizes.most_rows, {}, sizes.with_gradients};
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      result.most_entries[axis] =
+          std::min(grid.size[axis], sizes.most_block) + std::min(grid.size[axis], sizes.most_keys);
+    }
+    return result;
+  }
+
+  EntryRanges entries(Range queries, Range keys_on_grid) const {
+    EntryRanges result;
+    for (int axis = 0; axis < kMaxAxes; ++axis) result[axis] = grid.entries(axis, queries, keys_on_grid);
+    return result;
+  }
 
   Range on_grid(Range tokens) const {
     return {std::max<int64_t>(tokens.begin - grid.num_prefix, 0), tokens.end - grid.num_prefix};
@@ -180,6 +203,7 @@ class GridRow {
   T *multiplier = nullptr, *bias = nullptr, *multiplier_gradient = nullptr, *bias_gradient = nullptr;  // [columns]
   int64_t head = 0;
   bool has_relative = false;  // the rows have products
+  int64_t first_placed = 0;   // the first of them with a place
 
   // Of the row that was expanded last.
   int64_t token = 0, first_column = 0;  // the query; the column of the first key with a place

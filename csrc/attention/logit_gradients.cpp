@@ -29,12 +29,14 @@ Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
 LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients needed, AttentionBackwardParams& params)
     : query(empty_as(args.query, sizes_of(args.query), args.query.scalar_type())),
       key(empty_as(args.key, sizes_of(args.key), args.key.scalar_type())),
-      grid_gradients(args.on_grid, needed.on_grid, params),
+      grid_gradients(args.on_grid, needed.on_grid),
       needs_head_scale(needed.head_scale && args.score.head_scale) {
   const ScalarType statistics = statistics_type(args.dtype);
   const auto none = [&] { return empty_as(args.query, {0}, statistics); };  // a new one each: outputs must not alias
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
+
+  if (grid_gradients.any()) params.most_batch_groups = GridGradients::kParts;
 
   params.splits = 0;
   const auto attach = [&](ScoreTerm& term, const OptionalTensor& tensor, bool is_needed, int64_t rank) {
@@ -50,7 +52,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients n
   key_bias = attach(params.score.key_bias, args.score.key_bias, needed.key_bias, 3);
   multiplier = attach(params.score.multiplier, args.score.multiplier, needed.multiplier, 4);
   if (params.splits == 0) params.splits = backward_splits(params);
-  grid_gradients.allocate(params, none());
+  grid_gradients.allocate(params.score.on_grid, params.heads, params.batch_groups() * params.splits, none());
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t part_elements = kernels().attention_backward_parts(params) / element_size;
@@ -72,7 +74,7 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
   }
   const ScalarType statistics = statistics_type(args.dtype);
   for (Tensor* grad : {&bias, &key_bias, &multiplier}) *grad = torch::stable::to(*grad, statistics);
-  on_grid = grid_gradients.finish(params, empty_as(args.query, {0}, statistics));
+  on_grid = grid_gradients.finish(params.heads, empty_as(args.query, {0}, statistics));
   head_scale = needs_head_scale ? sum_head_scale(args, query_dot) : empty_as(args.query, {0}, statistics);
 }
 

@@ -44,13 +44,15 @@ struct KeyTile {
     pack_operands(keys + (count - num_last) * stride, stride, num_last, head_dim, last_rows, row_stride);
   }
 
-  // logits [rows, seen] = queries [rows, d] keys^T. The columns up to the next full vector are scratch.
-  void multiply(const E* queries, int64_t rows, int64_t seen, T* logits, int64_t logits_stride) const {
-    const int64_t width = seen == count && num_last > 0 ? count - num_last : round_up(seen, kWidth<T>);
-    const int64_t depth = padded_depth<E>(head_dim);
-    matmul<E, false>({queries, row_stride, kGroup<E>}, {panels, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width,
-                     depth, logits, logits_stride);
-    for (int64_t key = width; key < seen; ++key) {
+  // logits [rows, seen] = queries [rows, d] keys^T for the keys `seen`, which begin with a panel; the first column is that
+  // key's. The columns up to the next full vector are scratch.
+  void multiply(const E* queries, int64_t rows, Range seen, T* logits, int64_t logits_stride) const {
+    const int64_t seen_keys = seen.end - seen.begin, depth = padded_depth<E>(head_dim);
+    const int64_t width = seen.end == count && num_last > 0 ? seen_keys - num_last : round_up(seen_keys, kWidth<T>);
+    matmul<E, false>({queries, row_stride, kGroup<E>},
+                     {panels + seen.begin * depth, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width, depth,
+                     logits, logits_stride);
+    for (int64_t key = width; key < seen_keys; ++key) {
       const E* key_row = last_rows + (key - width) * row_stride;
       for (int64_t r = 0; r < rows; ++r) {
         logits[r * logits_stride + key] = dot(queries + r * row_stride, key_row, row_stride);

@@ -66,7 +66,7 @@ __device__ T merged_lse(const MergeKernelParams& p, int64_t row) {
 }
 
 // out = sum_p w_p out_p with w_p = exp(lse_p - lse).
-template <class S, int kVector>
+template <class S, class Out, int kVector>
 __global__ void merge(const __grid_constant__ MergeKernelParams p) {
   using T = Compute<S>;
   for (int64_t row = warp_of_grid(); row < p.rows; row += warps_in_grid()) {
@@ -80,8 +80,8 @@ __global__ void merge(const __grid_constant__ MergeKernelParams p) {
         const auto out = load_elements<kVector, S>(p.outs[part], row * p.dim + c);
         for (int i = 0; i < kVector; ++i) sum[i] += widen(out.values[i]) * weight;
       }
-      Elements<S, kVector> merged;
-      for (int i = 0; i < kVector; ++i) merged.values[i] = narrow<S>(sum[i]);
+      Elements<Out, kVector> merged;
+      for (int i = 0; i < kVector; ++i) merged.values[i] = narrow<Out>(sum[i]);
       store_elements(p.out, row * p.dim + c, merged);
     }
   }
@@ -121,7 +121,7 @@ __global__ void merge_backward(const __grid_constant__ MergeKernelParams p) {
   }
 }
 
-// Rows can be read in vectors if each begins at a multiple of one.
+// Rows can be read in vectors if each begins at a multiple of one; those of a narrower result then do as well.
 template <class S>
 bool rows_are_aligned(const MergeKernelParams& p) {
   bool aligned = p.dim * sizeof(S) % kVectorBytes == 0 && is_aligned(p.out) && is_aligned(p.grad_out);
@@ -131,10 +131,14 @@ bool rows_are_aligned(const MergeKernelParams& p) {
   return aligned;
 }
 
-template <class S, int kVector>
+template <class S, class Out, int kVector>
 void launch_forward(const MergeKernelParams& p, cudaStream_t stream) {
-  merge<S, kVector><<<blocks_for(p.rows, kWarps), kWarps * kWarpSize, 0, stream>>>(p);
+  merge<S, Out, kVector><<<blocks_for(p.rows, kWarps), kWarps * kWarpSize, 0, stream>>>(p);
 }
+
+// Parts of S, the result as S or, from float, narrower.
+template <class S, class Out>
+inline constexpr bool kCanMerge = std::is_same_v<S, Out> || (std::is_same_v<S, float> && sizeof(Out) < sizeof(S));
 
 template <class S, int kVector>
 void launch_backward(const MergeKernelParams& p, cudaStream_t stream) {
@@ -146,10 +150,17 @@ void launch_backward(const MergeKernelParams& p, cudaStream_t stream) {
 cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stream) {
   if (params.rows == 0) return cudaSuccess;
   const MergeKernelParams p(params);
+  bool can_merge = false;
   dispatch_dtype(params.dtype, [&]<class S>(S) {
-    rows_are_aligned<S>(p) ? launch_forward<S, kVectorBytes / sizeof(S)>(p, stream) : launch_forward<S, 1>(p, stream);
+    dispatch_dtype(params.out_dtype, [&]<class Out>(Out) {
+      if constexpr (kCanMerge<S, Out>) {
+        can_merge = true;
+        rows_are_aligned<S>(p) ? launch_forward<S, Out, kVectorBytes / sizeof(S)>(p, stream)
+                               : launch_forward<S, Out, 1>(p, stream);
+      }
+    });
   });
-  return cudaGetLastError();
+  return can_merge ? cudaGetLastError() : cudaErrorInvalidValue;
 }
 
 cudaError_t launch_merge_attentions_backward(const MergeParams& params, cudaStream_t stream) {

@@ -26,7 +26,7 @@ struct MergeArguments {
     const Tensor& first = outs_in[0];
     checker.defined("outs[0]", first);
     checker.check(first.dim() >= 2, "outs[0] has shape ", shape_text(first), ", takes (B, *spatial, heads, dv)");
-    params.dtype = checker.element_type("outs", first);
+    params.dtype = params.out_dtype = checker.element_type("outs", first);
     const std::vector<int64_t> out_sizes = sizes_of(first);
     const std::vector<int64_t> lse_sizes(out_sizes.begin(), out_sizes.end() - 1);
     for (size_t i = 0; i < outs_in.size(); ++i) {

@@ -4,58 +4,61 @@
 // has; each row then reads its own part of the product, from its own shift on.
 #pragma once
 
+#include <array>
+
 #include "attention/score.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
 
 namespace vitkernels::VK_ISA {
 
+// Of each axis.
+using EntryRanges = std::array<Range, kMaxAxes>;
+
 template <class T>
 class RelativeLogits {
  public:
   // A block of queries shares packed embeddings; a group of its rows is multiplied at once.
   struct Sizes {
-    int64_t head_dim, most_block, most_rows, most_keys;
+    int64_t head_dim, most_rows, most_entries[kMaxAxes];
     bool with_gradients;
   };
 
   RelativeLogits(const GridTerms& terms, const Sizes& sizes, Scratch& scratch)
-      : terms(terms), grid(terms.grid), head_dim(sizes.head_dim), query_width(round_up(head_dim, kWidth<T>)) {
+      : terms(terms), head_dim(sizes.head_dim), query_width(round_up(head_dim, kWidth<T>)) {
     if (!terms.has_rel_pos()) return;
     queries = scratch.take<T>(sizes.most_rows * query_width);
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
       Axis& axis = axes[i];
-      const int64_t most = std::min(grid.size[i], sizes.most_block) + std::min(grid.size[i], sizes.most_keys);
-      axis.stride = round_up(most, kPanel<T>) + 2 * kPanel<T>;  // an aligned beginning; whole vectors at the end
-      axis.panels = scratch.take<T>(round_up(most, kPanel<T>) * head_dim);
+      const int64_t most = round_up(sizes.most_entries[i], kPanel<T>);
+      axis.stride = most + 2 * kPanel<T>;  // an aligned beginning; whole vectors at the end
+      axis.panels = scratch.take<T>(most * head_dim);
       axis.logits = scratch.take<T>(sizes.most_rows * axis.stride);
       if (sizes.with_gradients) axis.gradients = scratch.take<T>(sizes.most_rows * axis.stride);
     }
   }
 
-  // Packs what a block of queries and a tile of keys need. Tokens are counted from the first on the grid.
-  void pack(int64_t head, Range block, Range keys) {
+  // Packs the entries that a block of queries and a tile of keys need.
+  void pack(int64_t head, const EntryRanges& entries) {
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
-      const Range entries = grid.entries(i, block, keys);
-      axes[i].packed_begin = entries.begin;
-      pack_transposed(row_of(i, head, entries.begin), terms.rel_pos[i].row_stride, entries.end - entries.begin,
+      axes[i].packed_begin = entries[i].begin;
+      pack_transposed(row_of(i, head, entries[i].begin), terms.rel_pos[i].row_stride, entries[i].end - entries[i].begin,
                       head_dim, axes[i].panels);
     }
   }
 
-  // Multiplies some rows of the block.
+  // Multiplies some rows of the block with those entries that they need of the packed ones.
   template <class S>
-  void multiply(const S* query_rows, int64_t query_stride, Range rows, Range keys) {
-    first_row = rows.begin, num_rows = rows.end - rows.begin;
+  void multiply(const S* query_rows, int64_t query_stride, int64_t rows, const EntryRanges& entries) {
+    num_rows = rows;
     pack_rows<T>(query_rows, query_stride, num_rows, head_dim, T(1), queries, query_width);  // [rows, d]
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
       Axis& axis = axes[i];
-      const Range entries = grid.entries(i, rows, keys);
-      const int64_t panel = (entries.begin - axis.packed_begin) / kPanel<T>;
-      axis.entries = {axis.packed_begin + panel * kPanel<T>, entries.end};
+      const int64_t panel = (entries[i].begin - axis.packed_begin) / kPanel<T>;
+      axis.entries = {axis.packed_begin + panel * kPanel<T>, entries[i].end};
       matmul<T, false>({queries, query_width, 1},
                        {axis.panels + panel * head_dim * kPanel<T>, kPanel<T>, head_dim * kPanel<T>}, num_rows,
                        round_up(axis.count(), kWidth<T>), head_dim, axis.logits, axis.stride);  // [rows, entries]
@@ -63,12 +66,13 @@ class RelativeLogits {
     }
   }
 
-  // The logits of a query on one axis by the key's coordinate, or null; and where their gradient is summed.
-  const T* row(int axis, int64_t query, const Place& place) const {
-    return terms.rel_pos[axis].data ? axes[axis].logits + begin_of_row(axis, query, place) : nullptr;
+  // The logits of one of those rows on one axis, or null; and where their gradient is summed. Key k of the row is at
+  // index k if `first_entry` is that of key 0.
+  const T* row(int axis, int64_t r, int64_t first_entry) const {
+    return terms.rel_pos[axis].data ? axes[axis].logits + begin_of_row(axis, r, first_entry) : nullptr;
   }
-  T* gradient_row(int axis, int64_t query, const Place& place) const {
-    return terms.rel_pos[axis].data ? axes[axis].gradients + begin_of_row(axis, query, place) : nullptr;
+  T* gradient_row(int axis, int64_t r, int64_t first_entry) const {
+    return terms.rel_pos[axis].data ? axes[axis].gradients + begin_of_row(axis, r, first_entry) : nullptr;
   }
 
   // From the summed gradients to those of the embeddings and of the rows' queries.
@@ -102,16 +106,15 @@ class RelativeLogits {
     return static_cast<const T*>(term.data) + head * term.head_stride + entry * term.row_stride;
   }
 
-  int64_t begin_of_row(int axis, int64_t query, const Place& place) const {
-    return (query - first_row) * axes[axis].stride + grid.first_entry(axis, place) - axes[axis].entries.begin;
+  int64_t begin_of_row(int axis, int64_t r, int64_t first_entry) const {
+    return r * axes[axis].stride + first_entry - axes[axis].entries.begin;
   }
 
   const GridTerms& terms;
-  const Grid& grid;
   const int64_t head_dim, query_width;
   T* queries = nullptr;  // [rows, query_width], not scaled
   Axis axes[kMaxAxes];
-  int64_t first_row = 0, num_rows = 0;
+  int64_t num_rows = 0;
 };
 
 }  // namespace vitkernels::VK_ISA

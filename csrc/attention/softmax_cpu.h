@@ -68,6 +68,9 @@ struct ScoreRow {
         bias(s.bias, batch, head, query, first_key, &kZero<T>),
         key_bias(s.key_bias, batch, head, query, first_key, &kZero<T>) {}
 
+  ScoreRow(const T* multiplier, const T* bias, const T* key_bias)
+      : multiplier(multiplier, &kOne<T>), bias(bias, &kZero<T>), key_bias(key_bias, &kZero<T>) {}
+
   VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
     return logit(product, multiplier.at(column, lanes), bias.at(column, lanes), key_bias.at(column, lanes));
   }

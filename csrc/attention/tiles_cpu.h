@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/attention.h"
+#include "attention/spatial.h"
 
 namespace vitkernels {
 
@@ -37,6 +38,25 @@ inline int64_t forward_query_blocks(const Axis& axis) {
 }
 
 inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
+
+// Over a map: blocks of the rows of a tile.
+inline int64_t spatial_row_blocks(const SpatialParams& p) {
+  return std::max<int64_t>((p.most_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
+}
+
+// Fewer rows see fewer keys of a tile that are not theirs.
+inline int64_t spatial_backward_rows(const SpatialParams& p) {
+  constexpr int64_t kFewRows = 28;
+  return p.axis[0].see_all && p.axis[1].see_all && p.axis[2].see_all ? kBackwardQueryBlock : kFewRows;
+}
+
+// Ranges of tiles that are worked on independently, where there are few heads. Fewer where each costs sums of its own for
+// the gradients of keys.
+inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_sums) {
+  constexpr int64_t kTasks = 32;
+  const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1), most = has_sums ? 2 : 4;
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, most));
+}
 
 // Transposed. A task owns a tile of keys; where heads are few, tiles are smaller to keep several threads busy. Every
 // tile reads all queries again, so tiles are large where the sums of a key take little memory.

@@ -19,10 +19,10 @@ struct ForwardTile {
 // a GPU yet.
 constexpr ForwardTile forward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
-  if (dim <= 32) return {.queries = 128, .keys = is_wide ? 64 : 128, .warps = 8};  // 24 KB, 32 KB
-  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};                  // 32 KB, 64 KB
-  if (dim <= 128) return {.queries = 64, .keys = is_wide ? 32 : 64, .warps = 4};   // 48 KB, 64 KB
-  return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                   // 64 KB, 96 KB
+  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};                 // 16 KB, 32 KB; 128 keys spill
+  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};                 // 32 KB, 64 KB
+  if (dim <= 128) return {.queries = 64, .keys = is_wide ? 32 : 64, .warps = 4};  // 48 KB, 64 KB
+  return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB; 68 bytes of spills
 }
 
 // A block of threads owns keys (or queries), sixteen a warp, and goes through the queries (or keys) in tiles of which one
@@ -38,7 +38,8 @@ struct BackwardTile {
   }
 };
 
-// As forward_tile. Not measured on a GPU yet.
+// As forward_tile. The worst is float above 128 columns: two warps a block, which has all the shared memory there is, and
+// eight tokens a tile. Not measured on a GPU yet.
 constexpr BackwardTile backward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
   if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};                   // 16 KB, 32 KB

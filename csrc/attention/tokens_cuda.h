@@ -28,6 +28,15 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
             int(tokens.end - tokens.begin), columns, t.is_aligned);
 }
 
+// Calls f(token) for those of an entry's slot that its sequence does not cover; the threads of the block share them.
+template <class Function>
+__device__ void for_uncovered(Range slot, Range covered, Function&& f) {
+  for (const Range part : {Range{slot.begin, covered.begin}, Range{covered.end, slot.end}}) {
+    const Range tokens = intersect(part, slot);
+    for (int64_t token = tokens.begin + threadIdx.x; token < tokens.end; token += blockDim.x) f(token);
+  }
+}
+
 // Calls f(element).
 template <class Function>
 auto dispatch_element(DType dtype, Function&& f) {

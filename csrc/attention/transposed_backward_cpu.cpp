@@ -82,9 +82,9 @@ class TransposedBackward {
     const int64_t count = rows.end - rows.begin;
 
     pack_rows<T>(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim,
-                 p.score.scale_of<T>(head), queries, query_width);          // [count, d]
-    pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);  // [count, dv]
-    key_tile.multiply(queries, count, seen.end, logits, logits_stride);     // [count, seen]
+                 p.score.scale_of<T>(head), queries, query_width);            // [count, d]
+    pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);    // [count, dv]
+    key_tile.multiply(queries, count, {0, seen.end}, logits, logits_stride);  // [count, seen]
     matmul<T, false>({values, value_width, 1}, {out_gradient_panels, kPanel<T>, p.value_dim * kPanel<T>}, count,
                      round_up(seen.end, kWidth<T>), p.value_dim, gradients, logits_stride);  // [count, seen]
 

@@ -110,8 +110,8 @@ class Transposed {
     const int64_t count = rows.end - rows.begin;
     const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
     pack_queries(p.query.at<const S>(batch, rows.begin, head), p.query.token_stride, count, p.head_dim, scale, queries,
-                 query_width);                                      // [count, d]
-    key_tile.multiply(queries, count, width, prob, logits_stride);  // [count, width]
+                 query_width);                                           // [count, d]
+    key_tile.multiply(queries, count, {0, width}, prob, logits_stride);  // [count, width]
     for (int64_t query = rows.begin; query < rows.end; ++query, prob += logits_stride) {
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
       const T offset =

@@ -2,6 +2,7 @@
 #include "cpu/kernels.h"
 
 #include "cpu/isa.h"
+#include "cpu/simd.h"
 
 #define VK_STRING_(x) #x
 #define VK_STRING(x) VK_STRING_(x)
@@ -11,6 +12,7 @@ namespace vitkernels::VK_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     .isa = VK_STRING(VK_ISA),
+    .vector_bytes = kVectorBytes,
     .attention_scratch = attention_scratch,
     .attention = attention,
     .attention_backward_scratch = attention_backward_scratch,
@@ -23,6 +25,11 @@ const Kernels kernels = {
     .attention_transposed_backward_parts = attention_transposed_backward_parts,
     .attention_transposed_backward = attention_transposed_backward,
     .finish_value_gradient = finish_value_gradient,
+    .spatial_attention_scratch = spatial_attention_scratch,
+    .spatial_attention = spatial_attention,
+    .spatial_attention_backward_scratch = spatial_attention_backward_scratch,
+    .spatial_attention_backward = spatial_attention_backward,
+    .sum_spatial_parts = sum_spatial_parts,
     .merge_attentions = merge_attentions,
     .merge_attentions_backward = merge_attentions_backward,
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/attention.h"
+#include "attention/spatial.h"
 
 namespace vitkernels::VK_ISA {
 
@@ -19,6 +20,11 @@ int64_t attention_transposed_backward_scratch(const AttentionTransposedParams&);
 int64_t attention_transposed_backward_parts(const AttentionTransposedParams&);
 void attention_transposed_backward(const AttentionTransposedParams&, int64_t begin, int64_t end, void* scratch);
 void finish_value_gradient(const AttentionTransposedParams&, int64_t begin, int64_t end);
+int64_t spatial_attention_scratch(const SpatialParams&);
+void spatial_attention(const SpatialParams&, int64_t begin, int64_t end, void* scratch);
+int64_t spatial_attention_backward_scratch(const SpatialBackwardParams&);
+void spatial_attention_backward(const SpatialBackwardParams&, int64_t begin, int64_t end, void* scratch);
+void sum_spatial_parts(const SpatialSum&, int64_t begin, int64_t end);
 void merge_attentions(const MergeParams&, int64_t begin, int64_t end);
 void merge_attentions_backward(const MergeParams&, int64_t begin, int64_t end);
 

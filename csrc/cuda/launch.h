@@ -35,6 +35,13 @@ cudaError_t launch_tasks(void (*kernel)(Params...), int64_t tasks, int threads, 
   return cudaGetLastError();
 }
 
+// Read anew by each call: what follows from it need not stay in registers from before a loop until after it.
+__device__ inline int64_t block_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ inline int lane_index() { return int(threadIdx.x) % kWarpSize; }
 
 // Of a grid of one dimension, whose blocks are whole warps.

@@ -3,6 +3,24 @@
 from vitkernels.functional.attention import attention
 from vitkernels.functional.attention_transposed import attention_transposed
 from vitkernels.functional.attention_varlen import attention_varlen
+from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_window_attention
 from vitkernels.functional.merge_attentions import merge_attentions
+from vitkernels.functional.neighborhood import na1d, na2d, na3d
+from vitkernels.functional.spatial_attention import spatial_attention
+from vitkernels.functional.windows import grid_attention, halo_attention, window_attention
 
-__all__ = ["attention", "attention_transposed", "attention_varlen", "merge_attentions"]
+__all__ = [
+    "attention",
+    "attention_transposed",
+    "attention_varlen",
+    "criss_cross_attention",
+    "cross_shaped_window_attention",
+    "grid_attention",
+    "halo_attention",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "spatial_attention",
+    "window_attention",
+]

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from vitkernels.functional.merge_attentions import merge_attentions
-from vitkernels.functional.rel_pos import by_axis
+from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
 from vitkernels.ops import attention as _ops
 from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention"]
-
-_NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, rel_pos_depth, rel_pos_height, rel_pos_width
 
 
 @overload
@@ -116,7 +112,8 @@ def attention(
         num_prefix_tokens: how many of the first tokens (class token, registers) have no place on the grid: for their
             rows and columns, tables have bias 0 and multiplier 1.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
-            that nobody reads, are fine.
+            that nobody reads, are fine. On a GPU, a head that does not exist is as one without keys, unless
+            ``VITKERNELS_CHECK=1`` in the environment has it raise.
         additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides ``key``; they get none of the
             terms above but the scale.
         additional_values: ``(B, Na, kv_heads, dv)``, their values.
@@ -149,53 +146,22 @@ def attention(
     ``bias_table``: Liu et al., "Swin Transformer" (2021), eq. 4; ``rel_pos``: Huang et al., "Music Transformer"
     (2019), eq. 3, and for several axes Li et al., "MViTv2" (2022), eq. 4.
     """
-    op = "vitkernels::attention"
-    if qk_norm not in (None, "l2"):
-        raise RuntimeError(f"{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
-    if (additional_keys is None) != (additional_values is None):
-        raise RuntimeError(f"{op}: additional_keys and additional_values must be given together")
-    if additional_values is not None and additional_values.shape[-1:] != value.shape[-1:]:
-        raise RuntimeError(
-            f"{op}: additional_values has shape {tuple(additional_values.shape)}, takes value's head dimension "
-            f"({value.shape[-1]}) as its last"
-        )
+    op = "attention"
+    check_options(op, value, qk_norm, additional_keys, additional_values)
     if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
-        query, key = normalize("attention", "query", query), normalize("attention", "key", key)
+        query, key = normalize(op, "query", query), normalize(op, "key", key)
         if additional_keys is not None:
-            additional_keys = normalize("attention", "additional_keys", additional_keys)
-    refuse_forward_mode("attention", query, key, value, bias, key_bias, multiplier, bias_table, multiplier_table)
-    scores = _ops.score_arguments("attention", query, scale, bias, key_bias, multiplier)
-    on_grid = _on_grid(query, bias_table, multiplier_table, rel_pos)
+            additional_keys = normalize(op, "additional_keys", additional_keys)
+    refuse_forward_mode(op, query, key, value, bias, key_bias, multiplier, bias_table, multiplier_table)
+    scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
+    tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
     allow_tf32 = _ops.allow_tf32(query)
-    out, lse = _ops.attention(query, key, value, *scores, *on_grid, num_prefix_tokens, head_map, is_causal, allow_tf32)
+    out, lse = _ops.attention(query, key, value, *scores, *tables, num_prefix_tokens, head_map, is_causal, allow_tf32)
     if additional_keys is not None and additional_values is not None:
-        scale_alone = (*scores[:2], None, None, None)
-        rest = (*_NOT_ON_GRID, 0, head_map, False, allow_tf32)
-        extra = _ops.attention(query, additional_keys, additional_values, *scale_alone, *rest)
-        out, lse = merge_attentions([out, extra[0]], [lse, extra[1]])
+        number, head_scale = scores[:2]
+        out, lse = with_additional_keys(
+            out, lse, query, additional_keys, additional_values, number, head_scale, head_map
+        )
     return (out, lse) if return_lse else out
-
-
-def _on_grid(
-    query: Tensor,
-    bias_table: Tensor | None,
-    multiplier_table: Tensor | None,
-    rel_pos: Sequence[Tensor] | None,
-) -> Sequence[Tensor | None]:
-    """The operator's terms by place on a grid."""
-    if bias_table is None and multiplier_table is None and rel_pos is None:
-        return _NOT_ON_GRID
-    op = "attention"
-    tables = {"bias_table": bias_table, "multiplier_table": multiplier_table}
-    return [*_ops.in_statistics_dtype(op, query, tables), *by_axis(op, query, rel_pos)]
-
-
-def normalize(op: str, name: str, t: Tensor) -> Tensor:
-    """``t`` divided by its Euclidean norm over the last dimension. (float16 would hold neither norm nor epsilon.)"""
-    if t.layout != torch.strided:
-        raise RuntimeError(f"vitkernels::{op}: {name} is a {t.layout} tensor, takes a strided one")
-    _ops.check_floating(op, name, t)
-    wide = t.to(torch.promote_types(t.dtype, torch.float32))
-    return torch.nn.functional.normalize(wide, dim=-1).to(t.dtype)

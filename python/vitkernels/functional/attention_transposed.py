@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vitkernels.functional.attention import normalize
+from vitkernels.functional.score import normalize
 from vitkernels.ops import attention as _attention_ops
 from vitkernels.ops import attention_transposed as _ops
 from vitkernels.ops.registration import refuse_forward_mode, statistics_dtype

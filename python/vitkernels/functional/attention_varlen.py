@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from vitkernels.functional.attention import normalize
+from vitkernels.functional.score import normalize
 from vitkernels.ops import attention as _ops
 from vitkernels.ops.registration import refuse_forward_mode
 
@@ -99,7 +99,9 @@ def attention_varlen(
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, or offsets that are not increasing from 0 to the number
-            of tokens, naming the argument and what it takes.
+            of tokens, naming the argument and what it takes. Offsets on a GPU are checked so with
+            ``VITKERNELS_CHECK=1`` in the environment alone; otherwise tokens that no sequence covers have an ``out``
+            of zero, an ``lse`` of minus infinity and gradients of zero.
 
     Source: the packed layout of Dao et al., "FlashAttention" (2022), in which NaViT (Dehghani et al., 2023) and
     Qwen2.5-VL (2025) hold images of different sizes.

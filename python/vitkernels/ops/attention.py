@@ -1,4 +1,4 @@
-"""Registration of ``vitkernels::attention`` and ``vitkernels::attention_varlen``.
+"""Registration of ``vitkernels::attention``, ``attention_varlen`` and ``spatial_attention``.
 
 Everything here goes by the names of the arguments in csrc/schema.cpp. A backward operator takes what the forward
 takes, what it returned, and a ``need_*`` for every gradient of a score term.
@@ -21,10 +21,19 @@ from vitkernels.ops.registration import (
     without_autograd,
 )
 
-__all__ = ["allow_tf32", "attention", "attention_varlen", "check_floating", "in_statistics_dtype", "score_arguments"]
+__all__ = [
+    "allow_tf32",
+    "attention",
+    "attention_varlen",
+    "check_floating",
+    "in_statistics_dtype",
+    "score_arguments",
+    "spatial_attention",
+]
 
 attention = without_autograd(torch.ops.vitkernels.attention.default)
 attention_varlen = without_autograd(torch.ops.vitkernels.attention_varlen.default)
+spatial_attention = without_autograd(torch.ops.vitkernels.spatial_attention.default)
 
 _SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DATA = ("query", "key", "value")
@@ -101,8 +110,10 @@ def _register(op: str) -> None:
         named = dict(zip(names, args, strict=True))
         _check_devices(op, named)
         query, value = named["query"], named["value"]
-        shape = (*query.shape[:-1], value.shape[-1])
-        return query.new_empty(shape), query.new_empty(query.shape[:-1], dtype=statistics_dtype(query.dtype))
+        # A query that all windows share has a result in each: on the map of the keys.
+        rows = (*named["key" if named.get("is_shared_query") else "query"].shape[:-2], query.shape[-2])
+        lse = query.new_empty(rows, dtype=statistics_dtype(query.dtype))
+        return query.new_empty((*rows, value.shape[-1])), lse
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*output, *(a for a in inputs if isinstance(a, Tensor)))
@@ -140,8 +151,9 @@ def _register(op: str) -> None:
     register(op, fake=fake, backward=backward, setup_context=setup_context)
     register(f"{op}_backward", fake=backward_fake)
     register_no_double_backward(f"{op}_backward")
-    register_autocast(op, num_cast=len(_DATA))
+    register_autocast(op, data=(*_DATA, "key_fill", "value_fill"))
 
 
 _register("attention")
 _register("attention_varlen")
+_register("spatial_attention")

@@ -65,4 +65,4 @@ def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
 register("attention_transposed", fake=_fake, backward=_backward, setup_context=_setup_context)
 register("attention_transposed_backward", fake=_backward_fake)
 register_no_double_backward("attention_transposed_backward")
-register_autocast("attention_transposed", num_cast=3)
+register_autocast("attention_transposed", data=("query", "key", "value_q"))

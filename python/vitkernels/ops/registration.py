@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,22 @@ refusals: dict[str, torch.library.Library] = {}
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-def register_autocast(op: str, num_cast: int) -> None:
-    """Under autocast, cast the first ``num_cast`` arguments of ``op`` to the autocast dtype, and nothing else.
+def register_autocast(op: str, data: Sequence[str]) -> None:
+    """Under autocast, cast the arguments of ``op`` that ``data`` names to the autocast dtype, and nothing else.
 
     ``torch.library.register_autocast`` casts every floating tensor: lse, biases and scales would lose bits.
     """
     overload = getattr(torch.ops.vitkernels, op).default
+    is_data = [a.name in data for a in overload._schema.arguments]
     for device, key in _AUTOCAST_KEYS.items():
 
-        def cast(*args: Any, device: str = device, key: str = key) -> Any:
+        def call(*args: Any, device: str = device, key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            mine = [a.to(dtype) if _castable(a) else a for a in args[:num_cast]]
+            cast = [a.to(dtype) if mine and _castable(a) else a for a, mine in zip(args, is_data, strict=True)]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return overload(*mine, *args[num_cast:])
+                return overload(*cast)
 
-        _library.impl(op, cast, key)  # type: ignore[no-untyped-call]
+        _library.impl(op, call, key)  # type: ignore[no-untyped-call]
 
 
 def _castable(argument: object) -> bool:

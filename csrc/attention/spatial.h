@@ -1,0 +1,102 @@
+// What the kernels of attention over maps are told. Plain data, no torch.
+//
+// A task is a tile of queries: a box of one residue class, by the tiles of its axes. The keys that some query of it sees
+// are a box as well. Rows and columns of a tile count the tokens of these boxes in row-major order.
+#pragma once
+
+#include "attention/pattern.h"
+#include "attention/score.h"
+#include "common/dtype.h"
+
+namespace vitkernels {
+
+// A tensor [batch, *map, heads, dim] with a unit last stride. Strides are in elements; axes that a map lacks have none.
+struct MapTensor {
+  void* data = nullptr;
+  int64_t batch_stride = 0, axis_stride[kMaxAxes] = {}, head_stride = 0;
+
+  template <class S>
+  VK_HOST_DEVICE S* at(int64_t batch, const Place& place, int64_t head) const {
+    return static_cast<S*>(data) + batch * batch_stride + place.at[0] * axis_stride[0] + place.at[1] * axis_stride[1] +
+           place.at[2] * axis_stride[2] + head * head_stride;
+  }
+};
+
+// The keys of one query on one axis, and where it is itself, counted from the tile's first key.
+struct SeenKeys {
+  Range keys;
+  int64_t place;
+};
+
+// A tile of queries on one axis. Queries and keys are `step` apart on the map, beyond which keys may lie.
+struct AxisTile {
+  int64_t first_query, num_queries, first_key, num_keys;
+  int64_t geometry;      // tiles with the same one have equal `seen`
+  bool sees_all;         // every query sees every key
+  const SeenKeys* seen;  // [num_queries]
+};
+
+struct AxisTiles {
+  const AxisTile* tile = nullptr;
+  int64_t count = 0, num_geometries = 0, most_queries = 0, most_keys = 0, step = 1;
+  bool see_all = true;
+};
+
+struct SpatialParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  const int64_t* kv_head_of = nullptr;  // as in AttentionParams
+  const int64_t* first_head = nullptr;
+  const int64_t* head_list = nullptr;
+  int64_t query_size[kMaxAxes] = {1, 1, 1}, key_size[kMaxAxes] = {1, 1, 1};  // of the maps
+  AxisTiles axis[kMaxAxes];
+  double radius = 0.0;  // 0: none
+  bool is_shared_query = false;
+  Score score;                       // its key_bias is not used, its grid is the tables'
+  MapTensor query, key, value, out;  // heads / kv_heads / kv_heads / heads
+  MapTensor key_bias;                // [batch, *map, heads] without dim, or null
+  const void* key_fill = nullptr;    // [kv_heads, dim], contiguous: keys outside the map; null: zeros
+  const void* value_fill = nullptr;
+  void* key_bias_sums = nullptr;  // [splits, batch, heads, keys]: its gradient, zero at first, or null
+  void* lse = nullptr;            // [batch, *map, heads], contiguous
+
+  VK_HOST_DEVICE int64_t num_queries() const { return query_size[0] * query_size[1] * query_size[2]; }
+  VK_HOST_DEVICE int64_t num_keys() const { return key_size[0] * key_size[1] * key_size[2]; }
+  VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].count * axis[1].count * axis[2].count; }
+  VK_HOST_DEVICE int64_t most_queries() const {
+    return axis[0].most_queries * axis[1].most_queries * axis[2].most_queries;
+  }
+  VK_HOST_DEVICE int64_t most_keys() const { return axis[0].most_keys * axis[1].most_keys * axis[2].most_keys; }
+  VK_HOST_DEVICE bool has_terms() const { return key_bias.data || score.on_grid.any(); }
+
+  // A query's place in [batch, *map].
+  VK_HOST_DEVICE int64_t row(int64_t entry, const Place& place) const {
+    return ((entry * query_size[0] + place.at[0]) * query_size[1] + place.at[1]) * query_size[2] + place.at[2];
+  }
+};
+
+// The backward's work is cut by shapes alone: into groups of the batch, kv heads, and `splits` ranges of tiles. A task
+// writes the query gradients of its tiles. Keys that several tiles see, and what all of them share, have sums for every
+// split or task, which are added in order.
+struct SpatialBackwardParams : SpatialParams {
+  MapTensor grad_out, grad_query, grad_key, grad_value;
+  const void* grad_lse = nullptr;  // as lse, or null
+  int64_t batch_groups = 1, splits = 1;
+  // [splits, batch, kv_heads, keys, padded dim], zero at first; null where every key has one tile, which writes its gradient
+  void *key_sums = nullptr, *value_sums = nullptr;
+  void* query_sums = nullptr;  // [splits, batch, heads, queries of a window, padded dim] of a shared query, or null
+  double* head_scale_sums = nullptr;  // [parts, heads], zero at first, or null; parts are batch_groups * splits
+  double *key_fill_sums = nullptr, *value_fill_sums = nullptr;  // [parts, kv_heads, dim], likewise
+
+  VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups * kv_heads * splits; }
+};
+
+// A gradient [batch, *map, heads, dim], the sum of parts [parts, batch, heads, tokens, padded dim].
+struct SpatialSum {
+  DType dtype = DType::kFloat32;
+  MapTensor target;
+  void* parts = nullptr;
+  int64_t num_parts = 0, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
+};
+
+}  // namespace vitkernels

@@ -1,0 +1,205 @@
+"""Softmax attention on a map, by a rule for each of its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from torch import Tensor
+
+from vitkernels.axes import Axis, encode
+from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
+from vitkernels.ops import attention as _ops
+from vitkernels.ops.registration import refuse_forward_mode
+
+__all__ = ["spatial_attention"]
+
+Outside = Literal["zero"] | tuple[Tensor, Tensor]
+
+
+@overload
+def spatial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[Axis],
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    key_bias: Tensor | None = ...,
+    bias_table: Tensor | None = ...,
+    multiplier_table: Tensor | None = ...,
+    rel_pos: Sequence[Tensor] | None = ...,
+    head_map: Tensor | None = ...,
+    additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
+    outside: Outside | None = ...,
+    radius: float | None = ...,
+    is_shared_query: bool = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def spatial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[Axis],
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    key_bias: Tensor | None = ...,
+    bias_table: Tensor | None = ...,
+    multiplier_table: Tensor | None = ...,
+    rel_pos: Sequence[Tensor] | None = ...,
+    head_map: Tensor | None = ...,
+    additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
+    outside: Outside | None = ...,
+    radius: float | None = ...,
+    is_shared_query: bool = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def spatial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[Axis],
+    *,
+    scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ...,
+    key_bias: Tensor | None = ...,
+    bias_table: Tensor | None = ...,
+    multiplier_table: Tensor | None = ...,
+    rel_pos: Sequence[Tensor] | None = ...,
+    head_map: Tensor | None = ...,
+    additional_keys: Tensor | None = ...,
+    additional_values: Tensor | None = ...,
+    outside: Outside | None = ...,
+    radius: float | None = ...,
+    is_shared_query: bool = ...,
+    return_lse: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def spatial_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[Axis],
+    *,
+    scale: float | Tensor | None = None,
+    qk_norm: Literal["l2"] | None = None,
+    key_bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    multiplier_table: Tensor | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
+    head_map: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    outside: Outside | None = None,
+    radius: float | None = None,
+    is_shared_query: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention on a map of one to three axes: a query sees a contiguous range of keys on each of them.
+
+    .. math::
+        \ell_{ij} = s_h \, (q_i \cdot k_j) \, M_{i-j} + c_j + T_{i-j} + \sum_a q_i \cdot R^a_{i_a - j_a}, \qquad
+        o_i = \sum_{j \in K(i)} \operatorname{softmax}_{j \in K(i)}(\ell_{ij}) \, v_j, \qquad
+        K(i) = \prod_a K_a(i_a)
+
+    Windows, grids, stripes, halos and neighborhoods are such patterns: see :class:`vitkernels.Full`,
+    :class:`vitkernels.Block`, :class:`vitkernels.Halo`, :class:`vitkernels.Neighborhood` and
+    :class:`vitkernels.Sliding`. The map is read and written where it is: nothing is rolled, partitioned, padded or
+    gathered, and no mask is made.
+
+    Args:
+        query: ``(B, *map, heads, d)``, or batch size 1 to share one query among all batches of ``key``.
+        key: ``(B, *key_map, kv_heads, d)``; ``heads`` must be a multiple of ``kv_heads`` (or see ``head_map``). The
+            map of the keys may be finer or coarser than that of the queries: query ``u`` of ``n`` is at
+            ``u * key_n // n``.
+        value: ``(B, *key_map, kv_heads, dv)``; ``dv`` may differ from ``d``.
+        axes: the rule of each axis of the map.
+        scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
+        qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
+        key_bias: :math:`c`, added to the logits of one key for all queries, broadcastable to
+            ``(B, heads, *key_map)``. ``-inf`` removes a key.
+        bias_table: :math:`T`, ``(heads or 1, offsets for each axis)``, added to the logits by the offset of the query
+            from the key, counted on the axis' residue class. The number of offsets is odd, the middle one is 0, and
+            none that the pattern has may lie beyond: ``2 size - 1`` for a block, ``2 (size + halo) - 1`` with a halo,
+            ``2 kernel_size - 1`` for a neighborhood, ``2 (kernel_size // 2) + 1`` for a sliding window. Its gradient
+            is summed, in a fixed order, straight into its own shape.
+        multiplier_table: likewise, :math:`M`: multiplied to the scaled product of query and key.
+        rel_pos: :math:`R^a`, for each axis an embedding of its offsets, ``(offsets, d)`` or ``(heads, offsets, d)``,
+            whose product with the query is added to the logits. The query is not scaled (but normalised, with
+            ``qk_norm``).
+        head_map: ``(heads,)`` integer tensor naming the kv head of each query head.
+        additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides its own; they get none of the
+            terms above but the scale.
+        additional_values: ``(B, Na, kv_heads, dv)``, their values.
+        outside: what a rule finds beyond the border of the map: ``None``, no keys; ``"zero"``, keys and values of
+            zeros, which get the terms by offset; or such a key and value for each head,
+            ``((kv_heads, d), (kv_heads, dv))``, both differentiable. Causal axes have no keys outside.
+        radius: only keys at most this far from the query, in tokens of the map along a straight line.
+        is_shared_query: ``query`` is one window, ``(B, *window, heads, d)``, for all windows of the map. All axes are
+            then blocks of its size without shift that divide the map.
+        return_lse: also return the natural log of each row's sum of exponentials.
+
+    ``query``, ``key`` and ``value`` may have any strides as long as the last one is 1. The dtypes are those of
+    :func:`vitkernels.attention`.
+
+    Returns:
+        ``out (B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)`` in
+        float32 (float64 for float64), differentiable. A query that sees no key gets ``out = 0`` and ``lse = -inf``.
+
+    Raises:
+        RuntimeError: on a wrong rank, dtype, device, size or rule, naming the argument and what it takes.
+
+    Source: Liu et al., "Swin Transformer" (2021), section 3.2; Vaswani et al., "Scaling Local Self-Attention for
+    Parameter Efficient Visual Backbones" (2021), section 2.2; Hassani et al., "Neighborhood Attention Transformer"
+    (2023), eq. 2 to 4; Tu et al., "MaxViT" (2022), section 3.2.
+    """
+    op = "spatial_attention"
+    check_options(op, value, qk_norm, additional_keys, additional_values)
+    if not isinstance(axes, (list, tuple)) or not all(isinstance(axis, Axis) for axis in axes):
+        raise RuntimeError(f"vitkernels::{op}: axes is {axes!r}, takes a sequence of vitkernels.Full, Block, ...")
+    if radius is not None and not radius > 0.0:
+        raise RuntimeError(f"vitkernels::{op}: radius is {radius}, takes a positive number or None")
+    key_fill, value_fill = _fills(op, query, outside)
+    if query.dim() == key.dim() > 0 and query.size(0) == 1 and key.size(0) != 1:
+        query = query.expand(key.size(0), *query.shape[1:])
+    if qk_norm == "l2":
+        query, key = normalize(op, "query", query), normalize(op, "key", key)
+        if key_fill is not None:
+            key_fill = normalize(op, "outside[0]", key_fill)
+        if additional_keys is not None:
+            additional_keys = normalize(op, "additional_keys", additional_keys)
+    tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
+    refuse_forward_mode(op, query, key, value, key_fill, value_fill, key_bias, *tables)
+    number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
+    out, lse = _ops.spatial_attention(
+        query, key, value, encode(axes), 0.0 if radius is None else radius, outside is not None, is_shared_query,
+        key_fill, value_fill, number, head_scale, key_bias, *tables, head_map,
+        _ops.allow_tf32(query),
+    )  # fmt: skip
+    if additional_keys is not None and additional_values is not None:
+        out, lse = with_additional_keys(
+            out, lse, query, additional_keys, additional_values, number, head_scale, head_map
+        )
+    return (out, lse) if return_lse else out
+
+
+def _fills(op: str, query: Tensor, outside: Outside | None) -> list[Tensor | None]:
+    """The operator's ``key_fill`` and ``value_fill``."""
+    if outside is None or (isinstance(outside, str) and outside == "zero"):
+        return [None, None]
+    if not isinstance(outside, (list, tuple)) or [isinstance(t, Tensor) for t in outside] != [True, True]:
+        raise RuntimeError(f"vitkernels::{op}: outside is {outside!r}, takes None, 'zero' or (key_fill, value_fill)")
+    for i, fill in enumerate(outside):
+        _ops.check_floating(op, f"outside[{i}]", fill)
+    return [fill.to(query.dtype) for fill in outside]
