@@ -67,9 +67,8 @@ def test_windows_attend_to_learned_summaries():
     window = grid(6, 6).long().div(3, rounding_mode="floor") @ torch.tensor([2, 1])
 
     def ours(x, weight):  # [B, 6 * 6, H, D], [M, N]: a linear layer over the tokens
-        windows = by_block(x, 6, 6, 3).flatten(0, 1)
-        local = vk.attention(windows, windows, windows).unflatten(0, (2, 2, 2)).unflatten(3, (3, 3))
-        local = local.transpose(2, 3).flatten(1, 4)
+        on_map = x.unflatten(1, (6, 6))
+        local = vk.window_attention(on_map, on_map, on_map, 3).flatten(1, 2)
         few = torch.einsum("mn,bnhd->bmhd", weight, x)
         return local + vk.attention(local, few, few)
 

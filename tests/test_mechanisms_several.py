@@ -37,14 +37,7 @@ def test_criss_cross():
     height, width = 5, 7
 
     def ours(q, k, v):  # [B, height, width, H, D]
-        rows = [x.flatten(0, 1) for x in (q, k, v)]
-        columns = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-        not_itself = torch.zeros(height, height).fill_diagonal_(-torch.inf)  # the row has seen it
-        row = vk.attention(*rows, scale=1.0, return_lse=True)
-        column = vk.attention(*columns, scale=1.0, bias=not_itself, return_lse=True)
-        row = [x.unflatten(0, (2, height)) for x in row]
-        column = [x.unflatten(0, (2, width)).transpose(1, 2).contiguous() for x in column]
-        return vk.merge_attentions(*map(list, zip(row, column, strict=True)))[0].flatten(1, 2)
+        return vk.criss_cross_attention(q, k, v, scale=1.0).flatten(1, 2)
 
     def formula(q, k, v):
         q, k, v = (x.flatten(1, 2) for x in (q, k, v))
@@ -63,8 +56,9 @@ def test_outer_product_of_two_attentions():
         return torch.einsum("bchx,bnhy->bcnhxy", over_channels, over_space).flatten(-2)
 
     def ours(channel, space):  # [B, C, H, d_c], [B, N, H, d_s]
-        bias = torch.zeros(16, 16).masked_fill(~near, -torch.inf)
-        return outer(vk.attention(channel, channel, channel), vk.attention(space, space, space, bias=bias))
+        on_map = space.unflatten(1, (4, 4))
+        near_only = vk.spatial_attention(on_map, on_map, on_map, [vk.Full()] * 2, radius=1.5).flatten(1, 2)
+        return outer(vk.attention(channel, channel, channel), near_only)
 
     def formula(channel, space):
         return outer(plain(channel, channel, channel), plain(space, space, space, near))
