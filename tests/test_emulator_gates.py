@@ -119,7 +119,7 @@ def test_attention_takes_no_float64(sample, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
-@pytest.mark.parametrize("sample", [s for s in ATTENTION if s.id == "plain"], ids=str)
+@pytest.mark.parametrize("sample", [s for s in CORE if s.operator in SOME_DTYPES and s.id == "plain"], ids=str)
 def test_tf32_where_it_is_allowed(sample, precision, cuda_kernels):
     call = sample.call(torch.float32)
     truth = differentiate(sample.reference, in_float64(call))
