@@ -72,7 +72,7 @@ class Kernel:
 
     @property
     def is_forward(self) -> bool:
-        return "backward" not in self.name
+        return "backward" not in self.name and "grad" not in self.name
 
     def __str__(self) -> str:
         return f"{self.name}<{self.arguments}>" if self.arguments else self.name

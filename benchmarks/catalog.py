@@ -8,6 +8,8 @@ from benchmarks import (
     gpu_sequences,
     merge_attentions,
     models,
+    neighborhood_attention,
+    window_attention,
 )
 from benchmarks.registry import entries, find, targets
 
@@ -21,5 +23,7 @@ __all__ = [
     "gpu_sequences",
     "merge_attentions",
     "models",
+    "neighborhood_attention",
     "targets",
+    "window_attention",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from benchmarks import floor
 from benchmarks.compare import TOLERANCE, relative_error, upcast
 from benchmarks.measure import Effort, Spread, interleave, matmul_precision, own_stream, spread
-from benchmarks.memory import fresh_call, peak_bytes
+from benchmarks.memory import Fresh, fresh_call, peak_bytes
 from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Unavailable, torch_dtype
 
 __all__ = ["PeerResult", "Row", "run"]
@@ -70,8 +71,10 @@ def _judge(row: Row, result: PeerResult, error: float) -> bool:
 
 def _prepare(row: Row, entry: Entry, peers: list[Peer], inputs: Inputs) -> dict[str, Call]:
     """The calls whose results are right."""
-    with matmul_precision("float32"):
-        reference = tuple(out.clone() for out in (entry.reference or entry.peers[1].prepare)(upcast(inputs))())
+    reference: tuple[Tensor, ...] = ()
+    if entry.same_results:
+        with matmul_precision("float32"):
+            reference = tuple(out.clone() for out in (entry.reference or entry.peers[1].prepare)(upcast(inputs))())
     calls: dict[str, Call] = {}
     for peer, result in zip(peers, row.peers, strict=True):
         if result.note:  # it is not wanted
@@ -89,19 +92,25 @@ def _prepare(row: Row, entry: Entry, peers: list[Peer], inputs: Inputs) -> dict[
             if peer.name == OURS:
                 row.failed = result.note
         else:
-            if _judge(row, result, relative_error(outputs, reference)):
+            if not entry.same_results or _judge(row, result, relative_error(outputs, reference)):
                 calls[peer.name] = call
     return calls
 
 
 def _run_once(row: Row, entry: Entry, peers: list[Peer], device: torch.device) -> None:
-    fresh = [fresh_call(entry, peer, row.dtype, device) for peer in peers]
-    reference = fresh[1].sample
-    right = [_judge(row, r, relative_error(f.sample, reference)) for f, r in zip(fresh, row.peers, strict=True)]
-    for result, f, ok in zip(row.peers, fresh, right, strict=True):
-        result.seconds, result.peak_mb = f.seconds, f.peak_bytes / 1e6
-        if ok and right[0] and result is not row.ours:
-            result.speedup = spread([f.seconds / fresh[0].seconds])
+    fresh: dict[str, Fresh] = {}
+    for peer, result in zip(peers, row.peers, strict=True):
+        try:
+            fresh[peer.name] = fresh_call(entry, peer, row.dtype, device)
+        except Unavailable as reason:
+            result.note = f"cannot run: {reason}"
+    ours, reference = fresh.get(OURS), fresh.get(row.baseline.name)
+    for result in (r for r in row.peers if r.name in fresh):
+        mine = fresh[result.name]
+        result.seconds, result.peak_mb = mine.seconds, mine.peak_bytes / 1e6
+        right = reference is not None and _judge(row, result, relative_error(mine.sample, reference.sample))
+        if right and ours is not None and OURS not in row.wrong and result is not row.ours:
+            result.speedup = spread([mine.seconds / ours.seconds])
     row.rounds = 1
 
 

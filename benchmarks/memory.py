@@ -17,7 +17,7 @@ from torch import Tensor
 # The catalog's imports let the fork server hold torch and the operators before any thread has started.
 from benchmarks import catalog
 from benchmarks.measure import synchronize
-from benchmarks.registry import Call, Entry, Peer, torch_dtype
+from benchmarks.registry import Call, Entry, Peer, Unavailable, torch_dtype
 
 __all__ = ["Fresh", "fresh_call", "peak_bytes", "sample"]
 
@@ -97,6 +97,8 @@ def _child(pipe: Connection, entry_name: str, peer_name: str, dtype: str, device
         seconds = perf_counter() - start
         numbers = [s.numpy() for s in sample(outputs)] if entry.once else []
         pipe.send((seconds, peak, numbers))
+    except Unavailable as reason:
+        pipe.send(reason)
     except BaseException:
         pipe.send(traceback.format_exc())
     finally:
@@ -110,6 +112,7 @@ def fresh_call(entry: Entry, peer: Peer, dtype: str, device: torch.device) -> Fr
     its threads, caches and heap are its own.
 
     Raises:
+        Unavailable: if the peer cannot run here.
         RuntimeError: if the process fails, with its traceback, or its exit code if it was killed.
     """
     context = multiprocessing.get_context("forkserver")
@@ -124,6 +127,8 @@ def fresh_call(entry: Entry, peer: Peer, dtype: str, device: torch.device) -> Fr
     except EOFError:
         message = None
     process.join()
+    if isinstance(message, Unavailable):
+        raise message
     if message is None or isinstance(message, str):
         raise RuntimeError(f"{entry.name}, {peer.name}: {message or f'exit code {process.exitcode}'}")
     seconds, peak, numbers = message

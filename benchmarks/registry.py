@@ -88,6 +88,8 @@ class Entry:
     """Prepares what results are compared with, in float32; the baseline, if there is none."""
     replayed: bool = True
     """On a GPU, timed as a graph that is replayed: the device's time, without that of the host between kernels."""
+    same_results: bool = True
+    """Where not, the peers do different things whose times alone are compared (a backward pass and its forward)."""
 
     @property
     def group(self) -> str:

@@ -7,7 +7,6 @@ seeds, and moved. What has no kernels there is skipped. (test_emulator_gates run
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -26,13 +25,11 @@ FUNCTIONS = {
     "attention_varlen": ON_TENSOR_CORES,
     "attention_transposed": ON_TENSOR_CORES,
 }
-# Arguments that these kernels do not take yet.
-ON_GRID = {"bias_table", "multiplier_table", "rel_pos"}
 
 
 def is_taken(sample: Any) -> bool:
     """Whether CUDA kernels compute a sample in some dtype, forward and backward."""
-    return sample.operator in FUNCTIONS and not ON_GRID & sample.arguments.keys()
+    return sample.operator in FUNCTIONS
 
 
 def why_not(sample: Any, dtype: torch.dtype | None = None) -> str | None:
@@ -55,9 +52,3 @@ def need(sample: Any, dtype: torch.dtype) -> None:
 def dtype_of(sample: Any, wanted: torch.dtype) -> torch.dtype:
     """``wanted``, or where the kernels do not take it the most precise dtype that they do."""
     return wanted if why_not(sample, wanted) is None else next(d for d in DTYPES if why_not(sample, d) is None)
-
-
-def raised_alike(function: Any, call: Mapping[str, Any]) -> bool:
-    """Whether a GPU refuses a bad call with the CPU's words."""
-    given = {name for name, value in call.items() if value is not None}
-    return function.__name__ in FUNCTIONS and not given & {*ON_GRID, "num_prefix_tokens"}

@@ -10,11 +10,21 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import experiment, gpu, gpu_sequences, measure, report, targets
+from benchmarks import (
+    experiment,
+    gpu,
+    gpu_sequences,
+    measure,
+    neighborhood_attention,
+    report,
+    targets,
+    window_attention,
+)
 from benchmarks.attention import Shape
 from benchmarks.catalog import entries
 from benchmarks.measure import QUICK
-from benchmarks.registry import OURS, Target
+from benchmarks.memory import Fresh
+from benchmarks.registry import OURS, Peer, Target, Unavailable
 from benchmarks.run import main
 
 CPU = torch.device("cpu")
@@ -137,3 +147,44 @@ def test_calls_on_a_gpu_are_replayed(monkeypatch):
     monkeypatch.setattr(measure, "_calibrate", lambda *a: 20)
     _, eager = measure.interleave({"b": refuses}, effort, torch.device("cuda"), replayed=True)
     assert eager == ["b"]
+
+
+ON_MAPS = [
+    *(window_attention._entry(mode, window_attention.Shape(1, 8, 4, 2, 2, 16)) for mode in ("forward", "backward")),
+    neighborhood_attention._entry(neighborhood_attention.Shape(1, (6, 7), (3, 5), 2, 16)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("entry", ON_MAPS, ids=lambda e: e.name)
+def test_peers_on_maps_compute_the_same(entry, dtype):
+    row = experiment.run(entry, dtype, CPU, QUICK, set(), check_only=True)
+    if row.ours.note:
+        pytest.skip(row.ours.note)
+    assert not row.wrong and not row.failed, report.row_text(row)
+    assert row.ours.error is not None
+
+
+def test_peers_that_do_different_things_are_only_timed():
+    shape = neighborhood_attention.Shape(1, (6, 7), (3, 5), 2, 16)
+    peers = [
+        Peer(OURS, neighborhood_attention._backward(shape), in_fresh_process=False),
+        Peer("forward", neighborhood_attention._forward(shape), in_fresh_process=False),
+    ]
+    entry = replace(ON_MAPS[-1], peers=tuple(peers), same_results=False)
+    row = experiment.run(entry, "float32", CPU, QUICK, set())
+    assert row.baseline.speedup and not row.wrong
+    row = experiment.run(replace(entry, same_results=True), "float32", CPU, QUICK, set(), check_only=True)
+    assert row.wrong == [OURS]
+
+
+def test_long_entries_do_without_a_peer(monkeypatch):
+    def fresh_call(entry, peer, dtype, device):
+        if peer.name == "natten":
+            raise Unavailable("it is not installed")
+        return Fresh(1.0 if peer.name == OURS else 3.0, 1_000_000, [torch.ones(4)])
+
+    monkeypatch.setattr(experiment, "fresh_call", fresh_call)
+    row = experiment.run(replace(ON_MAPS[-1], once=True), "float32", CPU, QUICK, set())
+    assert row.baseline.speedup.median == 3.0 and row.ours.peak_mb == 1.0
+    assert row.peers[2].note == "cannot run: it is not installed"

@@ -2,22 +2,12 @@
 
 #include <cstdlib>
 #include <string_view>
+#include <utility>
 
 #include "cuda/device.h"
 
 namespace vitkernels {
 namespace {
-
-void check_not_on_grid(const Checker& checker, const GridArguments& on_grid) {
-  const auto absent = [&](const char* name, const OptionalTensor& term) {
-    checker.check(!term, name, " is given, takes None on a GPU");
-  };
-  absent("bias_table", on_grid.bias_table);
-  absent("multiplier_table", on_grid.multiplier_table);
-  for (const OptionalTensor& term : on_grid.rel_pos) absent("rel_pos", term);
-  checker.check(on_grid.num_prefix_tokens == 0, "num_prefix_tokens is ", on_grid.num_prefix_tokens,
-                ", takes 0 on a GPU");
-}
 
 bool values_are_checked() {
   static const bool checked = [] {
@@ -47,9 +37,10 @@ DeviceIntegers integers(const Tensor& t) { return {t.const_data_ptr(), t.scalar_
 AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
                                        const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
                                        bool is_causal, const std::optional<Packing>& packing) {
-  check_not_on_grid(checker, score.on_grid);
-  const AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, packing,
-                                values_are_checked() ? read_device_integers : nullptr);
+  const GridArguments on_grid = std::exchange(score.on_grid, {});  // those of a CPU are reversed
+  AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, packing,
+                          values_are_checked() ? read_device_integers : nullptr);
+  args.on_grid = GridScore(checker, on_grid, query, key, statistics_type(args.dtype), TablesAs::kGiven);
   checker.check(args.dtype != DType::kFloat64, "query is float64, takes float32, bfloat16 or float16 on a GPU");
   checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",
                 kMaxCudaHeadDim, " on a GPU");

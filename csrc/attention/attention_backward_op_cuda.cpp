@@ -1,5 +1,5 @@
 // The operators vitkernels::attention_backward and vitkernels::attention_varlen_backward on a GPU.
-#include "attention/backward_launches_cuda.h"
+#include "attention/grid_launches_cuda.h"
 
 namespace vitkernels {
 namespace {
@@ -23,12 +23,27 @@ Backward run_backward(const Checker& checker, const AttentionArguments& args, co
   params.key_value = params.value;
   params.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
   params.delta = static_cast<float*>(delta.mutable_data_ptr());
-  if (!launches.is_empty()) launches.check(launch_attention_backward_delta(params, launches.stream()));
+  OptionalTensor relative_logits;
+  if (!launches.is_empty()) {
+    relative_logits = launch_relative_logits(checker, args, params, launches.stream());
+    launches.check(launch_attention_backward_delta(params, launches.stream()));
+  }
+  const GridGradientsOnDevice on_grid(launches, args, from.needed.on_grid, params);
   launches.sum(params, Side::kKeys, &key, &value);
   const TermGradients terms = launches.sum_queries(params, query);
-  const auto none = [&] { return launches.none(); };
-  return {query,  key,    value,  terms.head_scale, terms.bias, terms.key_bias, terms.multiplier,
-          none(), none(), none(), none(),           none()};
+  const auto [bias_table, multiplier_table, depth, height, width] = on_grid.compute(params);
+  return {query,
+          key,
+          value,
+          terms.head_scale,
+          terms.bias,
+          terms.key_bias,
+          terms.multiplier,
+          bias_table,
+          multiplier_table,
+          depth,
+          height,
+          width};
 }
 
 Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,
@@ -38,15 +53,19 @@ Backward attention_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse
                                  OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height,
                                  OptionalTensor rel_pos_width, int64_t num_prefix_tokens, OptionalTensor head_map,
                                  bool is_causal, bool allow_tf32, bool need_head_scale, bool need_bias,
-                                 bool need_key_bias, bool need_multiplier, bool, bool, bool, bool, bool) {
+                                 bool need_key_bias, bool need_multiplier, bool need_bias_table,
+                                 bool need_multiplier_table, bool need_rel_pos_depth, bool need_rel_pos_height,
+                                 bool need_rel_pos_width) {
   const Checker checker("attention_backward");
   const GridArguments on_grid{
       bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
   const AttentionArguments args = arguments_on_device(
       checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier, on_grid}, head_map, is_causal);
-  return run_backward(checker, args,
-                      {grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier}},
-                      allow_tf32);
+  const WantedOnGrid needed{need_bias_table, need_multiplier_table, need_rel_pos_depth, need_rel_pos_height,
+                            need_rel_pos_width};
+  return run_backward(
+      checker, args,
+      {grad_out, grad_lse, out, lse, {need_head_scale, need_bias, need_key_bias, need_multiplier, needed}}, allow_tf32);
 }
 
 VarlenBackward attention_varlen_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse, const Tensor& query,

@@ -100,6 +100,8 @@ struct AttentionBackwardCudaParams : AttentionCudaParams {
   ScoreStrides weight_strides;             // its key stride is 0
   const float* grad_lse = nullptr;         // as lse, or null
   float* delta = nullptr;                  // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta); null: zero
+  // [batch, heads, tokens on the grid, head_dim], or null: what reaches the queries through the relative logits.
+  const float* relative_grad_query = nullptr;
 
   VK_HOST_DEVICE float weight(int64_t entry, int64_t query, int64_t head) const {
     return query_weight ? query_weight[weight_strides.offset(entry, head, query, 0)] : 1.0f;
@@ -136,13 +138,34 @@ struct RowSums {
   float* sums = nullptr;
 };
 
-// What the gradient of a score term sums: that of the logits (biases), or that times the scaled product (multiplier).
-enum class TermFactor { kOne, kScaledProduct };
+// What the gradient of a score term sums: that of the logits (biases), or that times the scaled product and the other
+// multiplier (multipliers).
+enum class TermFactor { kBias, kMultiplier, kMultiplierTable };
 
-struct TermGradient {
-  TermFactor factor = TermFactor::kOne;
-  ScoreStrides strides;
+// Sums of a gradient in `count` parts, `stride` apart. Each part has a share of the work, cut by shapes.
+struct PartialSums {
   float* data = nullptr;
+  int64_t count = 1, stride = 0;
+};
+
+// A term that is broadcast to the logits with these strides, those of its contiguous gradient.
+struct TermGradient {
+  TermFactor factor = TermFactor::kBias;
+  ScoreStrides strides;
+  PartialSums sums;  // each in the shape of the term
+};
+
+// A table by offset: each part is [heads, entries] and zero at first.
+struct TableGradient {
+  TermFactor factor = TermFactor::kBias;
+  PartialSums sums;
+};
+
+// The embeddings on one axis: each part is [heads, offsets, head_dim].
+struct EmbeddingGradient {
+  int axis = 0;
+  const float* relative_grad = nullptr;  // of the relative logits
+  PartialSums sums;
 };
 
 inline constexpr int64_t kMaxCudaHeadDim = 256;
@@ -165,6 +188,26 @@ cudaError_t launch_transposed_rows(const AttentionBackwardCudaParams& params, co
                                    float* grad_weight, float* grad_lse, cudaStream_t stream);
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& params, const TermGradient& term,
                                            cudaStream_t stream);
+cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& params, const TableGradient& table,
+                                            cudaStream_t stream);
+// Into how many parts the work is best cut.
+int64_t parts_of_term(const AttentionBackwardCudaParams& params, const ScoreStrides& strides, int64_t elements);
+int64_t parts_of_table(const AttentionBackwardCudaParams& params);
+int64_t parts_of_embedding(const AttentionBackwardCudaParams& params, int axis);
+// out = the sum of `parts` in order, `elements` of each.
+cudaError_t launch_sum_parts(const PartialSums& parts, int64_t elements, float* out, cudaStream_t stream);
+
+// Writes what params.score.on_grid.relative describes to `logits`.
+cudaError_t launch_relative_logits(const AttentionCudaParams& params, float* logits, cudaStream_t stream);
+// Adds the gradient of the relative logits to `grads`, which has their shape and is zero at first.
+cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& params, float* grads,
+                                            cudaStream_t stream);
+// From it to `grad_query`, as params.relative_grad_query.
+cudaError_t launch_relative_grad_query(const AttentionBackwardCudaParams& params, const float* grads, float* grad_query,
+                                       cudaStream_t stream);
+cudaError_t launch_relative_grad_embedding(const AttentionBackwardCudaParams& params,
+                                           const EmbeddingGradient& embedding, cudaStream_t stream);
+
 cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stream);
 cudaError_t launch_merge_attentions_backward(const MergeParams& params, cudaStream_t stream);
 

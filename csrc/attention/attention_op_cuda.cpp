@@ -1,5 +1,6 @@
 // The operators vitkernels::attention and vitkernels::attention_varlen on a GPU.
 #include "attention/arguments_cuda.h"
+#include "attention/grid_launches_cuda.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
@@ -23,6 +24,7 @@ Forward run_forward(const Checker& checker, const AttentionArguments& args, bool
     params.split_lse = static_cast<float*>(split_lse->mutable_data_ptr());
   }
   const OnDevice device(args.query);
+  const OptionalTensor relative = launch_relative_logits(checker, args, params, device.stream());
   check_cuda(checker, launch_attention(params, device.stream()));
   return {out, lse};
 }

@@ -199,7 +199,7 @@ struct BackwardKernel {
       differentiate<kOwnsKeys>(logits, logit_grads, coordinates, p, sequence, task.batch, now.head, rows);
       // What all logits of the owner share waits for the end: small gradients would leave the range of fp16.
       const float factor = kOwnsKeys ? p.score.head_factor<float>(now.head) : 1.0f;
-      multiply_grads(logit_grads, coordinates, p.score.multiplier, factor, task.batch, now.head, rows, keys);
+      multiply_grads(logit_grads, coordinates, p.score, factor, task.batch, now.head, rows, keys);
 
       if (columns > 0) {
         multiply_operand(mma, grad, as_operand_a(convert<Element>(grads)),
@@ -222,6 +222,7 @@ struct BackwardKernel {
       const auto sT = owned.part(index);  // (queries,columns)
       if (sums.dots) write_dots(mma, grad, sT, is_there, p, sums, task);
       scale_rows(mma, grad, p, task, index == 0 ? p.score.scale_of<float>(task.head) : 1.0f);
+      if (p.relative_grad_query && task.split == 0) add_relative_grad(mma, grad, p, task);
       store(mma, grad, sT, index == 0 ? sums.logit_grads : sums.probs, task, index == 0 ? columns : value_columns);
     }
   }
@@ -265,6 +266,26 @@ struct BackwardKernel {
       const float factor_of_row = factor * p.weight(task.batch, query, task.head);
       CUTE_UNROLL
       for (int c = 0; c < size<1>(rows); ++c) rows(r, c) *= factor_of_row;
+    }
+  }
+
+  // What reaches the queries through the relative logits.
+  template <class Sums>
+  static __device__ void add_relative_grad(const Mma& mma, Sums& grad, const AttentionBackwardCudaParams& p,
+                                           const Task& task) {
+    const Grid& grid = p.score.on_grid.grid;
+    const float* relative = p.relative_grad_query + (task.batch * p.heads + task.head) * grid.num_tokens() * p.head_dim;
+    Tensor rows = by_rows(grad);             // (rows,columns)
+    const auto at = owned_coordinates(mma);  // (rows,columns)
+    CUTE_UNROLL
+    for (int r = 0; r < size<0>(rows); ++r) {
+      const int64_t query = task.tokens.begin + get<0>(at(r, 0)), token = query - grid.num_prefix;
+      if (query >= task.tokens.end || token < 0) continue;
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(rows); ++c) {
+        const int column = task.first_column + get<1>(at(r, c));
+        if (column < p.head_dim) rows(r, c) += relative[token * p.head_dim + column];
+      }
     }
   }
 

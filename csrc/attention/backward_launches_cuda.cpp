@@ -1,5 +1,7 @@
 #include "attention/backward_launches_cuda.h"
 
+#include "attention/sums_in_parts_cuda.h"
+
 namespace vitkernels {
 
 BackwardLaunches::BackwardLaunches(const Checker& checker, const AttentionArguments& args,
@@ -56,21 +58,21 @@ TermGradients BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& p
                            .sums = static_cast<float*>(head_scale.mutable_data_ptr())},
                           stream()));
   }
-  return {head_scale, term(params, score.bias, needed_.bias, TermFactor::kOne, 4),
-          term(params, score.key_bias, needed_.key_bias, TermFactor::kOne, 3),
-          term(params, score.multiplier, needed_.multiplier, TermFactor::kScaledProduct, 4)};
+  return {head_scale, term(params, score.bias, needed_.bias, TermFactor::kBias, 4),
+          term(params, score.key_bias, needed_.key_bias, TermFactor::kBias, 3),
+          term(params, score.multiplier, needed_.multiplier, TermFactor::kMultiplier, 4)};
 }
 
 Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const OptionalTensor& tensor, bool is_needed,
                               TermFactor factor, int64_t rank) const {
   if (!tensor || !is_needed) return none();
-  Tensor grad = gradient_of(*tensor);
-  if (!is_empty_) {
-    const TermGradient gradient{factor, score_strides(*tensor, rank, true),
-                                static_cast<float*>(grad.mutable_data_ptr())};
-    check(launch_attention_backward_term(params, gradient, stream()));
-  }
-  return grad;
+  if (is_empty_) return gradient_of(*tensor);
+  const ScoreStrides strides = score_strides(*tensor, rank, true);
+  const SumsInParts sums(*tensor, parts_of_term(params, strides, tensor->numel()), tensor->numel(),
+                         SumsInParts::Start::kAnything);
+  check(launch_attention_backward_term(params, {factor, strides, sums.sums()}, stream()));
+  check(sums.add(stream()));
+  return sums.gradient();
 }
 
 }  // namespace vitkernels

@@ -2,11 +2,11 @@
 // run.
 //
 // A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it computes a tile of
-// the logits' gradient again and adds it in registers, in order; at the end it adds the rows or columns of that tile
-// which the term does not tell apart. Nothing but the term's gradient is written.
+// the logits' gradient again and adds it to sums in shared memory, in order; at the end it adds the rows or columns of
+// that tile which the term does not tell apart. Where few elements serve many pairs, several blocks share them (cuda/parts.h).
 
-#include "attention/differentiate_cuda.h"
-#include "attention/tiles_cuda.h"
+#include "attention/gradient_tile_cuda.h"
+#include "cuda/parts.h"
 
 namespace vitkernels {
 namespace {
@@ -20,147 +20,111 @@ struct TermAxis {
   bool is_shared;
 
   VK_HOST_DEVICE int64_t num_owners() const { return is_shared ? 1 : count; }
-  VK_HOST_DEVICE Range served(int64_t owner) const { return is_shared ? Range{0, count} : Range{owner, owner + 1}; }
+  VK_HOST_DEVICE int64_t num_served() const { return is_shared ? count : 1; }
+  VK_HOST_DEVICE int64_t at(int64_t owner, int64_t served) const { return is_shared ? served : owner; }
 };
 
-template <class Element, int kDim>
+template <class Element>
 struct TermKernel {
-  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(Element));
-  static constexpr int kQueries = kTile.owned, kKeys = kTile.streamed;
-  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 1, sizeof(Element));
-  static_assert(kQueries * kKeys * int(sizeof(float)) <= kSharedBytes, "the sums leave through the operands' place");
-
-  using Queries = SharedPair<Element, kQueries, kDim>;
-  using Keys = SharedPair<Element, kKeys, kDim>;
-  using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
-  using Mma = TileMma<Element, kTile.warps, std::min(16, kTile.streamed)>;
+  using Tile = GradientTile<Element>;
+  static constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kFloatBytes;
 
   struct Axes {
     TermAxis batch, head, query_tile, key_tile;
 
-    VK_HOST_DEVICE Axes(const AttentionParams& p, const ScoreStrides& strides)
+    // An element has an owner even where no entry of a packed batch is so long.
+    VK_HOST_DEVICE Axes(const AttentionCudaParams& p, const ScoreStrides& strides)
         : batch{p.batch, strides.batch == 0},
           head{p.heads, strides.head == 0},
-          query_tile{ceil_div<int64_t>(p.num_queries(), kQueries), strides.query == 0},
-          key_tile{ceil_div<int64_t>(p.num_keys(), kKeys), strides.key == 0} {}
+          query_tile{
+              strides.query == 0 ? p.query_tiles(Tile::kQueries) : ceil_div<int64_t>(p.num_queries(), Tile::kQueries),
+              strides.query == 0},
+          key_tile{strides.key == 0 ? p.key_tiles(Tile::kKeys) : ceil_div<int64_t>(p.num_keys(), Tile::kKeys),
+                   strides.key == 0} {}
 
-    VK_HOST_DEVICE int64_t num_tasks() const {
+    VK_HOST_DEVICE int64_t num_owners() const {
       return batch.num_owners() * head.num_owners() * query_tile.num_owners() * key_tile.num_owners();
+    }
+    VK_HOST_DEVICE int64_t num_served() const {
+      return batch.num_served() * head.num_served() * query_tile.num_served() * key_tile.num_served();
     }
   };
 
-  static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, unsigned char* shared) {
+  static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, Element* shared) {
     const Axes axes(p, term.strides);
-    TaskIndex index(blockIdx.x);
-    const int64_t key_tile = index.take(axes.key_tile.num_owners());
-    const int64_t query_tile = index.take(axes.query_tile.num_owners());
-    const int64_t of_head = index.take(axes.head.num_owners()), of_batch = index.rest();
-    const Range batches = axes.batch.served(of_batch), heads = axes.head.served(of_head);
-    const Range query_tiles = axes.query_tile.served(query_tile), key_tiles = axes.key_tile.served(key_tile);
+    TaskIndex owner(blockIdx.x);
+    const int64_t part = owner.take(term.sums.count);
+    const int64_t own_keys = owner.take(axes.key_tile.num_owners());
+    const int64_t own_queries = owner.take(axes.query_tile.num_owners());
+    const int64_t own_head = owner.take(axes.head.num_owners()), own_batch = owner.rest();
 
-    const Mma mma(p.allow_tf32);
-    Tensor sums = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kKeys>>{});  // (MMA,MMA_M,MMA_N)
-    clear(sums);
-    for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
-      const Sequence sequence = p.sequence(batch);
-      for (int64_t head = heads.begin; head < heads.end; ++head) {
-        const int64_t kv_head = p.kv_head(head);
-        if (kv_head < 0) continue;
-        for (int64_t q = query_tiles.begin; q < query_tiles.end; ++q) {
-          const Range rows = tile_of(q, kQueries, sequence.axis.num_queries);
-          if (rows.empty()) break;
-          const Range seen = sequence.axis.any_keys(rows);
-          for (int64_t k = key_tiles.begin; k < key_tiles.end; ++k) {
-            const Range keys = tile_of(k, kKeys, sequence.axis.num_keys);
-            if (keys.empty()) break;
-            if (!intersect(seen, keys).empty()) {
-              add_tile(p, term, mma, sums, reinterpret_cast<Element*>(shared), sequence, batch, head, kv_head, rows,
-                       keys);
-            }
-          }
-        }
-      }
+    const Tile tile{p, shared};
+    Tensor sums = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));  // (queries,keys)
+    Tensor own_sums = tile.mma.get_slice(threadIdx.x).partition_C(sums);       // (MMA,MMA_M,MMA_N)
+    clear(own_sums);
+    const Range served = part_of(axes.num_served(), part, term.sums.count);
+    for (int64_t i = served.begin; i < served.end; ++i) {
+      TaskIndex index(i);
+      const int64_t key_tile = axes.key_tile.at(own_keys, index.take(axes.key_tile.num_served()));
+      const int64_t query_tile = axes.query_tile.at(own_queries, index.take(axes.query_tile.num_served()));
+      const int64_t head = axes.head.at(own_head, index.take(axes.head.num_served()));
+      TileTask task;
+      if (!Tile::find(p, axes.batch.at(own_batch, index.rest()), head, query_tile, key_tile, task)) continue;
+      Tensor grads = tile.gradient(task, term.factor);  // (MMA,MMA_M,MMA_N)
+      CUTE_UNROLL
+      for (int j = 0; j < size(grads); ++j) own_sums(j) += grads(j);
     }
     // Where rows or columns are summed, those that do not exist are zero.
-    const Range rows = term.strides.query == 0 ? Range{0, kQueries} : tile_of(query_tile, kQueries, p.num_queries());
-    const Range keys = term.strides.key == 0 ? Range{0, kKeys} : tile_of(key_tile, kKeys, p.num_keys());
-    finish(term, mma, sums, reinterpret_cast<float*>(shared), of_batch, of_head, rows, keys);
-  }
-
-  template <class Sums>
-  static __device__ void add_tile(const AttentionBackwardCudaParams& p, const TermGradient& term, const Mma& mma,
-                                  Sums& sums, Element* shared, const Sequence& sequence, int64_t batch, int64_t head,
-                                  int64_t kv_head, Range rows, Range keys) {
-    const Queries of_queries{shared};
-    const Keys of_keys{shared + int{Queries::kElements}};
-    __syncthreads();  // nobody reads the last tile any more
-    const TokensOfHead queries{sequence, batch, head, kv_head, rows},
-        keys_of_head{sequence, batch, head, kv_head, keys};
-    of_queries.template copy<Side::kQueries, Copy>(p, queries);
-    of_keys.template copy<Side::kKeys, Copy>(p, keys_of_head);
-    wait_for_copies<0>();
+    const Range rows =
+        axes.query_tile.is_shared ? Range{0, Tile::kQueries} : tile_of(own_queries, Tile::kQueries, p.num_queries());
+    const Range keys = axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, p.num_keys());
     __syncthreads();
-
-    Tensor probs = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kKeys>>{});  // (MMA,MMA_M,MMA_N)
-    Tensor grads = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kKeys>>{});  // (MMA,MMA_M,MMA_N)
-    clear(probs);
-    clear(grads);
-    multiply_tile(mma, probs, of_queries.first(), of_keys.first(), int(p.head_dim));
-    multiply_values<Side::kQueries, Copy>(mma, grads, p, of_queries, queries, of_keys, keys_of_head, false);
-    Tensor products = make_fragment_like(probs);  // (MMA,MMA_M,MMA_N)
-    cute::copy(probs, products);
-
-    const auto coordinates = coordinates_of<Side::kQueries, kQueries, kKeys>(mma);  // (queries,keys)
-    Tensor logits = by_rows(probs);                                                 // (queries,keys)
-    Tensor logit_grads = by_rows(grads);                                            // (queries,keys)
-    apply_score<kKeys>(logits, coordinates, p.score, sequence.axis, batch, head, rows, keys);
-    differentiate<true>(logits, logit_grads, coordinates, p, sequence, batch, head, rows);
-    const float scale = term.factor == TermFactor::kScaledProduct ? p.score.scale_of<float>(head) : 1.0f;
-    CUTE_UNROLL
-    for (int i = 0; i < size(sums); ++i) {
-      sums(i) += term.factor == TermFactor::kOne ? grads(i) : grads(i) * (products(i) * scale);
-    }
+    finish(term, sums, term.sums.data + part * term.sums.stride, own_batch, own_head, rows, keys);
   }
 
   // Writes the elements of the tile `rows` x `keys`, or the sums over what has no stride.
   template <class Sums>
-  static __device__ void finish(const TermGradient& term, const Mma& mma, const Sums& sums, float* shared,
-                                int64_t batch, int64_t head, Range rows, Range keys) {
-    Tensor sS = make_tensor(make_smem_ptr(shared), Layout<Shape<Int<kQueries>, Int<kKeys>>, Stride<Int<kKeys>, _1>>{});
-    __syncthreads();
-    cute::copy(sums, mma.get_slice(threadIdx.x).partition_C(sS));
-    __syncthreads();
+  static __device__ void finish(const TermGradient& term, const Sums& sums, float* target, int64_t batch, int64_t head,
+                                Range rows, Range keys) {
     const int num_rows = int(rows.end - rows.begin), num_keys = int(keys.end - keys.begin);
     const int rows_of_element = term.strides.query == 0 ? num_rows : 1;
     const int keys_of_element = term.strides.key == 0 ? num_keys : 1;
     const int width = num_keys / keys_of_element, count = num_rows / rows_of_element * width;
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    for (int i = threadIdx.x; i < count; i += Tile::kThreads) {
       const int first_row = i / width, first_key = i % width;
       double total = 0.0;
       for (int r = 0; r < rows_of_element; ++r) {
-        for (int c = 0; c < keys_of_element; ++c) total += double(sS(first_row + r, first_key + c));
+        for (int c = 0; c < keys_of_element; ++c) total += double(sums(first_row + r, first_key + c));
       }
-      term.data[term.strides.offset(batch, head, rows.begin + first_row, keys.begin + first_key)] = float(total);
+      target[term.strides.offset(batch, head, rows.begin + first_row, keys.begin + first_key)] = float(total);
     }
   }
 };
 
-template <class Element, int kDim>
-__global__ void __launch_bounds__(TermKernel<Element, kDim>::kThreads)
+template <class Element>
+__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
     attention_backward_term(const __grid_constant__ AttentionBackwardCudaParams p,
                             const __grid_constant__ TermGradient term) {
   extern __shared__ __align__(128) unsigned char shared[];
-  TermKernel<Element, kDim>::run(p, term, shared);
+  TermKernel<Element>::run(p, term, reinterpret_cast<Element*>(shared));
 }
 
 }  // namespace
 
+int64_t parts_of_term(const AttentionBackwardCudaParams& p, const ScoreStrides& strides, int64_t elements) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    const typename TermKernel<Element>::Axes axes(p, strides);
+    return parts_for(axes.num_owners(), axes.num_served(), elements);
+  });
+}
+
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& p, const TermGradient& term,
                                            cudaStream_t stream) {
-  return dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) {
-    using Kernel = TermKernel<Element, kDim>;
-    return launch_tasks(attention_backward_term<Element, kDim>, typename Kernel::Axes(p, term.strides).num_tasks(),
-                        Kernel::kThreads, Kernel::kSharedBytes, stream, p, term);
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    const typename TermKernel<Element>::Axes axes(p, term.strides);
+    using Tile = GradientTile<Element>;
+    return launch_tasks(attention_backward_term<Element>, axes.num_owners() * term.sums.count, Tile::kThreads,
+                        TermKernel<Element>::kSharedBytes, stream, p, term);
   });
 }
 

@@ -137,22 +137,13 @@ __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& c
   }
 }
 
-// The gradient of the logits becomes that of the scaled products: times `factor` and the multiplier.
+// The gradient of the logits becomes that of the scaled products: times `factor` and the multipliers.
 template <class Grads, class Coordinates>
-__device__ void multiply_grads(Grads& grads, const Coordinates& coordinates, const ScoreTerm& multiplier, float factor,
+__device__ void multiply_grads(Grads& grads, const Coordinates& coordinates, const Score& score, float factor,
                                int64_t batch, int64_t head, Range rows, Range keys) {
   CUTE_UNROLL
-  for (int r = 0; r < cute::size<0>(grads); ++r) {
-    const int64_t query = rows.begin + cute::get<0>(coordinates(r, 0));
-    CUTE_UNROLL
-    for (int c = 0; c < cute::size<1>(grads); ++c) {
-      const int64_t key = keys.begin + cute::get<1>(coordinates(r, c));
-      grads(r, c) *= factor;
-      if (multiplier.data && query < rows.end && key < keys.end) {
-        grads(r, c) *= static_cast<const float*>(multiplier.data)[multiplier.strides.offset(batch, head, query, key)];
-      }
-    }
-  }
+  for (int i = 0; i < cute::size(grads); ++i) grads(i) *= factor;
+  multiply_by_terms(grads, coordinates, score, {batch, head, rows, keys});
 }
 
 }  // namespace vitkernels::cuda

@@ -1,7 +1,7 @@
 // Where tokens lie on a grid, and tables by the offset between two of them. Host and device, no torch.
 //
 // A table has an entry for every offset of a query from a key: (2 n0 - 1, 2 n1 - 1, 2 n2 - 1), and the pair of query i
-// and key j is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). Kernels read the entries in reverse order,
+// and key j is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the entries in reverse order,
 // where keys that follow one another on the last axis have entries that do.
 #pragma once
 
@@ -11,6 +11,21 @@ namespace vitkernels {
 
 struct Place {
   int64_t at[kMaxAxes];
+};
+
+// Division of numbers below 2^31 by a constant, as a multiplication (Granlund and Montgomery, 1994).
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int divisor) {
+    while (int64_t(1) << shift_ < divisor) ++shift_;
+    multiplier_ = uint32_t(((uint64_t(1) << (31 + shift_)) + divisor - 1) / divisor);
+  }
+  VK_HOST_DEVICE int divide(int n) const { return int((uint64_t(uint32_t(n) * 2) * multiplier_) >> 32 >> shift_); }
+
+ private:
+  uint32_t multiplier_ = uint32_t(1) << 31;
+  int shift_ = 0;
 };
 
 struct Grid {
@@ -65,6 +80,41 @@ struct Grid {
       if (++first.at[1] == size[1]) first.at[1] = 0, ++first.at[0];
     }
   }
+};
+
+// The same grid for GPUs, which have no instruction for divisions: 32 bits are enough for its tokens and entries. A
+// table is read as it was given: the entry of a query and a key is entry(query) - entry(key) + center().
+struct SmallGrid {
+  static constexpr int64_t kMostEntries = (int64_t(1) << 31) - 1;
+
+  int size[kMaxAxes] = {1, 1, 1}, num_prefix = 0;
+  Divisor height, width;
+
+  struct Place {
+    int at[kMaxAxes];
+  };
+
+  SmallGrid() = default;
+  explicit SmallGrid(const Grid& grid)
+      : size{int(grid.size[0]), int(grid.size[1]), int(grid.size[2])},
+        num_prefix(int(grid.num_prefix)),
+        height(size[1]),
+        width(size[2]) {}
+
+  VK_HOST_DEVICE Place place(int token) const {
+    const int row = width.divide(token), depth = height.divide(row);
+    return {{depth, row - depth * size[1], token - row * size[2]}};
+  }
+  // For an axis that is not known when a kernel is compiled: an array would lie in memory.
+  VK_HOST_DEVICE int coordinate(int axis, int token) const {
+    const Place p = place(token);
+    return axis == 0 ? p.at[0] : axis == 1 ? p.at[1] : p.at[2];
+  }
+  VK_HOST_DEVICE int num_offsets(int axis) const { return 2 * size[axis] - 1; }
+  VK_HOST_DEVICE int entry(const Place& p) const {
+    return (p.at[0] * num_offsets(1) + p.at[1]) * num_offsets(2) + p.at[2];
+  }
+  VK_HOST_DEVICE int center() const { return entry({{size[0] - 1, size[1] - 1, size[2] - 1}}); }
 };
 
 }  // namespace vitkernels

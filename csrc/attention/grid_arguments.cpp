@@ -21,6 +21,8 @@ void dispatch_statistics(const Tensor& t, Function&& function) {
   }
 }
 
+OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : t; }
+
 OptionalTensor reversed_entries(const OptionalTensor& table) {
   if (!table) return {};
   const Tensor source = torch::stable::contiguous(*table);
@@ -38,7 +40,7 @@ OptionalTensor reversed_entries(const OptionalTensor& table) {
 
 TableTerm table_term(const OptionalTensor& entries) {
   if (!entries) return {};
-  return {.data = entries->const_data_ptr(), .head_stride = entries->size(0) == 1 ? 0 : entries->size(1)};
+  return {.data = entries->const_data_ptr(), .head_stride = entries->size(0) == 1 ? 0 : entries->stride(0)};
 }
 
 int64_t heads_of(const Tensor& rel_pos) { return rel_pos.dim() == 2 ? 1 : rel_pos.size(0); }
@@ -68,8 +70,8 @@ OptionalTensor reversed_rows(const OptionalTensor& rel_pos) {
 RelPosTerm rel_pos_term(const OptionalTensor& rows) {
   if (!rows) return {};
   return {.data = rows->const_data_ptr(),
-          .head_stride = rows->size(0) == 1 ? 0 : rows->stride(0),
-          .row_stride = rows->size(2)};
+          .head_stride = heads_of(*rows) == 1 ? 0 : rows->stride(0),
+          .row_stride = rows->size(rows->dim() - 1)};
 }
 
 // The parts, and the heads that share a term, are added in order. Sums of the reversed entries lie `row` apart, the first
@@ -99,7 +101,7 @@ struct Reduction {
 }  // namespace
 
 GridScore::GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, const Tensor& key,
-                     ScalarType statistics)
+                     ScalarType statistics, TablesAs tables)
     : from(arguments) {
   const bool has_table = from.bias_table || from.multiplier_table;
   const bool has_axis = std::any_of(from.rel_pos.begin(), from.rel_pos.end(), [](const auto& t) { return !!t; });
@@ -115,7 +117,7 @@ GridScore::GridScore(const Checker& checker, const GridArguments& arguments, con
                 " with a table by offset");
   check_terms(checker, query, statistics);
   check_grid(checker, tokens - prefix);
-  reverse();
+  tables == TablesAs::kGiven ? keep(checker, tokens) : reverse();
 }
 
 GridScore::GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, int axes,
@@ -143,6 +145,17 @@ void GridScore::check_terms(const Checker& checker, const Tensor& query, ScalarT
   check_table(checker, "multiplier_table", from.multiplier_table, query, statistics);
   for (int axis = 0; axis < kMaxAxes; ++axis) check_rel_pos(checker, axis, query, statistics);
   find_grid(checker);
+}
+
+void GridScore::keep(const Checker& checker, int64_t tokens) {
+  double entries = 1.0;
+  for (int axis = 0; axis < kMaxAxes; ++axis) entries *= double(grid.num_offsets(axis));
+  checker.check(entries + double(grid.num_prefix) <= SmallGrid::kMostEntries, "query has ", tokens,
+                " tokens on a grid with offsets beyond 32 bits, takes fewer on a GPU");
+  small = SmallGrid(grid);
+  bias_entries = contiguous(from.bias_table);
+  multiplier_entries = contiguous(from.multiplier_table);
+  for (int axis = 0; axis < kMaxAxes; ++axis) rel_pos_rows[axis] = contiguous(from.rel_pos[axis]);
 }
 
 void GridScore::reverse() {
@@ -213,6 +226,7 @@ void GridScore::check_grid(const Checker& checker, int64_t num_tokens) const {
 
 void GridScore::fill(GridTerms& terms) const {
   terms.grid = grid;
+  terms.small = small;
   terms.bias = table_term(bias_entries);
   terms.multiplier = table_term(multiplier_entries);
   for (int axis = 0; axis < kMaxAxes; ++axis) terms.rel_pos[axis] = rel_pos_term(rel_pos_rows[axis]);

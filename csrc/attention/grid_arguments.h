@@ -17,12 +17,15 @@ struct GridArguments {
 // In the order of the arguments.
 using WantedOnGrid = std::array<bool, 2 + kMaxAxes>;
 
+// How kernels read tables and embeddings: reversed and padded, on the CPU, or contiguous as they were given, on a GPU.
+enum class TablesAs { kReversed, kGiven };
+
 // Owns what GridTerms point to.
 class GridScore {
  public:
   GridScore() = default;
   GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, const Tensor& key,
-            ScalarType statistics);
+            ScalarType statistics, TablesAs tables = TablesAs::kReversed);
   // Of a map with `axes` axes, where no query sees a key further away than `largest_offset`.
   GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, int axes,
             const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
@@ -36,15 +39,17 @@ class GridScore {
   void find_grid(const Checker& checker);
   void check_grid(const Checker& checker, int64_t num_tokens) const;
   void reverse();
+  void keep(const Checker& checker, int64_t tokens);
   void check_table(const Checker& checker, const char* name, const OptionalTensor& table, const Tensor& query,
                    ScalarType statistics) const;
   bool has_table() const { return from.bias_table || from.multiplier_table; }
   void check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const;
 
   Grid grid;
+  SmallGrid small;
   const char* source = nullptr;                       // the argument that it was found in
-  OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], reversed
-  std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], reversed
+  OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], or as given
+  std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], or as given
 };
 
 // The gradients of these terms, and the memory of their sums.

@@ -24,7 +24,8 @@ struct ScoreTerm {
   ScoreStrides grad_strides;
 };
 
-// A table by offset, for each head (or one for all): its entries reversed, then some that are read but not used.
+// A table by offset, for each head (or one for all). On the CPU its entries are reversed, and some follow that are read
+// but not used; so with the embeddings below, whose rows are padded with zeros there.
 struct TableTerm {
   const void* data = nullptr;
   int64_t head_stride = 0;
@@ -32,8 +33,7 @@ struct TableTerm {
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
-// Embeddings of the offsets on one axis, whose product with the query is added: [heads or 1, offsets, row_stride], the
-// offsets reversed, the rows padded with zeros.
+// Embeddings of the offsets on one axis, whose product with the query is added: [heads or 1, offsets, row_stride].
 struct RelPosTerm {
   const void* data = nullptr;
   int64_t head_stride = 0, row_stride = 0;
@@ -41,11 +41,21 @@ struct RelPosTerm {
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
+// The products of queries with embeddings by the coordinates of the keys, axis after axis: on a GPU, computed before the
+// kernels that read them.
+struct RelativeLogits {
+  const float* data = nullptr;  // [batch, heads, tokens on the grid, width]
+  int64_t batch_stride = 0, head_stride = 0;
+  int width = 0, first[kMaxAxes] = {};  // of an axis' coordinates
+};
+
 // Terms by the places of query and key on a grid.
 struct GridTerms {
   Grid grid;
   TableTerm multiplier, bias;
   RelPosTerm rel_pos[kMaxAxes];
+  SmallGrid small;          // on a GPU
+  RelativeLogits relative;  // on a GPU
 
   VK_HOST_DEVICE bool has_rel_pos() const { return rel_pos[0].data || rel_pos[1].data || rel_pos[2].data; }
   VK_HOST_DEVICE bool has_bias() const { return bias.data || has_rel_pos(); }
@@ -70,7 +80,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias; the grid's multiplier and bias join the others. V is a number on the GPU and a vector on the CPU.
+// logit = (scale * q.k) * multiplier + bias + key_bias; the grid's multiplier and bias join the others. V is a vector.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;

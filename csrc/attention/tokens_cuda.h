@@ -31,10 +31,11 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
 // Calls f(token) for those of an entry's slot that its sequence does not cover; the threads of the block share them.
 template <class Function>
 __device__ void for_uncovered(Range slot, Range covered, Function&& f) {
-  for (const Range part : {Range{slot.begin, covered.begin}, Range{covered.end, slot.end}}) {
-    const Range tokens = intersect(part, slot);
+  const auto share = [&](Range tokens) {
     for (int64_t token = tokens.begin + threadIdx.x; token < tokens.end; token += blockDim.x) f(token);
-  }
+  };
+  share(intersect(slot, {slot.begin, covered.begin}));
+  share(intersect(slot, {covered.end, slot.end}));
 }
 
 // Calls f(element).

@@ -42,12 +42,16 @@ add_library(vitkernels_cuda_objects OBJECT csrc/attention/arguments.cpp
                                            csrc/attention/grid_arguments.cpp
                                            csrc/attention/attention_op_cuda.cpp
                                            csrc/attention/backward_cuda.cu
+                                           csrc/attention/backward_tables_cuda.cu
                                            csrc/attention/backward_launches_cuda.cpp
                                            csrc/attention/backward_rows_cuda.cu
                                            csrc/attention/backward_terms_cuda.cu
                                            csrc/attention/forward_cuda.cu
+                                           csrc/attention/grid_launches_cuda.cpp
                                            csrc/attention/merge_attentions_cuda.cu
                                            csrc/attention/merge_attentions_op_cuda.cpp
+                                           csrc/attention/rel_pos_cuda.cu
+                                           csrc/attention/sum_parts_cuda.cu
                                            csrc/attention/transposed_op_cuda.cpp
                                            csrc/cuda/library.cpp)
 target_link_libraries(vitkernels_cuda_objects PUBLIC vitkernels_cuda_flags torch_stable)

@@ -27,4 +27,9 @@ VK_HOST_DEVICE Range tile_of(int64_t index, int64_t size, int64_t count) {
   return intersect({index * size, (index + 1) * size}, {0, count});
 }
 
+// One of `parts` shares of `count` pieces of work.
+VK_HOST_DEVICE Range part_of(int64_t count, int64_t part, int64_t parts) {
+  return {part * count / parts, (part + 1) * count / parts};
+}
+
 }  // namespace vitkernels::cuda

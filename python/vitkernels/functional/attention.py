@@ -108,7 +108,9 @@ def attention(
         multiplier_table: likewise, :math:`M`: multiplied to the scaled product of query and key, as ``multiplier``.
         rel_pos: :math:`R^a`, for each axis an embedding of its offsets, ``(2 n - 1, d)`` or ``(heads, 2 n - 1, d)``,
             whose product with the query is added to the logits. The query is not scaled (but normalised, with
-            ``qk_norm``); where a paper scales it, multiply the tables with ``scale``.
+            ``qk_norm``); where a paper scales it, multiply the tables with ``scale``. A GPU holds the products of
+            each query by the coordinates of the keys: ``h + w`` of them for a query on a grid of ``h x w``, but as
+            many as logits on a grid of a single axis.
         num_prefix_tokens: how many of the first tokens (class token, registers) have no place on the grid: for their
             rows and columns, tables have bias 0 and multiplier 1.
         head_map: ``(heads,)`` integer tensor naming the kv head of each query head; uneven groups, and kv heads
