@@ -55,6 +55,45 @@ def test_window_attention_v2_is_swins(shift):
     check_same(ours, block.attn, block._attn, torch.randn(2, 8, 8, 24), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("shift", [0, 2])
+def test_window_attention_is_torchvisions(shift):
+    """Its file has the table's index, which ours computes."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    theirs = randomised(swin.ShiftedWindowAttention(24, [4, 4], [shift, shift], 3))
+    ours = vk.nn.WindowAttention(24, 3, window_size=4, shift_size=shift)
+    check_same(ours, theirs, theirs, torch.randn(2, 8, 12, 24))
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_window_attention_is_transformers(shift):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.swin.modeling_swin import SwinLayer
+
+    layer = SwinLayer(transformers.SwinConfig(window_size=4, attn_implementation="eager"), 24, (8, 12), 3, 0.0, shift)
+    layer.layernorm_before, layer.mlp = nn.Identity(), Nothing()  # what is left is x and its attention
+    randomised(layer)
+    theirs = layer.attention
+    projections = theirs.q_proj, theirs.k_proj, theirs.v_proj
+    ours = vk.nn.WindowAttention(24, 3, window_size=4, shift_size=shift)
+    ours.load_state_dict(
+        {
+            "relative_position_bias_table": theirs.relative_position_bias.relative_position_bias_table,
+            "qkv.weight": torch.cat([p.weight for p in projections]),
+            "qkv.bias": torch.cat([p.bias for p in projections]),
+            "proj.weight": theirs.o_proj.weight,
+            "proj.bias": theirs.o_proj.bias,
+        }
+    )
+    x = torch.randn(2, 8, 12, 24)
+    expected = layer(x.flatten(1, 2), (8, 12))[0].view_as(x) - x
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)  # its softmax is in float32
+
+
 def test_files_with_an_index_load():
     ours = vk.nn.WindowAttention(24, 3, window_size=4)
     ours.load_state_dict(ours.state_dict() | {"relative_position_index": torch.zeros(16, 16, dtype=torch.int64)})
@@ -125,6 +164,18 @@ def test_neighborhood_attention(shape):
     assert [*ours.state_dict()] == ["rpb", "qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
     assert ours.rpb.shape == (3, *(5,) * len(shape))
     check_same(ours, ours, lambda x: neighborhood(x, ours, 3, dilation), torch.randn(2, *shape, 24))
+
+
+@pytest.mark.parametrize("shape", [(17,), (9, 11), (4, 5, 6)])
+def test_neighborhood_attention_is_nattens(shape):
+    natten = pytest.importorskip("natten")
+    name = f"NeighborhoodAttention{len(shape)}D"
+    options = {"embed_dim": 24, "num_heads": 3, "kernel_size": 3, "qk_scale": 0.2}
+    theirs = randomised(getattr(natten, name)(**options)).float().requires_grad_(False)  # on the CPU it has none
+    ours = getattr(vk.nn, name)(**options).float()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, *shape, 24).float()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
 class LePEAttention(nn.Module):

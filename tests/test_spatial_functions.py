@@ -133,6 +133,27 @@ def test_neighborhood_attention_with_nattens_options():
     agree(ours, reference, q, k, v, *extra)
 
 
+NATTEN = {
+    "1d": ((17,), {"kernel_size": (5,), "stride": (3,), "dilation": (2,)}),
+    "2d": ((9, 11), {"kernel_size": (3, 5)}),
+    "2d, strided, dilated, causal on one axis": (
+        (12, 13),
+        {"kernel_size": (5, 3), "stride": (2, 1), "dilation": (2, 4), "is_causal": (False, True), "scale": 0.3},
+    ),
+    "3d": ((4, 6, 7), {"kernel_size": (3, 3, 5), "dilation": (1, 2, 1), "is_causal": (True, False, False)}),
+}
+
+
+@pytest.mark.parametrize("case", NATTEN)
+def test_neighborhood_attention_is_nattens_own(case):
+    """Its functions, in float32, the widest type that they take; on the CPU they have no gradients."""
+    natten = pytest.importorskip("natten")
+    grid, options = NATTEN[case]
+    tensors = [torch.randn(2, *grid, 2, 8) for _ in range(3)]
+    found, expected = (getattr(library, f"na{len(grid)}d")(*tensors, **options) for library in (vk, natten.functional))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_cross_shaped_window_attention():
     place = rows((7, 8))
     columns, lines = place[:, 1] // 3, place[:, 0] // 3
