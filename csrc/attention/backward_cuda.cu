@@ -313,9 +313,9 @@ __global__ void __launch_bounds__(Kernel::kThreads)
   Kernel::run(p, sums, reinterpret_cast<typename Kernel::Element*>(shared));
 }
 
-template <class Function>
+template <class Element, class Function>
 auto dispatch_kernel(const AttentionBackwardCudaParams& p, Side owner, Function&& f) {
-  return dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) {
+  return dispatch_dim(p, [&]<int kDim>(Int<kDim>) {
     if (owner == Side::kKeys) return f(BackwardKernel<Element, kDim, Side::kKeys>{});
     return f(BackwardKernel<Element, kDim, Side::kQueries>{});
   });
@@ -323,24 +323,35 @@ auto dispatch_kernel(const AttentionBackwardCudaParams& p, Side owner, Function&
 
 }  // namespace
 
-int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner) {
-  return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
+template <DType kDType>
+int64_t AttentionLaunches<kDType>::backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums,
+                                                   Side owner) {
+  return dispatch_kernel<ElementOf<kDType>>(p, owner, [&]<class Kernel>(Kernel) {
     return splits_of(typename Kernel::Cut(p, sums).num_tasks(p), Kernel::streamed_tiles(p, 1));
   });
 }
 
-int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
-  return dispatch_kernel(p, Side::kQueries, [&]<class Kernel>(Kernel) {
+template <DType kDType>
+int64_t AttentionLaunches<kDType>::backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
+  return dispatch_kernel<ElementOf<kDType>>(p, Side::kQueries, [&]<class Kernel>(Kernel) {
     return typename Kernel::Cut(p, sums).column_blocks * sums.splits;
   });
 }
 
-cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
-                                      cudaStream_t stream) {
-  return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
+template <DType kDType>
+cudaError_t AttentionLaunches<kDType>::backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
+                                                cudaStream_t stream) {
+  return dispatch_kernel<ElementOf<kDType>>(p, owner, [&]<class Kernel>(Kernel) {
     return launch_tasks(attention_backward<Kernel>, typename Kernel::Cut(p, sums).num_tasks(p) * sums.splits,
                         Kernel::kThreads, Kernel::kSharedBytes, stream, p, sums);
   });
 }
+
+template int64_t AttentionLaunches<DType::VK_DTYPE>::backward_splits(const AttentionBackwardCudaParams&,
+                                                                     const OwnedSums&, Side);
+template int64_t AttentionLaunches<DType::VK_DTYPE>::backward_dot_parts(const AttentionBackwardCudaParams&,
+                                                                        const OwnedSums&);
+template cudaError_t AttentionLaunches<DType::VK_DTYPE>::backward(const AttentionBackwardCudaParams&, const OwnedSums&,
+                                                                  Side, cudaStream_t);
 
 }  // namespace vitkernels

@@ -200,36 +200,20 @@ cudaError_t launch(const AttentionCudaParams& p, cudaStream_t stream) {
                       Kernel::kSharedBytes, stream, p);
 }
 
-cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
-  const int64_t rows = p.num_rows() * p.heads;
-  const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
-  for (int64_t split = 0; split < p.splits; ++split) {
-    outs[split] = p.split_out + split * rows * p.value_dim;
-    lses[split] = p.split_lse + split * rows;
-  }
-  return launch_merge_attentions({.out_dtype = p.dtype,
-                                  .parts = p.splits,
-                                  .rows = rows,
-                                  .dim = p.value_dim,
-                                  .outs = outs,
-                                  .lses = lses,
-                                  .out = p.out.data,
-                                  .lse = p.lse},
-                                 stream);
-}
-
 }  // namespace
 
-int64_t attention_key_splits(const AttentionCudaParams& p) {
-  const int64_t blocks = dispatch_tile(
-      p, [&]<class Element, int kDim>(Element, Int<kDim>) { return ForwardKernel<Element, kDim>::tasks_of_split(p); });
-  return std::min(splits_of(blocks, p.key_tiles(1)), kMaxMergeParts);
+template <DType kDType>
+int64_t AttentionLaunches<kDType>::forward_blocks(const AttentionCudaParams& p) {
+  return dispatch_dim(p,
+                      [&]<int kDim>(Int<kDim>) { return ForwardKernel<ElementOf<kDType>, kDim>::tasks_of_split(p); });
 }
 
-cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
-  const cudaError_t error =
-      dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) { return launch<Element, kDim>(p, stream); });
-  return error != cudaSuccess || p.splits == 1 ? error : join_splits(p, stream);
+template <DType kDType>
+cudaError_t AttentionLaunches<kDType>::forward(const AttentionCudaParams& p, cudaStream_t stream) {
+  return dispatch_dim(p, [&]<int kDim>(Int<kDim>) { return launch<ElementOf<kDType>, kDim>(p, stream); });
 }
+
+template int64_t AttentionLaunches<DType::VK_DTYPE>::forward_blocks(const AttentionCudaParams&);
+template cudaError_t AttentionLaunches<DType::VK_DTYPE>::forward(const AttentionCudaParams&, cudaStream_t);
 
 }  // namespace vitkernels
