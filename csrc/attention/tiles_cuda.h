@@ -19,10 +19,10 @@ struct ForwardTile {
 // a GPU yet.
 constexpr ForwardTile forward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
-  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};  // 16 KB, 32 KB; 128 keys spill
-  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};  // 32 KB, 64 KB; bfloat16 spills 16 bytes on sm_90
+  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};                 // 16 KB, 32 KB; 128 keys spill
+  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};                 // 32 KB, 64 KB
   if (dim <= 128) return {.queries = 64, .keys = is_wide ? 32 : 64, .warps = 4};  // 48 KB, 64 KB
-  return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};  // 64 KB, 96 KB; 16 bits spill 16 bytes on sm_80
+  return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB
 }
 
 // A block of threads owns keys (or queries), sixteen a warp, and goes through the queries (or keys) in tiles of which one
