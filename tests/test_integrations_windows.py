@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 import vitkernels as vk
 from model_zoo import (
+    LowRankLinear,
+    Named,
     add_low_rank,
     assert_close,
     assert_policy,
@@ -80,9 +83,21 @@ def test_outputs_and_gradients_agree(name):
     assert all(torch.equal(again[key], stock[key]) for key in stock)
 
 
-def without_key_biases(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The gradient of a key's bias is zero, and what is computed is rounding."""
-    return {key: t for key, t in named.items() if not key.endswith("k_proj.bias")}
+def assert_policy_by_kind(ours: Named, stock: Named, truth: Named, eps: float) -> None:
+    """``assert_policy`` for all blocks together, since a gradient of few numbers is right by chance in one of them.
+
+    The gradient of a key's bias is left out: it is zero, and what is computed is rounding.
+    """
+
+    def by_kind(named: Named) -> Named:
+        kinds: dict[str, list[torch.Tensor]] = {}
+        for key, exact in truth.items():
+            if not key.endswith("k_proj.bias"):
+                kinds.setdefault(re.sub(r"\d+", "*", key), []).append((named[key] / exact.abs().max()).flatten())
+        return {kind: torch.cat(tensors) for kind, tensors in kinds.items()}
+
+    assert ours.keys() == stock.keys() == truth.keys()
+    assert_policy(*map(by_kind, (ours, stock, truth)), eps)
 
 
 @every_model
@@ -92,7 +107,7 @@ def test_float32_error_policy(name):
     stock = outputs_and_gradients(model.float(), images.float())
     vk.accelerate(model)
     ours = outputs_and_gradients(model, images.float())
-    assert_policy(*map(without_key_biases, (ours, stock, truth)), torch.finfo(torch.float32).eps)
+    assert_policy_by_kind(ours, stock, truth, torch.finfo(torch.float32).eps)
 
 
 @every_swin
@@ -106,7 +121,7 @@ def test_bfloat16_autocast_error_policy(name):
         with expect_kernel_calls(count) as recorder:
             ours = outputs_and_gradients(model, images)
     assert all(call[0].dtype == torch.bfloat16 for call in recorder.calls)
-    assert_policy(*map(without_key_biases, (ours, stock, truth)), torch.finfo(torch.bfloat16).eps)
+    assert_policy_by_kind(ours, stock, truth, torch.finfo(torch.bfloat16).eps)
 
 
 @every_swin
@@ -170,19 +185,21 @@ def test_low_rank_linears_inside_are_called(name):
     assert add_low_rank(model, lambda name: name.endswith(("proj", "qkv", "query", "value", "self.key"))) >= 2 * count
     with expect_kernel_calls(count):
         ours = outputs_and_gradients(model, images)
-    if name == "torchvision":  # the stock forward reads the weights that a Linear has
-        assert any("qkv.up" in key for key in ours)
-        return
+    assert sum(key.endswith(".up.weight") for key in ours) >= 2 * count
     vk.restore(model)
-    assert_close(ours, outputs_and_gradients(model, images))
+    for module in [*model.modules()]:  # some of the stock forwards read weights
+        for child, linear in module.named_children():
+            if isinstance(linear, LowRankLinear):
+                linear.base.weight.data += linear.up.weight @ linear.down.weight
+                setattr(module, child, linear.base)
+    assert_close({"output": ours["output"]}, {"output": outputs_and_gradients(model, images)["output"]})
 
 
 @every_swin
 def test_copies_and_pickles_stay_accelerated(name, tmp_path):
     model, images, count = model_of(name)
     vk.accelerate(model)
-    expected = copy.deepcopy(model)
-    out = outputs_and_gradients(expected, images)["output"]
+    out = outputs_and_gradients(copy.deepcopy(model), images)["output"]
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
     torch.save((images, out), tmp_path / "data.pt")
     run_python(
@@ -225,10 +242,10 @@ def test_images_of_another_size():
         images = torch.randn(shape, dtype=torch.float64)
         with expect_kernel_calls(3):
             ours = outputs_and_gradients(model, images)
-        assert_close(ours, outputs_and_gradients(vk_restored(model), images))
+        assert_close(ours, outputs_and_gradients(restored(model), images))
 
 
-def vk_restored(model: nn.Module) -> nn.Module:
+def restored(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     vk.restore(twin)
     return twin
@@ -241,7 +258,7 @@ def test_windows_that_timm_sets_later():
     images = torch.randn(2, 3, 48, 64, dtype=torch.float64)
     with expect_kernel_calls(3):
         ours = outputs_and_gradients(model, images)
-    assert_close(ours, outputs_and_gradients(vk_restored(model), images))
+    assert_close(ours, outputs_and_gradients(restored(model), images))
 
 
 def test_gradient_checkpointing():
