@@ -49,7 +49,7 @@ def first_changes(grown):
 
 
 @each_tagged("core")
-def test_compile_recompiles_only_where_a_size_changes_first(sample):
+def test_compile_recompiles_once_per_change(sample):
     # Until a size changes, the compiler takes it for a constant; from then on it is variable.
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(sample.function, fullgraph=True, backend="aot_eager")

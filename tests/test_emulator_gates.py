@@ -150,7 +150,7 @@ def test_gate(gate, sample, cuda_kernels):
 
 @gates(
     test_registration.test_opcheck_traced, test_registration.test_second_derivatives_raise,
-    test_registration.test_unused_outputs_cost_nothing, test_compile.test_compile_recompiles_only_where_a_size_changes_first,
+    test_registration.test_unused_outputs_cost_nothing, test_compile.test_compile_recompiles_once_per_change,
     test_compile.test_compile_dynamic_never_recompiles, test_compile.test_export,
 )  # fmt: skip
 @each(samples.SMALL_SAMPLES, tag="core")
