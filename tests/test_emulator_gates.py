@@ -185,7 +185,7 @@ def test_core_gate(gate, sample, cuda_kernels):
 
 
 @gates(
-    test_registration.test_opcheck_traced, test_compile.test_compile_recompiles_at_most_once,
+    test_registration.test_opcheck_traced, test_compile.test_compile_recompiles_once_per_change,
     test_compile.test_compile_dynamic_never_recompiles, test_compile.test_export,
 )  # fmt: skip
 @each(samples.SMALL_SAMPLES, tag="deploy", functions=tuple(FUNCTIONS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitkernels.integrations.swap import Fused, Swaps
-from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, rope, self_attention
+from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, rope, self_attention, windows
 
 __all__ = ["FUSED", "LEFT", "SWAPS"]
 
@@ -51,6 +51,10 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedSamAttention": ("timm.models.vision_transformer_sam.Attention", decomposed.WindowOrGlobalAttention),
     "FusedSimPool1d": ("timm.layers.other_pool.SimPool1d", cross.SimplePooling),
     "FusedSimPool2d": ("timm.layers.other_pool.SimPool2d", cross.SimplePooling),
+    "FusedSwinTransformerBlock": ("timm.models.swin_transformer.SwinTransformerBlock", windows.WindowBlock),
+    "FusedSwinTransformerV2Block": (
+        "timm.models.swin_transformer_v2.SwinTransformerV2Block", windows.CosineWindowBlock,
+    ),
     "FusedTntAttention": ("timm.models.tnt.Attention", self_attention.UnequalDimsAttention),
     "FusedVisformerAttention": ("timm.models.visformer.Attention", feature_map.PackedMapAttention),
     "FusedVoloAttention": ("timm.models.volo.Attention", self_attention.PackedAttention),
@@ -58,6 +62,7 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
 }  # fmt: skip
 
 _WINDOWS = "windows are not fused yet"
+_PART = "only fused with the block of timm around it"
 _TALKING_HEADS = "the heads exchange logits and weights"
 _CHANNELS = "attention between channels is not fused yet"
 _QUERY_POSITIONS = "relative positions that depend on the query are not fused yet"
@@ -84,8 +89,8 @@ LEFT = {
     "timm.models.nextvit.ConvAttention": _NOT_SOFTMAX,
     "timm.models.shvit.SHSA": _FEW_TOKENS,
     "timm.models.swiftformer.EfficientAdditiveAttention": _NOT_SOFTMAX,
-    "timm.models.swin_transformer.WindowAttention": _WINDOWS,
-    "timm.models.swin_transformer_v2.WindowAttention": _WINDOWS,
+    "timm.models.swin_transformer.WindowAttention": _PART,
+    "timm.models.swin_transformer_v2.WindowAttention": _PART,
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": _WINDOWS,
     "timm.models.tiny_vit.Attention": _WINDOWS,
     "timm.models.twins.LocallyGroupedAttn": _WINDOWS,
