@@ -78,7 +78,7 @@ FAMILIES: dict[str, list[Subject]] = {
     ),
     "windows and others": _timm(
         "shvit_s4", "efficientvit_m4", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "maxvit_tiny_rw_224",
-        "davit_tiny",
+        "davit_tiny", "tiny_vit_5m_224",
     ),
     "torchvision": [Subject("torchvision vit_b_16"), Subject("torchvision swin_t"), Subject("torchvision swin_v2_t")],
     "transformers": [

@@ -83,7 +83,7 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
     "pvt_v2_b2_li": (64, {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 160, 256)}, {"Attention": 4}, {}),
     "twins_svt_small": (
         64, {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "img_size": 64},
-        {"GlobalSubSampleAttn": 4}, {"LocallyGroupedAttn": 4},
+        {"GlobalSubSampleAttn": 4, "LocallyGroupedAttn": 4}, {},
     ),
     "nextvit_small": (
         64, {"depths": (1, 1, 5, 1)}, {"EfficientAttention": 3}, {"ConvAttention": 8},
@@ -102,6 +102,19 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
     "coatnet_pico_rw_224": (64, {"img_size": 64}, {"Attention2d": 7}, {}),
     "caformer_s18": (64, {}, {"Attention": 12}, {}),
     "resnet50_clip": (64, {}, {"AttentionPool2d": 1}, {}),
+    "davit_tiny": (
+        72, {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 3)},
+        {"SpatialBlock": 2}, {"ChannelAttention": 2},
+    ),
+    "tiny_vit_5m_224": (
+        96, {"depths": (1, 2, 1), "embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "window_sizes": (7, 7, 7)},
+        {"TinyVitBlock": 3}, {},
+    ),
+    "maxvit_pico_rw_256": (64, {"img_size": 64}, {"PartitionAttentionCl": 22}, {}),
+    "maxvit_tiny_tf_224": (
+        96, {"img_size": 96, "depths": (1, 1), "embed_dim": (32, 64), "stem_width": 16},
+        {"PartitionAttentionCl": 4}, {},
+    ),
     "swin_tiny_patch4_window7_224": (
         56, {"depths": (2, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 56}, {"SwinTransformerBlock": 3}, {},
     ),

@@ -1,4 +1,4 @@
-"""``vk.accelerate`` on the shifted windows of Swin and Swin V2, in every library that has them."""
+"""``vk.accelerate`` on windows and grids of a map: those of Swin and Swin V2 in every library, and others of timm."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ MODELS = {
     "timm": (lambda: timm_family("swin_tiny_patch4_window7_224"), "timm SwinTransformerBlock", 3),
     "timm padded": (lambda: timm_family("swin_s3_tiny_224"), "timm SwinTransformerBlock", 4),
     "timm v2": (lambda: timm_family("swinv2_tiny_window8_256"), "timm SwinTransformerV2Block", 3),
+    "timm maxvit": (lambda: timm_family("maxvit_tiny_tf_224"), "timm PartitionAttentionCl", 4),
+    "timm tinyvit": (lambda: timm_family("tiny_vit_5m_224"), "timm TinyVitBlock", 3),
     "torchvision": (lambda: torchvision_model(1, 80), "torchvision ShiftedWindowAttention", 4),
     "torchvision padded": (lambda: torchvision_model(1, 72), "torchvision ShiftedWindowAttention", 4),
     "torchvision small": (lambda: torchvision_model(1, 32, 9), "torchvision ShiftedWindowAttention", 4),
@@ -79,6 +81,7 @@ def test_outputs_and_gradients_agree(name):
     assert_close(ours, stock)
     vk.restore(model)
     assert [*map(type, model.modules())] == classes
+    model.eval()  # TinyViT's tables are kept from one eval forward to the next, together with their graph
     again = outputs_and_gradients(model, images)
     assert all(torch.equal(again[key], stock[key]) for key in stock)
 
@@ -167,7 +170,9 @@ def test_dropout_in_training_takes_the_stock_path(name):
         model.eval()(images)
 
 
-@pytest.mark.parametrize("name", ["timm padded", "timm v2", "torchvision padded", "torchvision v2"])
+@pytest.mark.parametrize(
+    "name", ["timm padded", "timm v2", "timm maxvit", "timm tinyvit", "torchvision padded", "torchvision v2"]
+)
 def test_dynamo_captures_one_graph(name):
     model, images, _ = model_of(name)
     vk.accelerate(model)

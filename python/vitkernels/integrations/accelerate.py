@@ -34,8 +34,8 @@ def accelerate(model: nn.Module) -> Report:
     - torch, and so torchvision: ``nn.MultiheadAttention``. Of torchvision also the shifted windows of Swin and
       Swin V2.
     - timm: the softmax attention between all tokens of its transformers, hybrids and attention pools, and the
-      blocks of Swin and Swin V2. Windows of other families, talking heads and attention between channels stay as
-      they are.
+      blocks with windows or grids of Swin, Swin V2, MaxViT, DaViT, TinyViT and Twins. Windows of other families,
+      talking heads and attention between channels stay as they are.
     - transformers: every attention module that goes through ``ALL_ATTENTION_FUNCTIONS`` and is set to
       ``"sdpa"``. The setting lives in the model's config, so a model that shares the config object follows.
       Beside these the modules of CvT, PVT and PVTv2, which compute on their own, and the layers of Swin and Swin V2.
