@@ -27,7 +27,7 @@ ifeq ($(shell nproc),2)
 PINNED := GOMP_CPU_AFFINITY="0 1"
 endif
 
-SOURCES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 

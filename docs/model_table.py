@@ -77,9 +77,10 @@ FAMILIES: dict[str, list[Subject]] = {
         "resnet50_clip",
     ),
     "windows and others": _timm(
-        "shvit_s4", "efficientvit_m4", "swin_tiny_patch4_window7_224", "maxvit_tiny_rw_224", "davit_tiny",
+        "shvit_s4", "efficientvit_m4", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "maxvit_tiny_rw_224",
+        "davit_tiny", "tiny_vit_5m_224",
     ),
-    "torchvision": [Subject("torchvision vit_b_16"), Subject("torchvision swin_t")],
+    "torchvision": [Subject("torchvision vit_b_16"), Subject("torchvision swin_t"), Subject("torchvision swin_v2_t")],
     "transformers": [
         *(
             Subject(f"transformers {name}", options=_SMALL)
@@ -90,7 +91,7 @@ FAMILIES: dict[str, list[Subject]] = {
             Subject(f"transformers {name}", options=_SMALL)
             for name in ("DINOv3ViT", "CLIPVision", "SiglipVision", "ViTMAE")
         ),
-        *(Subject(f"transformers {name}") for name in ("Cvt", "Pvt", "PvtV2", "Swin")),
+        *(Subject(f"transformers {name}") for name in ("Cvt", "Pvt", "PvtV2", "Swin", "Swinv2")),
     ],
 }  # fmt: skip
 _THREE = ("float32", "bfloat16", "float16")

@@ -83,7 +83,7 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
     "pvt_v2_b2_li": (64, {"depths": (1, 1, 1, 1), "embed_dims": (32, 64, 160, 256)}, {"Attention": 4}, {}),
     "twins_svt_small": (
         64, {"depths": (2, 2, 2, 2), "embed_dims": (16, 32, 64, 128), "img_size": 64},
-        {"GlobalSubSampleAttn": 4}, {"LocallyGroupedAttn": 4},
+        {"GlobalSubSampleAttn": 4, "LocallyGroupedAttn": 4}, {},
     ),
     "nextvit_small": (
         64, {"depths": (1, 1, 5, 1)}, {"EfficientAttention": 3}, {"ConvAttention": 8},
@@ -102,8 +102,32 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
     "coatnet_pico_rw_224": (64, {"img_size": 64}, {"Attention2d": 7}, {}),
     "caformer_s18": (64, {}, {"Attention": 12}, {}),
     "resnet50_clip": (64, {}, {"AttentionPool2d": 1}, {}),
+    "davit_tiny": (
+        72, {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 3)},
+        {"SpatialBlock": 2}, {"ChannelAttention": 2},
+    ),
+    "tiny_vit_5m_224": (
+        96, {"depths": (1, 2, 1), "embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "window_sizes": (7, 7, 7)},
+        {"TinyVitBlock": 3}, {},
+    ),
+    "maxvit_pico_rw_256": (64, {"img_size": 64}, {"PartitionAttentionCl": 22}, {}),
+    "maxvit_tiny_tf_224": (
+        96, {"img_size": 96, "depths": (1, 1), "embed_dim": (32, 64), "stem_width": 16},
+        {"PartitionAttentionCl": 4}, {},
+    ),
     "swin_tiny_patch4_window7_224": (
-        32, {"depths": (1, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 32}, {}, {"WindowAttention": 2},
+        56, {"depths": (2, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 56}, {"SwinTransformerBlock": 3}, {},
+    ),
+    "swin_s3_tiny_224": (  # maps of 18 x 18 and 9 x 9, which windows of 7 do not fit
+        72, {"depths": (2, 2), "num_heads": (3, 3), "embed_dim": 24, "img_size": 72, "window_size": (7, 7)},
+        {"SwinTransformerBlock": 4}, {},
+    ),
+    "swinv2_tiny_window8_256": (
+        64, {"depths": (2, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 64}, {"SwinTransformerV2Block": 3}, {},
+    ),
+    "swinv2_cr_tiny_224": (
+        32, {"depths": (1, 1), "num_heads": (3, 3), "embed_dim": 24, "img_size": 32, "window_size": (4, 4)},
+        {}, {"WindowMultiHeadAttention": 2},
     ),
 }  # fmt: skip
 # Models whose attention goes through the registry, with the options that the tests want of them.
@@ -132,6 +156,13 @@ TRANSFORMERS_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 3, 4],
          "linear_attention": True},
         {"PvtV2SelfAttention": 4},
+    ),
+    "Swin": ({"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 4}, {"SwinLayer": 3}),
+    "Swin padded": ({"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 5}, {"SwinLayer": 3}),
+    "Swinv2": ({"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 4}, {"Swinv2Layer": 3}),
+    "Swinv2 padded": (
+        {"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 3], "window_size": 5, "pretrained_window_sizes": [3, 3]},
+        {"Swinv2Layer": 3},
     ),
 }  # fmt: skip
 
@@ -248,21 +279,21 @@ def assert_policy(ours: Named, stock: Named, truth: Named, eps: float) -> None:
 
 
 class KernelCalls(TorchDispatchMode):
-    """Records the arguments of the calls of the forward kernel."""
+    """Records the arguments of the calls of the forward kernels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.vitkernels.attention.default:
+        if func in (torch.ops.vitkernels.attention.default, torch.ops.vitkernels.spatial_attention.default):
             self.calls.append(args)
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def expect_kernel_calls(number: int) -> Iterator[KernelCalls]:
-    """Fail unless the attention kernel runs ``number`` times inside."""
+    """Fail unless the attention kernels run ``number`` times inside."""
     with KernelCalls() as recorder:
         yield recorder
     assert len(recorder.calls) == number

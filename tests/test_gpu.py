@@ -142,7 +142,7 @@ def on_device(make):
 
 
 def kernel_calls(dtype):
-    return DEPTH if dtype in KERNEL_DTYPES[DEVICE.type] else 0
+    return DEPTH if dtype in KERNEL_DTYPES["attention"][DEVICE.type] else 0
 
 
 @each_dtype
@@ -202,7 +202,7 @@ def test_module(dtype):
     ours = vk.nn.Attention(192, 3, qkv_bias=True, device=DEVICE, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     stock = outputs_and_gradients(theirs.to(dtype), x.to(dtype))
-    with expect_kernel_calls(int(dtype in KERNEL_DTYPES[DEVICE.type])):
+    with expect_kernel_calls(int(dtype in KERNEL_DTYPES["attention"][DEVICE.type])):
         mine = outputs_and_gradients(ours, x.to(dtype))
     assert_policy(mine, stock, truth, torch.finfo(dtype).eps)
 

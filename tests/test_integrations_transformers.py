@@ -218,10 +218,10 @@ def test_accelerate_is_idempotent():
 
 
 def test_attention_outside_the_registry_is_named():
-    config = transformers.Swinv2Config(depths=[1], num_heads=[2], embed_dim=16, image_size=32)
-    report = vk.accelerate(transformers.Swinv2Model(config))
+    config = transformers.Swin2SRConfig(depths=[1], num_heads=[2], embed_dim=16, image_size=32)
+    report = vk.accelerate(transformers.Swin2SRModel(config))
     assert [(entry.kind, entry.status, entry.reason) for entry in report.entries] == [
-        ("transformers Swinv2SelfAttention", "stock", "no fused replacement")
+        ("transformers Swin2SRSelfAttention", "stock", "no fused replacement")
     ]
 
 

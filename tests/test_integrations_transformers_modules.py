@@ -48,7 +48,7 @@ def test_outputs_and_gradients_agree(name):
     assert all(torch.equal(again[key], stock[key]) for key in stock)
 
 
-@pytest.mark.parametrize("name", ["Cvt", "Pvt", "PvtV2"])
+@pytest.mark.parametrize("name", ["Cvt", "Pvt", "PvtV2", "Swin padded"])
 def test_float32_error_policy(name):
     model, images = transformers_family(name)
     truth = outputs_and_gradients(model, images)
@@ -56,22 +56,22 @@ def test_float32_error_policy(name):
     vk.accelerate(model)
     ours = outputs_and_gradients(model, images.float())
     for named in (truth, stock, ours):  # the gradient of a key's bias is zero, and what is computed is rounding
-        for key in [key for key in named if re.search(r"(projection_key\b.*|\bkey)\.bias$", key)]:
+        for key in [key for key in named if re.search(r"(projection_key\b.*|\bkey|k_proj)\.bias$", key)]:
             del named[key]
     assert_policy(ours, stock, truth, torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("name", ["Pvt", "PvtV2"])
+@pytest.mark.parametrize("name", ["Pvt", "PvtV2", "Swinv2"])
 def test_output_attentions_takes_the_stock_path(name):
     model, images = transformers_family(name)
     stock = model(images, output_attentions=True)
     report = vk.accelerate(model)
-    assert {entry.reason for entry in report.replaced} == {"stock path with output_attentions"}
+    assert all(entry.reason.startswith("stock path with output_attentions") for entry in report.replaced)
     with expect_kernel_calls(0):
         ours = model(images, output_attentions=True)
     assert torch.equal(ours.logits, stock.logits)
     found, expected = tree_leaves(ours.attentions), tree_leaves(stock.attentions)
-    assert len(found) == len(expected) == 4
+    assert len(found) == len(expected) > 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -81,6 +81,8 @@ def test_dropout_in_training_takes_the_stock_path(name):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.2
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.2
         if isinstance(module, torch.nn.BatchNorm2d):
             module.track_running_stats = False
     model.train()
@@ -99,14 +101,14 @@ def test_low_rank_linears_inside_are_called(name):
     model, images = transformers_family(name)
     vk.accelerate(model)
     attentions = sum(TRANSFORMERS_FAMILIES[name][1].values())
-    assert add_low_rank(model, lambda name: name.endswith(("query", "value"))) == 2 * attentions
+    assert add_low_rank(model, lambda name: name.endswith(("query", "value", "q_proj", "v_proj"))) == 2 * attentions
     with expect_kernel_calls(attentions):
         ours = outputs_and_gradients(model, images)
     vk.restore(model)
     assert_close(ours, outputs_and_gradients(model, images))
 
 
-@pytest.mark.parametrize("name", ["Cvt", "PvtV2"])
+@pytest.mark.parametrize("name", ["Cvt", "PvtV2", "Swin", "Swinv2 padded"])
 def test_dynamo_captures_one_graph(name):
     model, images = transformers_family(name)
     expected = model(images).logits

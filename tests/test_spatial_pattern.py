@@ -7,6 +7,7 @@ import pytest
 import torch
 import vitkernels as vk
 from calls import differentiate
+from emulation import needs_emulator
 from vitkernels.reference.pattern import axis_pattern
 
 needs_compiler = pytest.mark.skipif(pattern.compiler() is None, reason="no C++ compiler was found")
@@ -65,6 +66,20 @@ def test_queries_of_a_key_invert_the_keys_of_a_query():
         for v, (begin, end) in enumerate(pattern.queries_of_keys(axis, nq, nk, has_outside).tolist()):
             found = {u * step + v % step for u in range(begin, end)}
             assert found == seen_by[v], (axis, nq, nk, has_outside, v)
+
+
+@needs_compiler
+@needs_emulator
+def test_device_is_the_host(emulator):
+    rng = random.Random(0)
+    axes = [any_geometry(rng) for _ in range(4000)]
+    encoded = torch.tensor([[*axis.encoded(), *counts] for axis, *counts in axes])
+    on_host = [ask(*axis).flatten() for axis in axes for ask in (pattern.keys_of_queries, pattern.queries_of_keys)]
+    on_device = torch.zeros(sum(map(len, on_host)), dtype=torch.int64)
+    emulator.compute("pattern", encoded, on_device, len(axes))
+    of_axes = on_device.split([len(a) + len(b) for a, b in zip(on_host[::2], on_host[1::2], strict=True)])
+    for axis, found, *expected in zip(axes, of_axes, on_host[::2], on_host[1::2], strict=True):
+        assert torch.equal(found, torch.cat(expected)), axis
 
 
 def natten_neighborhood(u, n, kernel, stride, dilation, is_causal):

@@ -256,14 +256,15 @@ void AttentionArguments::fill(AttentionParams& params) const {
 
 TokenTensor token_tensor(const Tensor& t) {
   constexpr int64_t kAlignment = 16;
-  const int64_t tokens = t.dim() - 3, bytes = t.element_size();
+  // In elements: a stride that no token is reached by may be too large to be counted in bytes.
+  const int64_t tokens = t.dim() - 3, elements = kAlignment / t.element_size();
   bool is_aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0;
-  for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && t.stride(i) * bytes % kAlignment == 0;
+  for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && t.stride(i) % elements == 0;
   return {.data = const_cast<void*>(t.const_data_ptr()),
           .batch_stride = tokens ? t.stride(0) : 0,
           .token_stride = t.stride(tokens),
           .head_stride = t.stride(tokens + 1),
-          .is_aligned = is_aligned && t.size(t.dim() - 1) * bytes % kAlignment == 0};
+          .is_aligned = is_aligned && t.size(t.dim() - 1) % elements == 0};
 }
 
 Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params) {

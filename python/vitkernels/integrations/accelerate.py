@@ -17,6 +17,7 @@ __all__ = ["accelerate", "register_transformers", "restore"]
 # A model of a library has imported these modules of it. Importing them for the user would cost seconds.
 _INTEGRATIONS = {
     "torch.nn": "vitkernels.integrations.multihead",
+    "torchvision.models.swin_transformer": "vitkernels.integrations.torchvision",
     "timm.layers.attention": "vitkernels.integrations.timm",
     "transformers.modeling_utils": "vitkernels.integrations.transformers",
 }
@@ -30,14 +31,20 @@ def accelerate(model: nn.Module) -> Report:
     pickles and compiled versions of the model stay accelerated. ``torch.fx`` traces the stock path, and
     ``torch.jit.script`` needs :func:`restore` first. A second call changes nothing.
 
-    - torch, and so torchvision: ``nn.MultiheadAttention``.
-    - timm: the softmax attention between all tokens of its transformers, hybrids and attention pools. Windows,
+    - torch, and so torchvision: ``nn.MultiheadAttention``. Of torchvision also the shifted windows of Swin and
+      Swin V2.
+    - timm: the softmax attention between all tokens of its transformers, hybrids and attention pools, and the
+      blocks with windows or grids of Swin, Swin V2, MaxViT, DaViT, TinyViT and Twins. Windows of other families,
       talking heads and attention between channels stay as they are.
     - transformers: every attention module that goes through ``ALL_ATTENTION_FUNCTIONS`` and is set to
       ``"sdpa"``. The setting lives in the model's config, so a model that shares the config object follows.
-      Beside these the modules of CvT, PVT and PVTv2, which compute on their own.
+      Beside these the modules of CvT, PVT and PVTv2, which compute on their own, and the layers of Swin and Swin V2.
 
     A subclass of a replaced class is left alone, since it may compute something else.
+
+    Shifted windows are computed on the map: nothing is rolled or cut into windows. The libraries add -100 to the
+    logits of pairs that a shift keeps apart; here such pairs do not exist, which differs where logits lie that far
+    apart.
 
     Args:
         model: any module, an attention module itself included.
@@ -51,6 +58,8 @@ def accelerate(model: nn.Module) -> Report:
     _check(model, "accelerate")
     entries = {entry.name: entry for library in _loaded() for entry in library.replace(model)}
     inside = tuple(f"{name}." if name else "" for name, entry in entries.items() if entry.status == "replaced")
+    # What a replaced module has inside is part of it, and not an entry of its own.
+    entries = {name: entry for name, entry in entries.items() if not name or not name.startswith(inside)}
     for name, module in model.named_modules():
         if name not in entries and not name.startswith(inside) and _looks_like_attention(module):
             entries[name] = Entry(name, kind_of(module), "stock", "no fused replacement")

@@ -47,7 +47,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             or (self.training and self.dropout > 0.0)
             or query.dim() != 3
             or query.is_nested
-            or query.dtype not in KERNEL_DTYPES.get(query.device.type, ())
+            or query.dtype not in KERNEL_DTYPES["attention"].get(query.device.type, ())
             or not all(mask is None or _is_mask(mask) for mask in (key_padding_mask, attn_mask))
         ):
             return super().forward(*arguments)

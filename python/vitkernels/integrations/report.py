@@ -20,12 +20,14 @@ class Entry:
         kind: library and class, such as ``"timm Attention"``.
         status: ``"replaced"``, or ``"stock"`` where it was left as it was.
         reason: why it is stock; for a replaced one, when it computes as before nevertheless.
+        operator: what a replaced one computes with.
     """
 
     name: str
     kind: str
     status: Literal["replaced", "stock"]
     reason: str = ""
+    operator: str = "attention"
 
 
 @dataclass
@@ -52,9 +54,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = []
-        groups = Counter((entry.status, entry.kind, entry.reason) for entry in self.entries)
-        for (status, kind, reason), count in groups.items():
-            target = "vitkernels.attention" if status == "replaced" else "stock"
+        groups = Counter((entry.status, entry.kind, entry.reason, entry.operator) for entry in self.entries)
+        for (status, kind, reason, operator), count in groups.items():
+            target = f"vitkernels.{operator}" if status == "replaced" else "stock"
             lines.append(f"{count:>4} x {kind} -> {target}" + (f" ({reason})" if reason else ""))
         if not self.replaced:
             lines.append("nothing was replaced" if lines else "nothing to replace: no attention module found")

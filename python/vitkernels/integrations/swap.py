@@ -28,7 +28,11 @@ class Fused(nn.Module):
     input_name: ClassVar[str]
     #: What ``attend`` reads of the module. The library may rename it, and then the module is left alone.
     attributes: ClassVar[tuple[str, ...]] = ()
-    #: The dropout of the attention weights, which the kernel does not have.
+    #: Modules inside whose work ``attend`` does, so that they are not called: their path -> their class.
+    absorbed: ClassVar[Mapping[str, str]] = {}
+    #: The operator that ``attend`` calls.
+    operator: ClassVar[str] = "attention"
+    #: The path of the dropout of the attention weights, which the kernel does not have: a module or a rate.
     dropout_attribute: ClassVar[str] = "attn_drop"
     #: When ``attend`` takes the stock path.
     condition: ClassVar[str] = ""
@@ -41,7 +45,11 @@ class Fused(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0] if args else kwargs[self.input_name]
-        if x.dtype not in KERNEL_DTYPES.get(x.device.type, ()) or (self.training and self.dropout_of(self) > 0.0):
+        if (
+            x.dtype not in KERNEL_DTYPES[self.operator].get(x.device.type, ())
+            or (self.training and self.dropout_of(self) > 0.0)
+            or any(_has_hooks(_at(self, path)) for path in self.absorbed)
+        ):
             return super().forward(*args, **kwargs)
         return self.attend(*args, **kwargs)
 
@@ -52,7 +60,9 @@ class Fused(nn.Module):
     @classmethod
     def dropout_of(cls, module: nn.Module) -> float:
         """The rate of ``dropout_attribute``, 0 if there is none."""
-        return float(getattr(getattr(module, cls.dropout_attribute, None), "p", 0.0))
+        dropout = _at(module, cls.dropout_attribute)
+        rate = getattr(dropout, "p", dropout)
+        return float(rate) if isinstance(rate, (int, float)) else 0.0
 
     @staticmethod
     def obstacle(module: nn.Module) -> str:
@@ -88,9 +98,13 @@ class Swaps:
                 entries.append(Entry(name, kind_of(module), "stock", reason))
             elif fused:
                 module.__class__ = fused
-                reasons = [*conditions(module, fused.dropout_of(module)), *filter(None, [fused.condition])]
+                reasons = conditions(module, fused.dropout_of(module), fused.operator)
+                if fused.condition:
+                    reasons.append(fused.condition)
+                if fused.absorbed:
+                    reasons.append(f"stock path with hooks on {' or '.join(fused.absorbed)}")
                 kind = f"{stock_class.__module__.partition('.')[0]} {stock_class.__name__}"
-                entries.append(Entry(name, kind, "replaced", "; ".join(reasons)))
+                entries.append(Entry(name, kind, "replaced", "; ".join(reasons), fused.operator))
         return entries
 
     def restore(self, model: nn.Module) -> None:
@@ -135,6 +149,24 @@ class Swaps:
         return ""
 
 
+def _at(module: nn.Module, path: str) -> Any:
+    """What lies at ``path`` in ``module``, ``None`` if there is nothing."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    return hasattr(_at(module, parent) if parent else module, name)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(len, hooks))
+
+
 def path_of(cls: type) -> str:
     """Module and name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -156,7 +188,13 @@ def _obstacle(module: nn.Module, fused: type[Fused]) -> str:
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
     stock_class = fused.stock_class
-    missing = [name for name in fused.attributes if not hasattr(module, name)]
+    for path, inner in fused.absorbed.items():
+        found = _at(module, path)
+        if path_of(type(found)) != inner:
+            return f"its {path} is a {type(found).__name__}, which may compute something else"
+        if "forward" in found.__dict__:
+            return f"the forward of its {path} is overridden on the instance"
+    missing = [path for path in fused.attributes if not _has(module, path)]
     if missing:
         return f"this version of {_owner(stock_class)} has no {', '.join(missing)}"
     theirs, ours = (list(inspect.signature(f).parameters) for f in (stock_class.forward, fused.attend))

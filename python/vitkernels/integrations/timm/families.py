@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitkernels.integrations.swap import Fused, Swaps
-from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, rope, self_attention
+from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, partitions, rope, self_attention, windows
 
 __all__ = ["FUSED", "LEFT", "SWAPS"]
 
@@ -21,6 +21,7 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedConViTAttention": ("timm.models.convit.MHSA", self_attention.PackedAttention),
     "FusedCPUBoneConvAttention": ("timm.models.cpubone.ConvAttention", feature_map.StridedMapAttention),
     "FusedCrossAttention": ("timm.models.crossvit.CrossAttention", cross.CrossAttention),
+    "FusedDaVitSpatialBlock": ("timm.models.davit.SpatialBlock", partitions.SpatialBlock),
     "FusedDiffAttention": ("timm.layers.diff_attention.DiffAttention", self_attention.DifferentialAttention),
     "FusedDiffParallelScalingBlock": (
         "timm.models.vision_transformer.DiffParallelScalingBlock", self_attention.DifferentialBlock,
@@ -39,18 +40,25 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedIFormerAttention": ("timm.models.iformer.SHMA", feature_map.ModulatedAttention),
     "FusedLevitAttention": ("timm.models.levit.Attention", bias.TableAttention),
     "FusedLevitAttentionDownsample": ("timm.models.levit.AttentionDownsample", bias.DownsamplingAttention),
+    "FusedLocallyGroupedAttn": ("timm.models.twins.LocallyGroupedAttn", partitions.LocallyGroupedAttention),
     "FusedLowFormerConvAttention": ("timm.models.lowformer.ConvAttention", feature_map.StridedMapAttention),
     "FusedMetaFormerAttention": ("timm.models.metaformer.Attention", self_attention.PackedAttention),
     "FusedMultiQueryAttention2d": ("timm.layers.attention2d.MultiQueryAttention2d", feature_map.MultiQueryAttention),
     "FusedMultiScaleAttention": ("timm.models.mvitv2.MultiScaleAttention", decomposed.PooledAttention),
     "FusedNextVitAttention": ("timm.models.nextvit.EfficientAttention", cross.ReducedKeysAttention),
     "FusedParallelScalingBlock": ("timm.models.vision_transformer.ParallelScalingBlock", self_attention.ParallelBlock),
+    "FusedPartitionAttentionCl": ("timm.models.maxxvit.PartitionAttentionCl", partitions.PartitionBlock),
     "FusedPvtAttention": ("timm.models.pvt_v2.Attention", cross.PooledKeysAttention),
     "FusedRelPosAttention": ("timm.models.vision_transformer_relpos.RelPosAttention", bias.RelativePositionAttention),
     "FusedRotAttentionPool2d": ("timm.layers.attention_pool2d.RotAttentionPool2d", cross.RotaryPooling),
     "FusedSamAttention": ("timm.models.vision_transformer_sam.Attention", decomposed.WindowOrGlobalAttention),
     "FusedSimPool1d": ("timm.layers.other_pool.SimPool1d", cross.SimplePooling),
     "FusedSimPool2d": ("timm.layers.other_pool.SimPool2d", cross.SimplePooling),
+    "FusedSwinTransformerBlock": ("timm.models.swin_transformer.SwinTransformerBlock", windows.WindowBlock),
+    "FusedSwinTransformerV2Block": (
+        "timm.models.swin_transformer_v2.SwinTransformerV2Block", windows.CosineWindowBlock,
+    ),
+    "FusedTinyVitBlock": ("timm.models.tiny_vit.TinyVitBlock", partitions.NormedWindowBlock),
     "FusedTntAttention": ("timm.models.tnt.Attention", self_attention.UnequalDimsAttention),
     "FusedVisformerAttention": ("timm.models.visformer.Attention", feature_map.PackedMapAttention),
     "FusedVoloAttention": ("timm.models.volo.Attention", self_attention.PackedAttention),
@@ -58,6 +66,7 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
 }  # fmt: skip
 
 _WINDOWS = "windows are not fused yet"
+_PART = "only fused with the block of timm around it"
 _TALKING_HEADS = "the heads exchange logits and weights"
 _CHANNELS = "attention between channels is not fused yet"
 _QUERY_POSITIONS = "relative positions that depend on the query are not fused yet"
@@ -72,23 +81,22 @@ LEFT = {
     "timm.models.coat.FactorAttnConvRelPosEnc": _NOT_SOFTMAX,
     "timm.models.davit.ChannelAttention": _CHANNELS,
     "timm.models.davit.ChannelAttentionV2": _CHANNELS,
-    "timm.models.davit.WindowAttention": _WINDOWS,
+    "timm.models.davit.WindowAttention": _PART,
     "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
     "timm.models.efficientformer_v2.Attention2d": _TALKING_HEADS,
     "timm.models.efficientvit_msra.CascadedGroupAttention": _FEW_TOKENS,
     "timm.models.gcvit.WindowAttentionGlobal": _WINDOWS,
-    "timm.models.maxxvit.AttentionCl": _WINDOWS,
+    "timm.models.maxxvit.AttentionCl": _PART,
     "timm.models.mobilevit.LinearSelfAttention": _NOT_SOFTMAX,
     "timm.models.mvitv2.MultiScaleAttentionPoolFirst": _QUERY_POSITIONS,
     "timm.models.nest.Attention": _WINDOWS,
     "timm.models.nextvit.ConvAttention": _NOT_SOFTMAX,
     "timm.models.shvit.SHSA": _FEW_TOKENS,
     "timm.models.swiftformer.EfficientAdditiveAttention": _NOT_SOFTMAX,
-    "timm.models.swin_transformer.WindowAttention": _WINDOWS,
-    "timm.models.swin_transformer_v2.WindowAttention": _WINDOWS,
+    "timm.models.swin_transformer.WindowAttention": _PART,
+    "timm.models.swin_transformer_v2.WindowAttention": _PART,
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": _WINDOWS,
-    "timm.models.tiny_vit.Attention": _WINDOWS,
-    "timm.models.twins.LocallyGroupedAttn": _WINDOWS,
+    "timm.models.tiny_vit.Attention": _PART,
     "timm.models.volo.OutlookAttention": _NOT_SOFTMAX,
     "timm.models.xcit.XCA": _CHANNELS,
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import split_last
 from vitkernels.integrations.swap import Fused, Swaps
+from vitkernels.integrations.transformers.windows import CosineWindowLayer, WindowLayer
 
 __all__ = ["FUSED", "SWAPS", "ConvolutionalProjections", "ReducedKeys", "ReducedKeysWithProjection"]
 
@@ -101,6 +102,8 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedCvtSelfAttention": (f"{_MODELS}.cvt.modeling_cvt.CvtSelfAttention", ConvolutionalProjections),
     "FusedPvtEfficientSelfAttention": (f"{_MODELS}.pvt.modeling_pvt.PvtEfficientSelfAttention", ReducedKeys),
     "FusedPvtV2SelfAttention": (f"{_MODELS}.pvt_v2.modeling_pvt_v2.PvtV2SelfAttention", ReducedKeysWithProjection),
+    "FusedSwinLayer": (f"{_MODELS}.swin.modeling_swin.SwinLayer", WindowLayer),
+    "FusedSwinv2Layer": (f"{_MODELS}.swinv2.modeling_swinv2.Swinv2Layer", CosineWindowLayer),
 }
 
 SWAPS = Swaps(__name__, FUSED)

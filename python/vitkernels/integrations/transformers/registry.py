@@ -67,7 +67,7 @@ def attention_forward(
     """
     if (
         dropout > 0.0
-        or query.dtype not in KERNEL_DTYPES.get(query.device.type, ())
+        or query.dtype not in KERNEL_DTYPES["attention"].get(query.device.type, ())
         or kwargs.get("output_attentions")
         or any(kwargs.get(name) is not None for name in _SDPA_ARGUMENTS)
     ):
