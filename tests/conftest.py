@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import emulation
 import pytest
@@ -58,3 +58,11 @@ def usable_device() -> Iterator[None]:
     except RuntimeError as error:
         print(f"the device is lost: {error}", file=sys.__stderr__, flush=True)
         os._exit(70)  # pytest-xdist names the test, and starts another worker
+
+
+@pytest.fixture
+def precision() -> Iterator[Callable[[str], None]]:
+    """Sets the precision of float32 matrix products; what was set before comes back."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)

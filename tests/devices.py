@@ -7,7 +7,6 @@ seeds, and moved. What has no kernels there is skipped. (test_emulator_gates run
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,8 +17,14 @@ ON_CPU = DEVICE.type == "cpu"
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
+ON_TENSOR_CORES = (torch.float32, *HALF)
 # The functions of the sample table that have CUDA kernels, and the dtypes that these take.
-FUNCTIONS = {"merge_attentions": DTYPES, "attention": HALF, "attention_varlen": HALF, "attention_transposed": HALF}
+FUNCTIONS = {
+    "merge_attentions": DTYPES,
+    "attention": ON_TENSOR_CORES,
+    "attention_varlen": ON_TENSOR_CORES,
+    "attention_transposed": ON_TENSOR_CORES,
+}
 
 
 def is_taken(sample: Any) -> bool:
@@ -47,11 +52,3 @@ def need(sample: Any, dtype: torch.dtype) -> None:
 def dtype_of(sample: Any, wanted: torch.dtype) -> torch.dtype:
     """``wanted``, or where the kernels do not take it the most precise dtype that they do."""
     return wanted if why_not(sample, wanted) is None else next(d for d in DTYPES if why_not(sample, d) is None)
-
-
-def raised_alike(function: Any, call: Mapping[str, Any]) -> bool:
-    """Whether a GPU refuses a bad call with the CPU's words."""
-    given = {name for name, value in call.items() if value is not None}
-    if {"value_q", "lse"} <= given and torch.float32 not in FUNCTIONS["attention_transposed"]:
-        return False  # these calls are float32, which is refused first
-    return function.__name__ in FUNCTIONS

@@ -6,7 +6,7 @@ import pytest
 import torch
 import vitkernels as vk
 from calls import outputs_of
-from devices import DEVICE, FUNCTIONS, ON_CPU, raised_alike
+from devices import DEVICE, FUNCTIONS, ON_CPU
 
 
 def tokens(*shape, dtype=torch.float32):
@@ -211,7 +211,7 @@ def each_error(rows):
 
 @each_error(ERRORS)
 def test_text(function, call, text):
-    if not ON_CPU and not raised_alike(function, call):
+    if not ON_CPU and function.__name__ not in FUNCTIONS:
         pytest.skip("other words on this device, or none")
     with pytest.raises(RuntimeError, match=re.escape(text)):
         function(**call)

@@ -10,14 +10,6 @@ FIRST = {s.operator: s for s in reversed(SAMPLES) if s.operator != "merge_attent
 each_operator = pytest.mark.parametrize("sample", FIRST.values(), ids=str)
 
 
-@pytest.fixture
-def precision():
-    """Sets the precision; what was set before comes back."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 def flags(function, call):
     """``allow_tf32`` of each operator that forward and backward call."""
     with Recorder() as recorder:

@@ -41,8 +41,7 @@ AttentionArguments arguments_on_device(const Checker& checker, const Tensor& que
   AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, packing,
                           values_are_checked() ? read_device_integers : nullptr);
   args.on_grid = GridScore(checker, on_grid, query, key, statistics_type(args.dtype), TablesAs::kGiven);
-  checker.check(args.dtype == DType::kBFloat16 || args.dtype == DType::kFloat16, "query is ",
-                dtype_text(args.query.scalar_type()), ", takes bfloat16 or float16 on a GPU");
+  checker.check(args.dtype != DType::kFloat64, "query is float64, takes float32, bfloat16 or float16 on a GPU");
   checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",
                 kMaxCudaHeadDim, " on a GPU");
   return args;

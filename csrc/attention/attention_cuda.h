@@ -170,6 +170,19 @@ struct EmbeddingGradient {
 
 inline constexpr int64_t kMaxCudaHeadDim = 256;
 
+// Of one dtype: what has so many instantiations that each dtype is compiled on its own (cuda/library.cmake).
+template <DType kDType>
+struct AttentionLaunches {
+  // How many blocks one split has.
+  static int64_t forward_blocks(const AttentionCudaParams& params);
+  // Each split of the keys.
+  static cudaError_t forward(const AttentionCudaParams& params, cudaStream_t stream);
+  static int64_t backward_splits(const AttentionBackwardCudaParams& params, const OwnedSums& sums, Side owner);
+  static int64_t backward_dot_parts(const AttentionBackwardCudaParams& params, const OwnedSums& sums);
+  static cudaError_t backward(const AttentionBackwardCudaParams& params, const OwnedSums& sums, Side owner,
+                              cudaStream_t stream);
+};
+
 // Ranges of keys for which the forward has blocks of their own, where there are few blocks otherwise.
 int64_t attention_key_splits(const AttentionCudaParams& params);
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);

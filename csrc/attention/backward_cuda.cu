@@ -24,15 +24,15 @@ struct BackwardKernel {
   using Element = T;
   static constexpr bool kOwnsKeys = kOwner == Side::kKeys;
   static constexpr Side kOther = other_side(kOwner);
-  static constexpr BackwardTile kTile = backward_tile(kDim);
-  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 2);
+  static constexpr BackwardTile kTile = backward_tile(kDim, sizeof(Element));
+  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, 2, sizeof(Element));
   static constexpr int kColumns = kOwnsKeys ? kTile.columns : kDim;
   static constexpr int kKeys = kOwnsKeys ? kTile.owned : kTile.streamed;
 
   using Owned = SharedPair<Element, kTile.owned, kDim>;
   using Streamed = SharedPair<Element, kTile.streamed, kDim>;
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
-  using Mma = TileMma<Element, kTile.warps>;
+  using Mma = TileMma<Element, kTile.warps, std::min(16, kTile.streamed)>;
 
   // In tiles of so many tokens.
   static VK_HOST_DEVICE int64_t owned_tiles(const AttentionCudaParams& p, int64_t size) {
@@ -158,7 +158,7 @@ struct BackwardKernel {
     // The columns of the values that are in shared memory. Where the gradient of P is needed, they begin at 0.
     const int column = task.first_column / kDim * kDim;
 
-    const Mma mma;
+    const Mma mma(p.allow_tf32);
     const auto coordinates = coordinates_of<kOwner, kTile.owned, kTile.streamed>(mma);  // (queries,keys)
     Tensor grad = partition_fragment_C(mma, Shape<Int<kTile.owned>, Int<kColumns>>{});  // (MMA,MMA_M,MMA_N)
     Tensor more = make_fragment_like(grad);                                             // (MMA,MMA_M,MMA_N)
@@ -313,9 +313,9 @@ __global__ void __launch_bounds__(Kernel::kThreads)
   Kernel::run(p, sums, reinterpret_cast<typename Kernel::Element*>(shared));
 }
 
-template <class Function>
+template <class Element, class Function>
 auto dispatch_kernel(const AttentionBackwardCudaParams& p, Side owner, Function&& f) {
-  return dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) {
+  return dispatch_dim(p, [&]<int kDim>(Int<kDim>) {
     if (owner == Side::kKeys) return f(BackwardKernel<Element, kDim, Side::kKeys>{});
     return f(BackwardKernel<Element, kDim, Side::kQueries>{});
   });
@@ -323,24 +323,35 @@ auto dispatch_kernel(const AttentionBackwardCudaParams& p, Side owner, Function&
 
 }  // namespace
 
-int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner) {
-  return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
+template <DType kDType>
+int64_t AttentionLaunches<kDType>::backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums,
+                                                   Side owner) {
+  return dispatch_kernel<ElementOf<kDType>>(p, owner, [&]<class Kernel>(Kernel) {
     return splits_of(typename Kernel::Cut(p, sums).num_tasks(p), Kernel::streamed_tiles(p, 1));
   });
 }
 
-int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
-  return dispatch_kernel(p, Side::kQueries, [&]<class Kernel>(Kernel) {
+template <DType kDType>
+int64_t AttentionLaunches<kDType>::backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
+  return dispatch_kernel<ElementOf<kDType>>(p, Side::kQueries, [&]<class Kernel>(Kernel) {
     return typename Kernel::Cut(p, sums).column_blocks * sums.splits;
   });
 }
 
-cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
-                                      cudaStream_t stream) {
-  return dispatch_kernel(p, owner, [&]<class Kernel>(Kernel) {
+template <DType kDType>
+cudaError_t AttentionLaunches<kDType>::backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
+                                                cudaStream_t stream) {
+  return dispatch_kernel<ElementOf<kDType>>(p, owner, [&]<class Kernel>(Kernel) {
     return launch_tasks(attention_backward<Kernel>, typename Kernel::Cut(p, sums).num_tasks(p) * sums.splits,
                         Kernel::kThreads, Kernel::kSharedBytes, stream, p, sums);
   });
 }
+
+template int64_t AttentionLaunches<DType::VK_DTYPE>::backward_splits(const AttentionBackwardCudaParams&,
+                                                                     const OwnedSums&, Side);
+template int64_t AttentionLaunches<DType::VK_DTYPE>::backward_dot_parts(const AttentionBackwardCudaParams&,
+                                                                        const OwnedSums&);
+template cudaError_t AttentionLaunches<DType::VK_DTYPE>::backward(const AttentionBackwardCudaParams&, const OwnedSums&,
+                                                                  Side, cudaStream_t);
 
 }  // namespace vitkernels

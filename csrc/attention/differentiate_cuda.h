@@ -28,7 +28,7 @@ struct TokensOfHead {
 // kRows tokens of both tensors of a side in shared memory, one behind the other.
 template <class Element, int kRows, int kDim>
 struct SharedPair {
-  using Tile = SharedTile<kRows, kDim>;
+  using Tile = SharedTile<Element, kRows, kDim>;
   static constexpr int kElements = 2 * Tile::kElements, kColumns = kDim;
 
   Element* data;
@@ -37,7 +37,7 @@ struct SharedPair {
   template <int kPart = kDim>
   __device__ auto part(int index, int column = 0) const {
     return cute::make_tensor(cute::make_smem_ptr(data + index * int{Tile::kElements} + column * kRows),
-                             typename SharedTile<kRows, kPart>::Layout{});  // (rows,columns)
+                             typename SharedTile<Element, kRows, kPart>::Layout{});  // (rows,columns)
   }
   __device__ auto first() const { return part(0); }
   __device__ auto second() const { return part(1); }

@@ -1,4 +1,4 @@
-// Forward of softmax attention on a GPU with tensor cores: bf16 and fp16, sums in float32.
+// Forward of softmax attention on a GPU with tensor cores, sums in float32.
 //
 // A block of threads takes some queries of one head, a warp sixteen of them, and goes through the keys in tiles. While it
 // multiplies queries and keys, the values of the tile arrive; while it multiplies probabilities and values, the next keys.
@@ -24,11 +24,11 @@ using namespace cute;
 
 template <class Element, int kDim>
 struct ForwardKernel {
-  static constexpr ForwardTile kTile = forward_tile(kDim);
-  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim);
+  static constexpr ForwardTile kTile = forward_tile(kDim, sizeof(Element));
+  static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, sizeof(Element));
 
-  using SharedQueries = SharedTile<kTile.queries, kDim>;
-  using SharedKeys = SharedTile<kTile.keys, kDim>;
+  using SharedQueries = SharedTile<Element, kTile.queries, kDim>;
+  using SharedKeys = SharedTile<Element, kTile.keys, kDim>;
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps>;
 
@@ -112,7 +112,7 @@ struct ForwardKernel {
       commit_copies();
     };
 
-    const Mma mma;
+    const Mma mma(p.allow_tf32);
     const auto thread = mma.get_slice(threadIdx.x);
     Tensor out = partition_fragment_C(mma, Shape<Int<kTile.queries>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
     Tensor cS = make_identity_tensor(Shape<Int<kTile.queries>, Int<kTile.keys>>{});  // (queries,keys)
@@ -200,36 +200,20 @@ cudaError_t launch(const AttentionCudaParams& p, cudaStream_t stream) {
                       Kernel::kSharedBytes, stream, p);
 }
 
-cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
-  const int64_t rows = p.num_rows() * p.heads;
-  const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
-  for (int64_t split = 0; split < p.splits; ++split) {
-    outs[split] = p.split_out + split * rows * p.value_dim;
-    lses[split] = p.split_lse + split * rows;
-  }
-  return launch_merge_attentions({.out_dtype = p.dtype,
-                                  .parts = p.splits,
-                                  .rows = rows,
-                                  .dim = p.value_dim,
-                                  .outs = outs,
-                                  .lses = lses,
-                                  .out = p.out.data,
-                                  .lse = p.lse},
-                                 stream);
-}
-
 }  // namespace
 
-int64_t attention_key_splits(const AttentionCudaParams& p) {
-  const int64_t blocks = dispatch_tile(
-      p, [&]<class Element, int kDim>(Element, Int<kDim>) { return ForwardKernel<Element, kDim>::tasks_of_split(p); });
-  return std::min(splits_of(blocks, p.key_tiles(1)), kMaxMergeParts);
+template <DType kDType>
+int64_t AttentionLaunches<kDType>::forward_blocks(const AttentionCudaParams& p) {
+  return dispatch_dim(p,
+                      [&]<int kDim>(Int<kDim>) { return ForwardKernel<ElementOf<kDType>, kDim>::tasks_of_split(p); });
 }
 
-cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
-  const cudaError_t error =
-      dispatch_tile(p, [&]<class Element, int kDim>(Element, Int<kDim>) { return launch<Element, kDim>(p, stream); });
-  return error != cudaSuccess || p.splits == 1 ? error : join_splits(p, stream);
+template <DType kDType>
+cudaError_t AttentionLaunches<kDType>::forward(const AttentionCudaParams& p, cudaStream_t stream) {
+  return dispatch_dim(p, [&]<int kDim>(Int<kDim>) { return launch<ElementOf<kDType>, kDim>(p, stream); });
 }
+
+template int64_t AttentionLaunches<DType::VK_DTYPE>::forward_blocks(const AttentionCudaParams&);
+template cudaError_t AttentionLaunches<DType::VK_DTYPE>::forward(const AttentionCudaParams&, cudaStream_t);
 
 }  // namespace vitkernels

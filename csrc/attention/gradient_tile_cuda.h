@@ -20,8 +20,8 @@ struct GradientTile {
   static constexpr int kChunk = (kQueries + kKeys) * kDepth;
   static constexpr int kSharedBytes = 2 * kChunk * sizeof(Element);  // while one is multiplied, the next arrives
 
-  using Queries = SharedTile<kQueries, kDepth>;
-  using Keys = SharedTile<kKeys, kDepth>;
+  using Queries = SharedTile<Element, kQueries, kDepth>;
+  using Keys = SharedTile<Element, kKeys, kDepth>;
   using Copy = typename TileCopy<Element, kThreads, kDepth>::Copy;
   using Mma = TileMma<Element, kWarps>;
 
@@ -33,7 +33,7 @@ struct GradientTile {
 
   const AttentionBackwardCudaParams& p;
   Element* shared;
-  Mma mma = {};
+  Mma mma{p.allow_tf32};
 
   // False where no query of the tile sees a key of it.
   static __device__ bool find(const AttentionBackwardCudaParams& p, int64_t batch, int64_t head, int64_t query_tile,

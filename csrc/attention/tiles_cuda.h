@@ -11,16 +11,18 @@ struct ForwardTile {
   int queries, keys, warps;
 
   constexpr int threads() const { return warps * 32; }
-  // Queries, keys and values as 16-bit elements of `dim` columns.
-  constexpr int shared_bytes(int dim) const { return (queries + 2 * keys) * dim * 2; }
+  // Queries, keys and values, of `dim` columns.
+  constexpr int shared_bytes(int dim, int element_bytes) const { return (queries + 2 * keys) * dim * element_bytes; }
 };
 
-// By the padded head dimension. All fit into the 99 KB of consumer GPUs. Not measured on a GPU yet.
-constexpr ForwardTile forward_tile(int dim) {
-  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};  // 16 KB; 128 keys spill
-  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};  // 32 KB; bfloat16 spills 16 bytes on sm_90
-  if (dim <= 128) return {.queries = 64, .keys = 64, .warps = 4};  // 48 KB
-  return {.queries = 64, .keys = 32, .warps = 4};                  // 64 KB; spills 16 bytes on sm_80
+// By the padded head dimension; elements of two bytes, or four. All fit into the 99 KB of consumer GPUs. Not measured on
+// a GPU yet.
+constexpr ForwardTile forward_tile(int dim, int element_bytes) {
+  const bool is_wide = element_bytes == 4;
+  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};                 // 16 KB, 32 KB; 128 keys spill
+  if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};                 // 32 KB, 64 KB
+  if (dim <= 128) return {.queries = 64, .keys = is_wide ? 32 : 64, .warps = 4};  // 48 KB, 64 KB
+  return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB
 }
 
 // A block of threads owns keys (or queries), sixteen a warp, and goes through the queries (or keys) in tiles of which one
@@ -31,15 +33,20 @@ struct BackwardTile {
 
   constexpr int threads() const { return warps * 32; }
   // Two tensors of each: keys and values, queries and output gradients. A gradient of the score terms needs one stage.
-  constexpr int shared_bytes(int dim, int stages) const { return 2 * (owned + stages * streamed) * dim * 2; }
+  constexpr int shared_bytes(int dim, int stages, int element_bytes) const {
+    return 2 * (owned + stages * streamed) * dim * element_bytes;
+  }
 };
 
-// As forward_tile. Not measured on a GPU yet.
-constexpr BackwardTile backward_tile(int dim) {
-  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};    // 16 KB
-  if (dim <= 64) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64};    // 32 KB
-  if (dim <= 128) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 128};  // 64 KB
-  return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                  // 96 KB
+// As forward_tile. The worst is float above 128 columns: two warps a block, which has all the shared memory there is, and
+// eight tokens a tile. Not measured on a GPU yet.
+constexpr BackwardTile backward_tile(int dim, int element_bytes) {
+  const bool is_wide = element_bytes == 4;
+  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};                   // 16 KB, 32 KB
+  if (dim <= 64) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64};                   // 32 KB, 64 KB
+  if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 32, .warps = 4, .columns = 128};  // 64 KB, 96 KB
+  if (is_wide) return {.owned = 32, .streamed = 8, .warps = 2, .columns = 128};                     // 96 KB
+  return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                                 // 96 KB
 }
 
 // Into how many ranges the tokens are split that stream past a kernel's blocks. By shapes alone, whatever the GPU: so many

@@ -38,22 +38,26 @@ __device__ void for_uncovered(Range slot, Range covered, Function&& f) {
   share(intersect(slot, {covered.end, slot.end}));
 }
 
+template <DType kDType>
+using ElementOf =
+    std::conditional_t<kDType == DType::kFloat32, float,
+                       std::conditional_t<kDType == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>>;
+
 // Calls f(element).
 template <class Function>
 auto dispatch_element(DType dtype, Function&& f) {
+  if (dtype == DType::kFloat32) return f(float{});
   return dtype == DType::kBFloat16 ? f(cutlass::bfloat16_t{}) : f(cutlass::half_t{});
 }
 
-// Calls f(element, padded head dimension).
+// Calls f(padded head dimension).
 template <class Function>
-auto dispatch_tile(const AttentionParams& p, Function&& f) {
+auto dispatch_dim(const AttentionParams& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
-  return dispatch_element(p.dtype, [&](auto element) {
-    if (dim <= 32) return f(element, cute::Int<32>{});
-    if (dim <= 64) return f(element, cute::Int<64>{});
-    if (dim <= 128) return f(element, cute::Int<128>{});
-    return f(element, cute::Int<256>{});
-  });
+  if (dim <= 32) return f(cute::Int<32>{});
+  if (dim <= 64) return f(cute::Int<64>{});
+  if (dim <= 128) return f(cute::Int<128>{});
+  return f(cute::Int<256>{});
 }
 
 }  // namespace vitkernels::cuda

@@ -7,14 +7,15 @@
 
 namespace vitkernels::cuda {
 
-// A tile of 16-bit elements in shared memory. Chunks of eight elements are permuted within groups of eight rows, so
-// that neither the copy into it nor ldmatrix meets a bank conflict.
-template <int kRows, int kColumns>
+// A tile in shared memory. Chunks of 16 bytes are permuted within groups of eight rows, so that neither the copy into it
+// meets a bank conflict nor what reads eight rows of a column of chunks (ldmatrix) or four rows of two (float by float).
+template <class Element, int kRows, int kColumns>
 struct SharedTile {
-  static constexpr int kSpan = kColumns % 64 == 0 ? 64 : 32;
+  static constexpr int kChunk = 16 / sizeof(Element), kLogChunk = kChunk == 8 ? 3 : 2;
+  static constexpr int kLogChunks = kColumns % (8 * kChunk) == 0 ? 3 : 2, kSpan = kChunk << kLogChunks;
   static_assert(kColumns % kSpan == 0 && kRows % 8 == 0);
   using Rows8 = cute::Layout<cute::Shape<cute::_8, cute::Int<kSpan>>, cute::Stride<cute::Int<kSpan>, cute::_1>>;
-  using Swizzled = decltype(cute::composition(cute::Swizzle<kSpan / 32 + 1, 3, 3>{}, Rows8{}));
+  using Swizzled = decltype(cute::composition(cute::Swizzle<kLogChunks, kLogChunk, 3>{}, Rows8{}));
   using Layout = decltype(cute::tile_to_shape(Swizzled{},
                                               cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));  // (rows,columns)
   static constexpr int kElements = kRows * kColumns;

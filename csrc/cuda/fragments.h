@@ -4,6 +4,7 @@
 #include <cutlass/numeric_conversion.h>
 
 #include <cute/tensor.hpp>
+#include <type_traits>
 
 namespace vitkernels::cuda {
 
@@ -17,14 +18,22 @@ __device__ auto by_rows(Fragment&& fragment) {
                         cute::make_layout(cute::get<0, 0>(divided), cute::get<2>(divided))));  // ((2,MMA_M),(2,MMA_N))
 }
 
-// Sums as the first operand of a product whose depth were their columns: two instructions' columns are one's depth.
+// Sums as the first operand of a product whose depth were their columns. Of 16-bit elements two instructions' columns are
+// one's depth. Of float one's are, in another order: a thread has columns 2 t and 2 t + 1 and is taken to have t and t + 4.
 template <class Fragment>
 __device__ auto as_operand_a(Fragment&& fragment) {
-  const auto divided = cute::logical_divide(
-      fragment.layout(), cute::Shape<cute::Underscore, cute::Underscore, cute::_2>{});  // (4,MMA_M,(2,MMA_N/2))
-  return cute::make_tensor(fragment.data(),
-                           cute::make_layout(cute::make_layout(cute::get<0>(divided), cute::get<2, 0>(divided)),
-                                             cute::get<1>(divided), cute::get<2, 1>(divided)));  // ((4,2),MMA_M,MMA_K)
+  if constexpr (sizeof(typename std::remove_cvref_t<Fragment>::value_type) == 4) {
+    const auto layout = fragment.layout();  // ((columns,rows),MMA_M,MMA_N)
+    return cute::make_tensor(fragment.data(),
+                             cute::make_layout(cute::make_layout(cute::get<0, 1>(layout), cute::get<0, 0>(layout)),
+                                               cute::get<1>(layout), cute::get<2>(layout)));  // ((2,2),MMA_M,MMA_K)
+  } else {
+    const auto divided = cute::logical_divide(
+        fragment.layout(), cute::Shape<cute::Underscore, cute::Underscore, cute::_2>{});  // (4,MMA_M,(2,MMA_N/2))
+    return cute::make_tensor(
+        fragment.data(), cute::make_layout(cute::make_layout(cute::get<0>(divided), cute::get<2, 0>(divided)),
+                                           cute::get<1>(divided), cute::get<2, 1>(divided)));  // ((4,2),MMA_M,MMA_K)
+  }
 }
 
 template <class Element, class Fragment>

@@ -39,14 +39,13 @@ target_compile_options(vitkernels_cuda_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUD
 add_library(vitkernels_cuda_objects OBJECT csrc/attention/arguments.cpp
                                            csrc/attention/arguments_cuda.cpp
                                            csrc/attention/attention_backward_op_cuda.cpp
+                                           csrc/attention/attention_launches_cuda.cpp
                                            csrc/attention/grid_arguments.cpp
                                            csrc/attention/attention_op_cuda.cpp
-                                           csrc/attention/backward_cuda.cu
                                            csrc/attention/backward_tables_cuda.cu
                                            csrc/attention/backward_launches_cuda.cpp
                                            csrc/attention/backward_rows_cuda.cu
                                            csrc/attention/backward_terms_cuda.cu
-                                           csrc/attention/forward_cuda.cu
                                            csrc/attention/grid_launches_cuda.cpp
                                            csrc/attention/merge_attentions_cuda.cu
                                            csrc/attention/merge_attentions_op_cuda.cpp
@@ -58,14 +57,23 @@ target_link_libraries(vitkernels_cuda_objects PUBLIC vitkernels_cuda_flags torch
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
 target_compile_definitions(vitkernels_cuda_objects PRIVATE USE_CUDA  # declares torch's shims for streams
                                                            VITKERNELS_CUDA_ARCHITECTURES="${architectures}")
+set(cuda_objects $<TARGET_OBJECTS:vitkernels_cuda_objects>)
+
+# Four head dimensions of one dtype are as much as the compiler should have at a time: 3 GB or more.
+foreach(dtype kFloat32 kBFloat16 kFloat16)
+  add_library(vitkernels_cuda_${dtype} OBJECT csrc/attention/backward_cuda.cu csrc/attention/forward_cuda.cu)
+  target_link_libraries(vitkernels_cuda_${dtype} PRIVATE vitkernels_cuda_flags)
+  target_compile_definitions(vitkernels_cuda_${dtype} PRIVATE VK_DTYPE=${dtype})
+  list(APPEND cuda_objects $<TARGET_OBJECTS:vitkernels_cuda_${dtype}>)
+endforeach()
 
 add_library(torch_cuda SHARED csrc/cuda/torch_cuda_stub.cpp)
 set_target_properties(torch_cuda PROPERTIES CXX_VISIBILITY_PRESET default
                                             LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/stub)
 
 # The runtime is linked in, so that the library does not depend on the one that torch brings.
-add_library(vitkernels_cuda MODULE $<TARGET_OBJECTS:vitkernels_cuda_objects>)
-target_link_libraries(vitkernels_cuda PRIVATE vitkernels_cuda_objects torch_cuda)
+add_library(vitkernels_cuda MODULE ${cuda_objects})
+target_link_libraries(vitkernels_cuda PRIVATE torch_stable torch_cuda)
 set_target_properties(vitkernels_cuda PROPERTIES OUTPUT_NAME vitkernels_cuda${cuda_major} INSTALL_RPATH ""
   LINKER_LANGUAGE CUDA CUDA_RUNTIME_LIBRARY Static)
 install(TARGETS vitkernels_cuda LIBRARY DESTINATION .)

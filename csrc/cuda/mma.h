@@ -1,9 +1,11 @@
-// Products of tiles on tensor cores: bf16 or fp16 operands from shared memory, float sums in registers.
+// Products of tiles on tensor cores: operands from shared memory or registers, float sums in registers.
 #pragma once
 
 #include <cute/tensor.hpp>
+#include <type_traits>
 
 #include "cuda/launch.h"
+#include "cuda/precision.h"
 
 namespace vitkernels::cuda {
 
@@ -17,77 +19,114 @@ template <>
 struct TensorCore<cutlass::half_t> {
   using Atom = cute::SM80_16x8x16_F32F16F16F32_TN;
 };
+template <>
+struct TensorCore<float> {
+  using Atom = cute::SM80_16x8x8_F32TF32TF32F32_TN;
+};
 
-inline constexpr int kDepthOfStep = 16;
+template <class Element>
+inline constexpr int kDepthOfStep = 32 / sizeof(Element);
 
 // Warps stacked along the rows of the result. A step takes 16 columns, two instructions wide, so that one ldmatrix of
-// four matrices feeds it.
-template <class Element, int kWarps>
-using TileMma = cute::TiledMMA<cute::MMA_Atom<typename TensorCore<Element>::Atom>,
-                               cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
-                               cute::Tile<cute::Int<16 * kWarps>, cute::_16, cute::_16>>;
+// four matrices feeds it; or 8, where a tile has no more.
+template <class Element, int kWarps, int kColumns = 16>
+struct TileMma
+    : cute::TiledMMA<cute::MMA_Atom<typename TensorCore<Element>::Atom>,
+                     cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
+                     cute::Tile<cute::Int<16 * kWarps>, cute::Int<kColumns>, cute::Int<kDepthOfStep<Element>>>> {
+  // From shared memory to the registers of an operand whose depth is contiguous, 8 rows of 16 bytes a matrix.
+  using CopyA = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Element>;
+  using CopyB =
+      cute::Copy_Atom<std::conditional_t<kColumns == 16, cute::SM75_U32x4_LDSM_N, cute::SM75_U32x2_LDSM_N>, Element>;
+  // Operands whose depth is not contiguous are transposed on their way. ldmatrix does that with 16 bits alone.
+  using CopyTransposedB =
+      cute::Copy_Atom<std::conditional_t<sizeof(Element) == 2, cute::SM75_U16x8_LDSM_T, cute::UniversalCopy<Element>>,
+                      Element>;
 
-// From shared memory to the registers of an operand whose depth is contiguous (x4), four 8x8 matrices at a time.
-template <class Element>
-using OperandCopy = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Element>;
+  bool allow_tf32;  // of float
 
-// Operands whose depth is not contiguous are transposed on their way.
-template <class Element>
-using TransposedOperandCopy = cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>;
+  __device__ explicit TileMma(bool allow_tf32) : allow_tf32(allow_tf32) {}
+};
 
 // sums += a b^T for one tile, over the first `depth` columns. `sA` is (rows, depth), `sB` is (columns, depth), both in
-// shared memory and zero behind the depth.
+// shared memory and zero behind the depth. A warp has sixteen rows.
 template <class Mma, class Sums, class TileA, class TileB>
-__device__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB, int depth) {
+__device__ __forceinline__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB, int depth) {
   using Element = typename TileA::value_type;
   const auto thread = mma.get_slice(threadIdx.x);
-  cute::Tensor rA = thread.partition_fragment_A(sA);  // (MMA,MMA_M,MMA_K)
-  cute::Tensor rB = thread.partition_fragment_B(sB);  // (MMA,MMA_N,MMA_K)
+  cute::Tensor rA = cute::make_fragment_like<Element>(thread.partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
+  cute::Tensor rB = cute::make_fragment_like<Element>(thread.partition_fragment_B(sB));  // (MMA,MMA_N,MMA_K)
 
-  const auto copy_a = cute::make_tiled_copy_A(OperandCopy<Element>{}, mma).get_slice(threadIdx.x);
-  const auto copy_b = cute::make_tiled_copy_B(OperandCopy<Element>{}, mma).get_slice(threadIdx.x);
+  const typename Mma::CopyA atom_a;
+  const typename Mma::CopyB atom_b;
+  const auto copy_a = cute::make_tiled_copy_A(atom_a, mma).get_slice(threadIdx.x);
+  const auto copy_b = cute::make_tiled_copy_B(atom_b, mma).get_slice(threadIdx.x);
   cute::Tensor tAsA = copy_a.partition_S(sA);  // (CPY,CPY_M,CPY_K)
   cute::Tensor tBsB = copy_b.partition_S(sB);  // (CPY,CPY_N,CPY_K)
   cute::Tensor tArA = copy_a.retile_D(rA);     // (CPY,CPY_M,CPY_K)
   cute::Tensor tBrB = copy_b.retile_D(rB);     // (CPY,CPY_N,CPY_K)
 
-  CUTE_UNROLL
-  for (int k = 0; k < cute::size<2>(rA); ++k) {
-    if (k * kDepthOfStep >= depth) break;
-    cute::copy(OperandCopy<Element>{}, tAsA(cute::_, cute::_, k), tArA(cute::_, cute::_, k));
-    cute::copy(OperandCopy<Element>{}, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k));
-    cute::gemm(mma, rA(cute::_, cute::_, k), rB(cute::_, cute::_, k), sums);
+  with_arithmetic<Element>(mma.allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
+    CUTE_UNROLL
+    for (int k = 0; k < cute::size<2>(rA); ++k) {
+      if (k * kDepthOfStep<Element> >= depth) break;
+      cute::copy(atom_a, tAsA(cute::_, cute::_, k), tArA(cute::_, cute::_, k));
+      cute::copy(atom_b, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k));
+      const auto a = arithmetic.prepare(rA(cute::_, 0, k));  // (MMA)
+      CUTE_UNROLL
+      for (int n = 0; n < cute::size<1>(rB); ++n) {
+        arithmetic.multiply_add(mma, a, arithmetic.prepare(rB(cute::_, n, k)), sums(cute::_, 0, n));
+      }
+    }
+  });
+}
+
+// (depth,columns) as (columns,depth), the depth in the order in which a thread holds the columns of a product's sums.
+template <class TileB>
+__device__ auto transposed(const TileB& sB) {
+  constexpr int kDepth = decltype(cute::size<0>(sB))::value, kColumns = decltype(cute::size<1>(sB))::value;
+  using Columns = cute::Int<kColumns>;
+  if constexpr (sizeof(typename TileB::value_type) == 2) {
+    using Flat = cute::Layout<cute::Shape<Columns, cute::Int<kDepth>>, cute::Stride<cute::Int<kDepth>, cute::_1>>;
+    return cute::make_tensor(sB.data(), cute::composition(sB.layout(), Flat{}));
+  } else {
+    using Pairs = cute::Layout<cute::Shape<Columns, cute::Shape<cute::_4, cute::_2, cute::Int<kDepth / 8>>>,
+                               cute::Stride<cute::Int<kDepth>, cute::Stride<cute::_2, cute::_1, cute::_8>>>;
+    return cute::make_tensor(sB.data(), cute::composition(sB.layout(), Pairs{}));
   }
 }
 
 // sums += a b, a in registers (operand A, (MMA,MMA_M,MMA_K)), `sB` (depth, columns) in shared memory; the first `columns`
 // columns only.
 template <class Mma, class Sums, class OperandA, class TileB>
-__device__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA, const TileB& sB, int columns) {
+__device__ __forceinline__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA, const TileB& sB,
+                                                 int columns) {
   using Element = typename TileB::value_type;
-  constexpr int kDepth = decltype(cute::size<0>(sB))::value, kColumns = decltype(cute::size<1>(sB))::value;
-  cute::Tensor sBt = cute::make_tensor(
-      sB.data(), cute::composition(sB.layout(), cute::make_layout(cute::Shape<cute::Int<kColumns>, cute::Int<kDepth>>{},
-                                                                  cute::LayoutRight{})));  // (columns,depth)
+  const auto sBt = transposed(sB);  // (columns,depth)
   const auto thread = mma.get_slice(threadIdx.x);
-  cute::Tensor rB = thread.partition_fragment_B(sBt);  // (MMA,MMA_N,MMA_K)
-  const auto copy = cute::make_tiled_copy_B(TransposedOperandCopy<Element>{}, mma).get_slice(threadIdx.x);
+  cute::Tensor rB = cute::make_fragment_like<Element>(thread.partition_fragment_B(sBt));  // (MMA,MMA_N,MMA_K)
+  const typename Mma::CopyTransposedB atom;
+  const auto copy = cute::make_tiled_copy_B(atom, mma).get_slice(threadIdx.x);
   cute::Tensor tBsB = copy.partition_S(sBt);  // (CPY,CPY_N,CPY_K)
   cute::Tensor tBrB = copy.retile_D(rB);      // (CPY,CPY_N,CPY_K)
+  constexpr int kColumnsOfCopy = decltype(cute::size<1>(sB))::value / decltype(cute::size<1>(tBrB))::value;
 
-  CUTE_UNROLL
-  for (int k = 0; k < cute::size<2>(rA); ++k) {
+  with_arithmetic<Element>(mma.allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
     CUTE_UNROLL
-    for (int n = 0; n < cute::size<1>(tBrB); ++n) {
-      constexpr int kColumnsOfCopy = kColumns / decltype(cute::size<1>(tBrB))::value;
-      if (n * kColumnsOfCopy < columns) {
-        cute::copy(TransposedOperandCopy<Element>{}, tBsB(cute::_, n, k), tBrB(cute::_, n, k));
-      } else {
-        cute::clear(tBrB(cute::_, n, k));
+    for (int k = 0; k < cute::size<2>(rA); ++k) {
+      const auto a = arithmetic.prepare(rA(cute::_, 0, k));  // (MMA)
+      // The branch is also what keeps the compiler from loading far more ahead than registers can hold.
+      CUTE_UNROLL
+      for (int c = 0; c < cute::size<1>(tBrB); ++c) {
+        if (c * kColumnsOfCopy >= columns) break;
+        cute::copy(atom, tBsB(cute::_, c, k), tBrB(cute::_, c, k));
+        CUTE_UNROLL
+        for (int n = c * kColumnsOfCopy / 8; n < (c + 1) * kColumnsOfCopy / 8; ++n) {
+          arithmetic.multiply_add(mma, a, arithmetic.prepare(rB(cute::_, n, k)), sums(cute::_, 0, n));
+        }
       }
     }
-    cute::gemm(mma, rA(cute::_, cute::_, k), rB(cute::_, cute::_, k), sums);
-  }
+  });
 }
 
 }  // namespace vitkernels::cuda

@@ -125,9 +125,11 @@ def attention(
     All of ``query``, ``key`` and ``value`` may have any strides as long as the last one is 1: a packed
     ``(B, N, 3, heads, d)`` projection is three views, no copy.
 
-    Dtypes on the CPU: float64, float32, bfloat16, float16; the accumulation and the statistics are float32
+    Dtypes: float32, bfloat16, float16, and on the CPU float64; the accumulation and the statistics are float32
     (float64 for float64). All terms of the score and a tensor ``scale`` are float32 (float64 for
-    float64); other floating dtypes are converted.
+    float64); other floating dtypes are converted. Products of float32 on a GPU have full precision, or are of numbers
+    rounded to TF32 where PyTorch's may be: ``torch.set_float32_matmul_precision("high")`` (or ``"medium"``) at the
+    time of the call. The backward goes by the setting of its forward.
 
     Returns:
         ``out (B, Nq, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also

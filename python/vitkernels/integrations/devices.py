@@ -11,7 +11,7 @@ __all__ = ["KERNEL_DTYPES", "conditions"]
 
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-    "cuda": (torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 #: Operator -> device type -> dtypes that have kernels; a device without kernels is absent.

@@ -27,7 +27,7 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kTile = 64, kStages = 2
 
 template <Mistake kMistake>
 __global__ void __launch_bounds__(kThreads) matmul(const Element* a, const Element* b, float* c, int m, int n, int k) {
-  using Shared = SharedTile<kTile, kTile>;
+  using Shared = SharedTile<Element, kTile, kTile>;
   __shared__ alignas(128) Element smem_a[kStages * Shared::kElements];
   __shared__ alignas(128) Element smem_b[kStages * Shared::kElements];
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) matmul(const Element* a, const Eleme
   const int rows = m - blockIdx.x * kTile, columns = n - blockIdx.y * kTile;
 
   const typename TileCopy<Element, kThreads, kTile>::Copy copy;
-  const TileMma<Element, kWarps> mma;
+  const TileMma<Element, kWarps> mma(false);
   const auto shared_tile = [&](Element* smem, int stage) {
     return make_tensor(make_smem_ptr(smem + stage * Shared::kElements), typename Shared::Layout{});  // (TILE,TILE)
   };
