@@ -275,6 +275,30 @@ def test_gradient_checkpointing():
     assert_close(checkpointed, plain)
 
 
+@pytest.mark.parametrize("partition", ["block", "grid"])
+@pytest.mark.parametrize("kind", ["", "bias", "bias_tf", "mlp cr", "mlp swin"])
+def test_relative_positions_of_partitions(kind, partition):
+    from timm.layers import RelPosMlp
+    from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
+
+    torch.manual_seed(0)
+    rel_pos_type, _, mode = kind.partition(" ")
+    config = MaxxVitTransformerCfg(
+        dim_head=8, window_size=(3, 4), grid_size=(3, 4), rel_pos_type=rel_pos_type, head_first=kind == "bias"
+    )
+    block = PartitionAttentionCl(24, partition, config, dtype=torch.float64)
+    if mode:
+        block.attn.rel_pos = RelPosMlp((3, 4), 3, 16, mode=mode, dtype=torch.float64)
+    randomised(block.eval())
+    x = torch.randn(2, 6, 12, 24, dtype=torch.float64)
+    stock = outputs_and_gradients(block, x)
+    vk.accelerate(block)
+    with expect_kernel_calls(1):
+        assert_close(outputs_and_gradients(block, x), stock)
+    with pytest.raises((AssertionError, RuntimeError), match="must be divisible"):
+        block(x[:, :5])
+
+
 def test_what_may_compute_something_else_is_left_alone():
     class OwnBlock(timm_swin.SwinTransformerBlock):
         pass

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkernels.functional import grid_attention
-from vitkernels.integrations.shapes import map_of, split_last
-from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.shapes import split_last
+from vitkernels.integrations.swap import Fused, path_of
 from vitkernels.integrations.timm.forward import scale_of
 from vitkernels.integrations.windows import Projections, attend_in_windows
 
@@ -48,11 +47,11 @@ class SpatialBlock(Fused):
         pixels = torch.unflatten(self.norm1(tokens), 1, size)  # [B, height, width, C]
         out = attend_in_windows(pixels, self.window_size, _NO_SHIFT, lambda x: _packed(attn, x), scale=scale_of(attn))
         tokens = tokens + self.drop_path1(attn.proj(out).flatten(1, 2))
-        x = self.cpe2(map_of(tokens, *size))
+        x = self.cpe2(_pixels(tokens, size))
         if self.mlp is None:
             return x
         tokens = x.flatten(2).transpose(1, 2)
-        return map_of(tokens + self.drop_path2(self.mlp(self.norm2(tokens))), *size)
+        return _pixels(tokens + self.drop_path2(self.mlp(self.norm2(tokens))), size)
 
 
 class NormedWindowBlock(Fused):
@@ -95,6 +94,13 @@ class PartitionBlock(Fused):
         "attn.proj_drop",
     )  # fmt: skip
 
+    @staticmethod
+    def obstacle(module: nn.Module) -> str:
+        rel_pos: Any = module.attn.rel_pos  # type: ignore[union-attr]
+        if rel_pos is None or path_of(type(rel_pos)) in _REL_POS:
+            return ""
+        return f"its relative positions are a {type(rel_pos).__name__}, which may compute something else"
+
     def attend(self, x: Tensor) -> Tensor:
         attn, size = self.attn, self.partition_size
         if any(n % part for n, part in zip(x.shape[1:3], size, strict=True)):
@@ -106,10 +112,7 @@ class PartitionBlock(Fused):
             q, k, v = split_last(attn.qkv(x), attn.num_heads, 3, attn.dim_head).unbind(4)
             return q, k, v
 
-        # Whatever makes the bias, it depends on the offset alone.
-        table, scale = None, scale_of(attn)
-        if attn.rel_pos is not None:
-            table = _by_offset(attn.rel_pos.get_bias().reshape(attn.num_heads, *2 * [math.prod(size)]), size)
+        table, scale = _table(attn.rel_pos), scale_of(attn)
         if self.partition_block:
             out = attend_in_windows(self.norm1(x), size, _NO_SHIFT, project, scale=scale, bias_table=table)
         else:
@@ -118,9 +121,29 @@ class PartitionBlock(Fused):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
 
 
+def _pixels(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """``(B, height * width, C)`` as ``(B, C, height, width)``, without a copy."""
+    return torch.unflatten(tokens.transpose(1, 2), 2, tuple(size))
+
+
 def _packed(attention: Fused, x: Tensor) -> Projections:
     q, k, v = split_last(attention.qkv(x), 3, attention.num_heads, -1).unbind(3)
     return q, k, v
+
+
+_REL_POS = [f"timm.layers.pos_embed_rel.{name}" for name in ("RelPosBias", "RelPosBiasTf", "RelPosMlp")]
+
+
+def _table(rel_pos: Any) -> Tensor | None:
+    """The bias by offset ``(offsets, H)`` or ``(H, 2 height - 1, 2 width - 1)`` of timm's relative positions."""
+    if rel_pos is None:
+        return None
+    table: Tensor
+    if hasattr(rel_pos, "rel_coords_log"):
+        table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log).flatten(0, 1))
+        return table if rel_pos.bias_gain is None else table * rel_pos.bias_gain
+    table = rel_pos.relative_position_bias_table
+    return table.flip(1, 2) if table.dim() == 3 else table  # TensorFlow's goes from the query to the key
 
 
 def _by_offset(matrix: Tensor, window_size: Sequence[int]) -> Tensor:
