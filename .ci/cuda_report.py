@@ -126,8 +126,8 @@ def parse(text: str) -> list[Kernel]:
     triples = list(zip(sections[::3], sections[1::3], sections[2::3], strict=True))
     kernels = []
     for (_, architecture, body), demangled in zip(triples, demangle(t[0] for t in triples), strict=True):
-        numbers = {name: re.search(pattern, body) for name, pattern in _PARTS.items()}
-        values = {name: int(found[1]) if found else 0 for name, found in numbers.items()}
+        # A function that a kernel calls has properties of its own, behind those of the kernel.
+        values = {name: sum(map(int, re.findall(pattern, body))) for name, pattern in _PARTS.items()}
         name, arguments = short_name(demangled)
         kernels.append(Kernel(name, arguments, architecture, **values))
     return kernels

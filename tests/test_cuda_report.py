@@ -54,6 +54,14 @@ def test_recorded_output(cuda_report):
     assert str(forward) == "attention<bfloat16, 64>" and forward.family == "attention<*, *>"
 
 
+def test_spills_of_a_called_function(cuda_report):
+    called = "ptxas info    : Function properties for _ZN1v3runEv\n"
+    called += "    8 bytes stack frame, 104 bytes spill stores, 256 bytes spill loads\n"
+    backward, forward = cuda_report.parse(RECORDED + called)
+    assert (forward.stack, forward.spill_stores, forward.spill_loads) == (8, 104, 256)
+    assert (backward.stack, backward.spill_stores, backward.spill_loads) == (72, 104, 100)
+
+
 @pytest.mark.parametrize(
     ("demangled", "name", "arguments"),
     [

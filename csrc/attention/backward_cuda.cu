@@ -138,7 +138,8 @@ struct BackwardKernel {
     return false;
   }
 
-  static __device__ void run(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Element* shared) {
+  static __device__ __forceinline__ void run(const AttentionBackwardCudaParams& p, const OwnedSums& sums,
+                                             Element* shared) {
     const Task task = task_of_block(p, sums);
     const int columns = sums.logit_grads.is_wanted() ? int(p.head_dim) - task.first_column : 0;
     const int value_columns = sums.probs.is_wanted() ? int(p.value_dim) - task.first_column : 0;

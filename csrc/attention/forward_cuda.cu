@@ -87,7 +87,7 @@ struct ForwardKernel {
     });
   }
 
-  static __device__ void run(const AttentionCudaParams& p, Element* shared) {
+  static __device__ __forceinline__ void run(const AttentionCudaParams& p, Element* shared) {
     const Task task = task_of_block(p);
     const int columns = task.num_columns(p);
     if (p.is_packed() && task.rows.begin == 0) clear_uncovered(p, task, columns);

@@ -39,7 +39,10 @@ struct BackwardTile {
 };
 
 // As forward_tile. The worst is float above 128 columns: two warps a block, which has all the shared memory there is, and
-// eight tokens a tile. Not measured on a GPU yet.
+// eight tokens a tile. Some kernels spill, up to 240 bytes (docs/cuda_report.md). Tried and left: sixteen streamed tokens
+// at 128 columns of 16 bits, which spill nothing but have twice the barriers; launch bounds of one block at 32 columns,
+// which spill nothing but take 184 registers for 168, two blocks of a multiprocessor's three; and the task computed again
+// for the stores, which spills more. Not measured on a GPU yet.
 constexpr BackwardTile backward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
   if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};                   // 16 KB, 32 KB
