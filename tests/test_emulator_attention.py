@@ -11,7 +11,7 @@ import pytest
 import test_errors
 import torch
 import vitkernels as vk
-from calls import differentiate
+from calls import differentiate, replace
 from emulation import needs_emulator
 
 pytestmark = needs_emulator
@@ -74,9 +74,10 @@ def packed_call(offsets_q, offsets_k, queries=QUERIES, keys=KEYS, longest=(LONGE
     return call | {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1], "return_lse": True}
 
 
-def check_packed(call):
+def check_packed(call, device="cpu"):
     """Tokens that no sequence covers have results and gradients of zero, the others what their sequence gives."""
-    found, found_grads = differentiate(vk.attention_varlen, call)
+    found, found_grads = differentiate(vk.attention_varlen, replace(call, lambda t: t.to(device)))
+    found, found_grads = [t.cpu() for t in found], [t.cpu() for t in found_grads]
     of_queries = spans(call["cu_seqlens_q"].tolist(), call["max_seqlen_q"], len(call["query"]))
     of_keys = spans(call["cu_seqlens_k"].tolist(), call["max_seqlen_k"], len(call["key"]))
     queries, keys = uncovered(of_queries, len(call["query"])), uncovered(of_keys, len(call["key"]))
@@ -105,7 +106,7 @@ def test_hostile_offsets_of_split_keys(cuda_kernels):
 def test_hostile_lengths(offsets, longest, cuda_kernels):
     """No sequences, or none that may have tokens: somebody must write the results nevertheless."""
     call = packed_call(offsets, offsets, longest=(1, 1)) | {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
-    del call["bias"]
+    call["bias"] = torch.ones(1, 2, 1, 1, requires_grad=True)  # whose gradient sums over all that the lengths allow
     (out, lse), grads = differentiate(vk.attention_varlen, call)
     is_empty = 0 in longest or offsets != [0, 11]
     assert bool(out.any()) != is_empty and bool((lse == -torch.inf).all()) == is_empty

@@ -1,6 +1,7 @@
 """What only a GPU shows: graphs, streams, devices, and models on it. ``make gpu`` runs these after the gates."""
 
 import pytest
+import test_emulator_attention
 import test_emulator_gates
 import torch
 import vitkernels as vk
@@ -50,6 +51,13 @@ class Problem:
 def check_same(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("offsets", test_emulator_attention.HOSTILE, ids=str)
+def test_hostile_offsets(offsets):
+    """Values that no host checks must not lead a kernel out of its tensors."""
+    test_emulator_attention.check_packed(test_emulator_attention.packed_call(offsets, offsets), DEVICE)
+    torch.cuda.synchronize()
 
 
 @each_core
