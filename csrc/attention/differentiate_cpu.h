@@ -168,8 +168,8 @@ VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumb
   } else {
     differentiate_products(at.visible, with, logits, gradients);
   }
-  clear_outside(logits, at.visible, at.width);
-  clear_outside(gradients, at.visible, at.width);
+  clear_outside<T>(logits, at.visible, at.width);
+  clear_outside<T>(gradients, at.visible, at.width);
 }
 
 // The product of two rows, each a tensor's or ours.

@@ -164,12 +164,13 @@ VK_INLINE void clear(E* row, Range columns) {
   if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, E{});
 }
 
-// The columns below `width` that are not visible.
-template <class T>
-VK_INLINE void clear_outside(T* row, Range visible, int64_t width) {
+// The columns below `width` of a row of T, or of operands in its place, that are not in a vector that for_each_vector<T>
+// has written for `visible`.
+template <class T, class E>
+VK_INLINE void clear_outside(E* row, Range visible, int64_t width) {
   if (visible.empty()) return clear(row, {0, width});
-  clear(row, {0, visible.begin});
-  clear(row, {visible.end, width});
+  clear(row, {0, visible.begin / kWidth<T> * kWidth<T>});
+  clear(row, {round_up(visible.end, kWidth<T>), width});
 }
 
 // probabilities[visible] become exponentials of the logits, the other columns below `width` zero; they may lie where
@@ -186,7 +187,7 @@ VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64
     store_narrowed<T>(probabilities + column, p, kWidth<T>);
     sum += p;
   });
-  clear_outside(probabilities, visible, width);
+  clear_outside<T>(probabilities, visible, width);
   const T factor = was_max == kMinusInfinity<T> ? T(0) : exp<T>(broadcast(before - offset))[0];
   state.sum = state.sum * factor + reduce_add<T>(sum);
   return factor;

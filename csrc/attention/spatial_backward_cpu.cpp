@@ -153,8 +153,8 @@ class SpatialBackward {
                    } else {
                      differentiate_products(visible, numbers, logits, gradients);
                    }
-                   clear_outside(logits, visible, width);
-                   clear_outside(gradients, visible, width);
+                   clear_outside<T>(logits, visible, width);
+                   clear_outside<T>(gradients, visible, width);
                  });
     if (!has_terms) return;
     if (relative_query_gradient) terms.finish_rows(part, relative_query_gradient + rows.begin * query_width);

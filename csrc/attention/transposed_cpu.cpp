@@ -123,7 +123,7 @@ class Transposed {
       } else {
         exponentiate(prob, visible, offset, [&](Vec<T> x, int64_t, Range) { return x * left_scale; });
       }
-      clear_outside(prob, visible, round_up(width, kWidth<T>));
+      clear_outside<T>(prob, visible, round_up(width, kWidth<T>));
     }
   }
 
