@@ -82,8 +82,10 @@ struct SpatialBackwardParams : SpatialParams {
   MapTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null
   int64_t batch_groups = 1, splits = 1;
-  // [splits, batch, kv_heads, keys, padded dim], zero at first; null where every key has one tile, which writes its gradient
+  // [splits, batch, kv_heads, keys, padded dim], where a split sets those in its range of keys, in which are all that its
+  // tiles see; null where every key has one tile, which writes its gradient
   void *key_sums = nullptr, *value_sums = nullptr;
+  const Range* split_keys = nullptr;  // [splits]
   void* query_sums = nullptr;  // [splits, batch, heads, queries of a window, padded dim] of a shared query, or null
   double* head_scale_sums = nullptr;  // [parts, heads], zero at first, or null; parts are batch_groups * splits
   double *key_fill_sums = nullptr, *value_fill_sums = nullptr;  // [parts, kv_heads, dim], likewise
@@ -96,7 +98,10 @@ struct SpatialSum {
   DType dtype = DType::kFloat32;
   MapTensor target;
   void* parts = nullptr;
+  const Range* part_tokens = nullptr;  // [num_parts]: those that a part has; null: all have all
   int64_t num_parts = 0, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
+
+  VK_HOST_DEVICE int64_t num_lines() const { return batch * heads * size[0] * size[1]; }  // along the last axis
 };
 
 }  // namespace vitkernels

@@ -30,9 +30,11 @@ class SpatialBackward {
       split = task % p.splits, kv_head = task / p.splits % p.kv_heads;
       const int64_t group = task / p.splits / p.kv_heads;
       part = group * p.splits + split;
+      const Range batches{p.batch * group / p.batch_groups, p.batch * (group + 1) / p.batch_groups};
+      for (batch = batches.begin; batch < batches.end; ++batch) clear_sums();
       for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
         head = p.head_list[i], head_scale_sum = 0;
-        for (batch = p.batch * group / p.batch_groups; batch < p.batch * (group + 1) / p.batch_groups; ++batch) {
+        for (batch = batches.begin; batch < batches.end; ++batch) {
           const Range of_split{num_tiles * split / p.splits, num_tiles * (split + 1) / p.splits};
           if (!of_split.empty()) find(of_split.begin);
           for (int64_t t = of_split.begin; t < of_split.end; ++t) {
@@ -83,6 +85,18 @@ class SpatialBackward {
     if (!p.query_sums) next.query_gradients.find(p.grad_query, batch, head, queries);
     if (!p.key_sums) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
     if (!p.value_sums) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
+  }
+
+  // The sums of keys that several tiles see.
+  T* sums_of(void* all_sums, int64_t width) const {
+    return static_cast<T*>(all_sums) + ((split * p.batch + batch) * p.kv_heads + kv_head) * p.num_keys() * width;
+  }
+  void clear_sums() const {
+    for (const auto& [sums, width] : {std::pair{p.key_sums, query_width}, {p.value_sums, key_tile.value_width}}) {
+      if (!sums) continue;
+      const Range keys = p.split_keys[split];
+      std::fill(sums_of(sums, width) + keys.begin * width, sums_of(sums, width) + keys.end * width, T(0));
+    }
   }
 
   void one_tile() {
@@ -192,7 +206,7 @@ class SpatialBackward {
       return;
     }
     const Box& box = tile.keys;
-    T* sums = static_cast<T*>(all_sums) + ((split * p.batch + batch) * p.kv_heads + kv_head) * p.num_keys() * width;
+    T* sums = sums_of(all_sums, width);
     box.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
       const Place place = box.on_map(first);
       const T* from = rows + (column - columns.begin) * width;
@@ -285,16 +299,22 @@ class SpatialBackward {
 template <class S>
 void sum_parts(const SpatialSum& p, int64_t begin, int64_t end) {
   using T = Compute<S>;
-  const int64_t width = round_up(p.dim, kWidth<T>), tokens = p.size[0] * p.size[1] * p.size[2];
-  const int64_t part = p.batch * p.heads * tokens * width;
-  for (int64_t pair = begin; pair < end; ++pair) {
-    T* sums = static_cast<T*>(p.parts) + pair * tokens * width;
-    for (int64_t line = 0; line < p.size[0] * p.size[1]; ++line) {
-      T* first = sums + line * p.size[2] * width;
-      for (int64_t i = 0; i < p.size[2]; ++i) sum_splits(first + i * width, width, p.num_parts, part);
-      const Place place{{line / p.size[1], line % p.size[1], 0}};
-      unpack_rows<T>(first, width, p.size[2], p.dim, T(1), p.target.at<S>(pair / p.heads, place, pair % p.heads),
-                     p.target.axis_stride[kMaxAxes - 1]);
+  const int64_t width = round_up(p.dim, kWidth<T>), lines = p.size[0] * p.size[1], tokens = lines * p.size[2];
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t pair = task / lines, line = task % lines;
+    const Place place{{line / p.size[1], line % p.size[1], 0}};
+    S* to = p.target.at<S>(pair / p.heads, place, pair % p.heads);
+    for (int64_t i = 0; i < p.size[2]; ++i, to += p.target.axis_stride[kMaxAxes - 1]) {
+      const int64_t token = line * p.size[2] + i;
+      for (int64_t c = 0; c < p.dim; c += kWidth<T>) {
+        Vec<T> sum{};
+        for (int64_t part = 0; part < p.num_parts; ++part) {
+          if (p.part_tokens && !p.part_tokens[part].contains(token)) continue;
+          const int64_t row = (part * p.batch * p.heads + pair) * tokens + token;
+          sum += load(static_cast<const T*>(p.parts) + row * width + c);
+        }
+        store_narrowed<T>(to + c, sum, std::min<int64_t>(p.dim - c, kWidth<T>));
+      }
     }
   }
 }

@@ -23,6 +23,7 @@ class SpatialGradients {
 
  private:
   GridGradients grid_gradients;
+  std::vector<Range> split_keys;
   OptionalTensor key_sums, value_sums, query_sums, key_fill_sums, value_fill_sums, head_scale_sums, key_bias_sums;
 };
 
