@@ -15,6 +15,13 @@ struct MapTensor {
   void* data = nullptr;
   int64_t batch_stride = 0, axis_stride[kMaxAxes] = {}, head_stride = 0;
 
+  // Whether tokens lie as far apart as in another one.
+  VK_HOST_DEVICE bool is_laid_out_as(const MapTensor& other) const {
+    bool same = batch_stride == other.batch_stride && head_stride == other.head_stride;
+    for (int axis = 0; axis < kMaxAxes; ++axis) same = same && axis_stride[axis] == other.axis_stride[axis];
+    return same;
+  }
+
   template <class S>
   VK_HOST_DEVICE S* at(int64_t batch, const Place& place, int64_t head) const {
     return static_cast<S*>(data) + batch * batch_stride + place.at[0] * axis_stride[0] + place.at[1] * axis_stride[1] +

@@ -77,11 +77,25 @@ class SpatialBackward {
   void find(int64_t index) {
     next.boxes = tile.boxes_of(index);
     const Box &queries = next.boxes.queries, &outputs = next.boxes.outputs, &keys = next.boxes.keys;
-    next.queries.find(p.query, batch, head, queries);
-    next.outputs.find(p.out, batch, head, outputs);
-    next.out_gradients.find(p.grad_out, batch, head, outputs);
+    // Query, key and value are often parts of one tensor.
+    const bool is_inside = keys.is_on(p.key_size);
     next.keys.find(p.key, batch, kv_head, keys, p.key_size, fill(p.key_fill, p.head_dim));
-    next.values.find(p.value, batch, kv_head, keys, p.key_size, fill(p.value_fill, p.value_dim));
+    if (is_inside && p.value.is_laid_out_as(p.key)) {
+      next.values.find_as(next.keys, p.key, p.value);
+    } else {
+      next.values.find(p.value, batch, kv_head, keys, p.key_size, fill(p.value_fill, p.value_dim));
+    }
+    if (is_inside && p.query.is_laid_out_as(p.key) && head == kv_head && queries == keys) {
+      next.queries.find_as(next.keys, p.key, p.query);
+    } else {
+      next.queries.find(p.query, batch, head, queries);
+    }
+    next.outputs.find(p.out, batch, head, outputs);
+    if (p.grad_out.is_laid_out_as(p.out)) {
+      next.out_gradients.find_as(next.outputs, p.out, p.grad_out);
+    } else {
+      next.out_gradients.find(p.grad_out, batch, head, outputs);
+    }
     if (!p.query_sums) next.query_gradients.find(p.grad_query, batch, head, queries);
     if (!p.key_sums) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
     if (!p.value_sums) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);

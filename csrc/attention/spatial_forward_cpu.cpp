@@ -63,9 +63,20 @@ class SpatialForward {
     const int64_t kv_head = p.kv_head_of[head];
     next.batch = batch, next.head = head;
     next.boxes = tile.boxes_of(index % num_tiles);
-    next.queries.find(p.query, batch, head, next.boxes.queries);
-    next.keys.find(p.key, batch, kv_head, next.boxes.keys, p.key_size, fill(p.key_fill, kv_head, p.head_dim));
-    next.values.find(p.value, batch, kv_head, next.boxes.keys, p.key_size, fill(p.value_fill, kv_head, p.value_dim));
+    const Box &queries = next.boxes.queries, &keys = next.boxes.keys;
+    next.keys.find(p.key, batch, kv_head, keys, p.key_size, fill(p.key_fill, kv_head, p.head_dim));
+    // Query, key and value are often parts of one tensor.
+    const bool is_inside = keys.is_on(p.key_size);
+    if (is_inside && values_as_keys) {
+      next.values.find_as(next.keys, p.key, p.value);
+    } else {
+      next.values.find(p.value, batch, kv_head, keys, p.key_size, fill(p.value_fill, kv_head, p.value_dim));
+    }
+    if (is_inside && queries_as_keys && head == kv_head && queries == keys) {
+      next.queries.find_as(next.keys, p.key, p.query);
+    } else {
+      next.queries.find(p.query, batch, head, queries);
+    }
     next.outputs.find(p.out, batch, head, next.boxes.outputs);
   }
 
@@ -138,6 +149,7 @@ class SpatialForward {
 
   const SpatialParams& p;
   Scratch scratch;
+  const bool values_as_keys = p.value.is_laid_out_as(p.key), queries_as_keys = p.query.is_laid_out_as(p.key);
   const int64_t num_blocks = spatial_row_blocks(p);
   const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kForwardKeyTile);
   const int64_t most_rows = divide_up(p.most_queries(), num_blocks);

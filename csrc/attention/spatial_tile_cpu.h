@@ -48,6 +48,17 @@ struct Box {
     });
   }
 
+  bool is_on(const int64_t (&map)[kMaxAxes]) const {
+    bool is_inside = true;
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      const int64_t last = first[axis] + (size[axis] - 1) * step[axis];
+      is_inside = is_inside && first[axis] >= 0 && last < map[axis];
+    }
+    return is_inside;
+  }
+
+  bool operator==(const Box&) const = default;
+
   // The indices on one axis that lie on a map.
   Range on_map(int axis, int64_t map_size) const {
     const int64_t last = first[axis] + (size[axis] - 1) * step[axis];

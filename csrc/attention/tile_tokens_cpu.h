@@ -41,6 +41,16 @@ class TileTokens {
     });
   }
 
+  // The same tokens, all of them on the map, of a tensor that is laid out as that of `other`.
+  template <class Other>
+  void find_as(const TileTokens<Other>& other, const MapTensor& of_other, const MapTensor& t) {
+    count = other.count;
+    const int64_t distance = reinterpret_cast<intptr_t>(t.data) - reinterpret_cast<intptr_t>(of_other.data);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = reinterpret_cast<Element*>(reinterpret_cast<intptr_t>(other[i]) + distance);
+    }
+  }
+
   ScatteredRows<std::remove_const_t<Element>> from(int64_t token) const { return {rows + token}; }
   Element* operator[](int64_t token) const { return rows[token]; }
 
