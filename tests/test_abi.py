@@ -91,12 +91,16 @@ def test_wheel_is_for_every_python():
     assert tags and all(tag.startswith("py3-none-") for tag in tags)
 
 
+# In the names of what a translation unit has to itself: hashes, and the number of a process.
+OF_BUILD = r"\d*_(GLOBAL__N|INTERNAL)_+[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}(_\d+?(?=\d[a-zA-Z]))?"
+
+
 def ptx_instructions(library):
-    """The PTX in a library without what a build may change: source lines, and the hash in the name of a namespace."""
+    """The PTX in a library without what a build may change: source lines, and parts of names."""
 
     def instructions(text):
         code = re.split(r"^\s*\.section", text, flags=re.MULTILINE)[0]
-        lines = [line.strip() for line in re.sub(r"_N__[0-9a-f]{8}_", "_", code).splitlines()]
+        lines = [line.strip() for line in re.sub(OF_BUILD, "", code).splitlines()]
         return [line for line in lines if line and not re.match(r"\.loc|\.file|\.target|//|\$L__tmp", line)]
 
     return sorted(instructions(text.decode()) for text in re.findall(rb"\.version [^\0]+", library.read_bytes()))
