@@ -43,7 +43,8 @@ class SpatialBackward {
             next_share = 0;
             if (t + 1 < of_split.end) {
               find(t + 1);
-              next_share = divide_up(next.count(), std::max<int64_t>(tile.queries.count(), 1));
+              const bool is_short = tile.keys.count() <= kBackwardKeyTile;
+              if (is_short) next_share = divide_up(next.count(), std::max<int64_t>(tile.queries.count(), 1));
             }
             one_tile();
           }

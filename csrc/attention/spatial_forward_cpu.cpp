@@ -26,17 +26,21 @@ class SpatialForward {
     std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
     if (begin < end) find(begin / num_blocks);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t block = task % num_blocks, following = (task + 1) / num_blocks;
+      const int64_t block = task % num_blocks;
       if (block == 0 || task == begin) {
         std::swap(present, next);
         tile.start(present.boxes);
         packed_column = -1;
       }
-      const bool is_last = block == num_blocks - 1;
-      if (is_last && task + 1 < end) find(following);
       const int64_t count = tile.queries.count();
       const Range rows{count * block / num_blocks, count * (block + 1) / num_blocks};
-      next_share = is_last && task + 1 < end ? divide_up(next.count(), std::max<int64_t>(rows.end - rows.begin, 1)) : 0;
+      next_share = 0;
+      if (block == num_blocks - 1 && task + 1 < end) {
+        find((task + 1) / num_blocks);
+        // With several stretches of keys, it would be fetched with each of them.
+        const bool is_short = tile.keys.count() <= kForwardKeyTile;
+        if (is_short) next_share = divide_up(next.count(), std::max<int64_t>(rows.end - rows.begin, 1));
+      }
       rows_of_tile(block, rows);
     }
   }
