@@ -19,6 +19,7 @@ struct ExpandedTile {
   int64_t geometry = -1, head = -1, piece = -1;
   TilePiece of{};
   TileView view{};
+  int64_t stride = 0;                        // whole vectors, no more: small tiles stay in the first-level cache
   T *bias = nullptr, *multiplier = nullptr;  // [rows, stride]; a bias of minus infinity hides a key
   T *bias_gradient = nullptr, *multiplier_gradient = nullptr;
   int64_t num_sums = 0;  // pieces that the gradients are the sum of
@@ -29,12 +30,12 @@ class ExpandedTiles {
  public:
   ExpandedTiles(const SpatialParams& params, int64_t most_rows, int64_t most_columns, int64_t most_pieces,
                 bool with_gradients, Scratch& scratch)
-      : p(params), grid(p.score.on_grid.grid), stride(round_up(most_columns, kWidth<T>)) {
+      : p(params), grid(p.score.on_grid.grid), most_stride(round_up(most_columns, kWidth<T>)) {
     constexpr int64_t kMemory = 768 << 10;
     const GridTerms& terms = p.score.on_grid;
     const bool has_multiplier = terms.multiplier.data;
     const bool has_gradients = with_gradients && (terms.bias.grad || terms.multiplier.grad);
-    const int64_t elements = most_rows * stride, arrays = (has_multiplier ? 2 : 1) * (has_gradients ? 2 : 1);
+    const int64_t elements = most_rows * most_stride, arrays = (has_multiplier ? 2 : 1) * (has_gradients ? 2 : 1);
     const int64_t fitting = kMemory / (elements * int64_t(sizeof(T)) * arrays + 1);
     const int64_t geometries = p.axis[0].num_geometries * p.axis[1].num_geometries * p.axis[2].num_geometries;
     num_slots = std::clamp<int64_t>(std::min(geometries * most_pieces, fitting), 1, kMostSlots);
@@ -56,8 +57,9 @@ class ExpandedTiles {
     if (!is_same || slot.num_sums == kMostSums) flush(slot, part);
     if (!is_same) {
       slot.geometry = tile.geometry, slot.head = head, slot.piece = piece.index, slot.of = piece;
-      slot.view = tile.view();
+      slot.view = tile.view(), slot.stride = round_up(piece.columns.end - piece.columns.begin, kWidth<T>);
       expand(slot);
+      clear_gradients(slot);
     }
     return slot;
   }
@@ -69,55 +71,87 @@ class ExpandedTiles {
 
  private:
   static constexpr int64_t kMostSlots = 64;
+  static constexpr int kLast = kMaxAxes - 1;
 
-  // Calls f(element, count, query, key) for the stretches of keys that the rows see, by the first of them.
+  // A stretch of keys that a row sees, by the first of them.
+  struct Line {
+    int64_t element, count, entry;  // in the expanded tile and in the tables
+    Place query, key;
+  };
+
+  // Calls f(line) for them. Rows that differ on the last axis only follow each other at every line of keys.
   template <class Function>
   VK_INLINE void for_each_line(const ExpandedTile<T>& slot, Function&& f) const {
-    for (int64_t row = slot.of.rows.begin; row < slot.of.rows.end; ++row) {
-      const int64_t first = (row - slot.of.rows.begin) * stride - slot.of.columns.begin;
-      const Place query = slot.view.query(row), place = slot.view.place(query);
-      slot.view.for_each_line(query, slot.of.columns, [&](int64_t column, int64_t count, const Place& key) {
-        f(first + column, count, place, key);
-      });
-    }
-  }
-
-  void expand(const ExpandedTile<T>& slot) const {
-    const int64_t rows = slot.of.rows.end - slot.of.rows.begin;
-    std::fill_n(slot.bias, rows * stride, kMinusInfinity<T>);
-    if (slot.multiplier) std::fill_n(slot.multiplier, rows * stride, T(1));
-    if (slot.bias_gradient) std::fill_n(slot.bias_gradient, rows * stride, T(0));
-    if (slot.multiplier_gradient) std::fill_n(slot.multiplier_gradient, rows * stride, T(0));
-    const T *bias = table(p.score.on_grid.bias, slot.head), *multiplier = table(p.score.on_grid.multiplier, slot.head);
-    for_each_line(slot, [&](int64_t at, int64_t count, const Place& query, const Place& key) {
-      const int64_t entry = grid.query_entry(query) + grid.key_entry(key);
-      copy_line(bias ? bias + entry : nullptr, count, slot.bias + at);
-      if (multiplier) copy_line(multiplier + entry, count, slot.multiplier + at);
-      if (p.radius > 0) hide_distant(slot.bias + at, count, query, key);
-    });
-  }
-
-  // Entries of a table, behind which there are some more; null: zeros.
-  VK_INLINE static void copy_line(const T* from, int64_t count, T* to) {
-    for (int64_t c = 0; c < count; c += kWidth<T>) {
-      const Vec<T> entries = from ? load(from + c) : Vec<T>{};
-      if (count - c < kWidth<T>) {
-        store_partial(to + c, entries, count - c);
-      } else {
-        store(to + c, entries);
+    const TileView& view = slot.view;
+    const Range rows = slot.of.rows, columns = slot.of.columns;
+    for (int64_t row = rows.begin, count; row < rows.end; row += count) {
+      const Place query = view.query(row);
+      count = std::min(view.queries[kLast] - query.at[kLast], rows.end - row);
+      const SeenKeys *outer = view.seen[0] + query.at[0], *inner = view.seen[1] + query.at[1];
+      const SeenKeys* on_line = view.seen[kLast] + query.at[kLast];  // [count]
+      for (int64_t i = outer->keys.begin; i < outer->keys.end; ++i) {
+        for (int64_t j = inner->keys.begin; j < inner->keys.end; ++j) {
+          const int64_t line = (i * view.keys[1] + j) * view.keys[kLast];
+          const int64_t element = (row - rows.begin) * slot.stride + line - columns.begin;
+          const int64_t entry = grid.query_entry({{outer->place, inner->place, 0}}) + grid.key_entry({{i, j, 0}});
+          const Range inside = relative_to(columns, line);
+          for (int64_t r = 0; r < count; ++r) {
+            const Range keys = intersect(on_line[r].keys, inside);
+            if (keys.empty()) continue;
+            const int64_t place = on_line[r].place;
+            f(Line{element + r * slot.stride + keys.begin,
+                   keys.end - keys.begin,
+                   entry - place + keys.begin,
+                   {{outer->place, inner->place, place}},
+                   {{i, j, keys.begin}}});
+          }
+        }
       }
     }
   }
 
-  void hide_distant(T* bias, int64_t count, const Place& query, const Place& key) const {
+  // A loop for each of the arrays: for both of them at once there are not enough registers.
+  void expand(const ExpandedTile<T>& slot) const {
+    const int64_t elements = (slot.of.rows.end - slot.of.rows.begin) * slot.stride;
+    std::fill_n(slot.bias, elements, kMinusInfinity<T>);
+    if (const T* bias = table(p.score.on_grid.bias, slot.head)) {
+      copy(slot, bias, slot.bias);
+    } else {
+      for_each_line(slot, [to = slot.bias](const Line& line) VK_BODY {
+        for (int64_t c = 0; c < line.count; c += kWidth<T>)
+          store_first(to + line.element + c, Vec<T>{}, line.count - c);
+      });
+    }
+    if (slot.multiplier) {
+      std::fill_n(slot.multiplier, elements, T(1));
+      copy(slot, table(p.score.on_grid.multiplier, slot.head), slot.multiplier);
+    }
+    if (p.radius > 0) for_each_line(slot, [&](const Line& line) { hide_distant(slot.bias + line.element, line); });
+  }
+
+  // At most a vector.
+  VK_INLINE static void store_first(T* to, Vec<T> v, int64_t count) {
+    count < kWidth<T> ? store_partial(to, v, count) : store(to, v);
+  }
+
+  // Of a table, behind whose entries there are some more.
+  void copy(const ExpandedTile<T>& slot, const T* from, T* to) const {
+    for_each_line(slot, [=](const Line& line) VK_BODY {
+      for (int64_t c = 0; c < line.count; c += kWidth<T>) {
+        store_first(to + line.element + c, load(from + line.entry + c), line.count - c);
+      }
+    });
+  }
+
+  void hide_distant(T* bias, const Line& line) const {
     const auto squared = [&](int axis, int64_t at) {
-      const double distance = double((query.at[axis] - at) * p.axis[axis].step);
+      const double distance = double((line.query.at[axis] - at) * p.axis[axis].step);
       return distance * distance;
     };
     double outer = 0;
-    for (int axis = 0; axis < kMaxAxes - 1; ++axis) outer += squared(axis, key.at[axis]);
-    for (int64_t i = 0; i < count; ++i) {
-      const double distance = outer + squared(kMaxAxes - 1, key.at[kMaxAxes - 1] + i);
+    for (int axis = 0; axis < kLast; ++axis) outer += squared(axis, line.key.at[axis]);
+    for (int64_t i = 0; i < line.count; ++i) {
+      const double distance = outer + squared(kLast, line.key.at[kLast] + i);
       if (distance > p.radius * p.radius) bias[i] = kMinusInfinity<T>;
     }
   }
@@ -127,14 +161,17 @@ class ExpandedTiles {
     slot.num_sums = 0;
     double* bias = sums(p.score.on_grid.bias, part, slot.head);
     double* multiplier = sums(p.score.on_grid.multiplier, part, slot.head);
-    for_each_line(slot, [&](int64_t at, int64_t count, const Place& query, const Place& key) {
-      const int64_t entry = grid.query_entry(query) + grid.key_entry(key);
-      if (bias) add_to_sums(bias + entry, slot.bias_gradient + at, count);
-      if (multiplier) add_to_sums(multiplier + entry, slot.multiplier_gradient + at, count);
+    for_each_line(slot, [&](const Line& line) VK_BODY {
+      if (bias) add_to_sums(bias + line.entry, slot.bias_gradient + line.element, line.count);
+      if (multiplier) add_to_sums(multiplier + line.entry, slot.multiplier_gradient + line.element, line.count);
     });
+    clear_gradients(slot);
+  }
+
+  void clear_gradients(const ExpandedTile<T>& slot) const {
     const int64_t rows = slot.of.rows.end - slot.of.rows.begin;
-    std::fill_n(slot.bias_gradient, rows * stride, T(0));
-    if (slot.multiplier_gradient) std::fill_n(slot.multiplier_gradient, rows * stride, T(0));
+    if (slot.bias_gradient) std::fill_n(slot.bias_gradient, rows * slot.stride, T(0));
+    if (slot.multiplier_gradient) std::fill_n(slot.multiplier_gradient, rows * slot.stride, T(0));
   }
 
   static const T* table(const TableTerm& term, int64_t head) {
@@ -148,7 +185,7 @@ class ExpandedTiles {
   const Grid& grid;
 
  public:
-  const int64_t stride;
+  const int64_t most_stride;
 
  private:
   int64_t num_slots;
@@ -168,11 +205,11 @@ class SpatialTerms {
       : p(params),
         expanded(p, sizes.most_rows, sizes.most_columns, sizes.most_pieces, sizes.with_gradients, scratch),
         relative(terms, relative_sizes(sizes), scratch) {
-    if (p.key_bias.data) key_bias = scratch.take<T>(expanded.stride);
-    if (terms.has_rel_pos()) bias = scratch.take<T>(expanded.stride);
+    if (p.key_bias.data) key_bias = scratch.take<T>(expanded.most_stride);
+    if (terms.has_rel_pos()) bias = scratch.take<T>(expanded.most_stride);
     if (!sizes.with_gradients) return;
-    if (terms.has_rel_pos()) row_gradient = scratch.take<T>(expanded.stride);
-    if (p.key_bias_sums) key_bias_gradient = scratch.take<T>(expanded.stride);
+    if (terms.has_rel_pos()) row_gradient = scratch.take<T>(expanded.most_stride);
+    if (p.key_bias_sums) key_bias_gradient = scratch.take<T>(expanded.most_stride);
   }
 
   // Whether anything is done to the logits of a tile.
@@ -215,7 +252,7 @@ class SpatialTerms {
 
   // The terms of a row from a column of the piece on.
   ScoreRow<T> row(int64_t row, int64_t first_column) {
-    const int64_t at = (row - piece.rows.begin) * expanded.stride;
+    const int64_t at = (row - piece.rows.begin) * slot->stride;
     const T* added = slot->bias + at;
     if (terms.has_rel_pos()) {
       add_relative(row, added);
@@ -228,17 +265,17 @@ class SpatialTerms {
   // Whether what is expanded to a bias is all that there is. Then these are the row's, and its gradient's or null.
   bool is_bias() const { return !slot->multiplier && !key_bias && !terms.has_rel_pos(); }
   BiasRow<T> bias_row(int64_t row, int64_t first_column) const {
-    return {slot->bias + (row - piece.rows.begin) * expanded.stride + first_column};
+    return {slot->bias + (row - piece.rows.begin) * slot->stride + first_column};
   }
   T* bias_gradient_row(int64_t row, int64_t first_column) const {
     T* gradient = slot->bias_gradient;
-    return gradient ? gradient + (row - piece.rows.begin) * expanded.stride + first_column : nullptr;
+    return gradient ? gradient + (row - piece.rows.begin) * slot->stride + first_column : nullptr;
   }
 
   // One vector of that row's gradient. Columns count from the same one.
   VK_INLINE void add_gradient(int64_t row, int64_t first_column, Vec<T> grad, Vec<T> product, int64_t column,
                               Range lanes) {
-    const int64_t at = first_column + column, element = (row - piece.rows.begin) * expanded.stride + at;
+    const int64_t at = first_column + column, element = (row - piece.rows.begin) * slot->stride + at;
     const Vec<T> inside = keep(grad, lanes, T(0));
     if (slot->bias_gradient) add_vector(slot->bias_gradient + element, inside);
     if (slot->multiplier_gradient) {
@@ -323,7 +360,7 @@ class SpatialTerms {
   void add_relative(int64_t row, const T* added) {
     const TileView view = tile->view();
     const Place query = view.query(row), place = view.place(query);
-    std::copy_n(added, expanded.stride, bias);
+    std::copy_n(added, slot->stride, bias);
     const T* along[kMaxAxes];
     for (int axis = 0; axis < kMaxAxes; ++axis) {
       along[axis] = relative.row(axis, row - first_row, terms.grid.first_entry(axis, place));
