@@ -96,7 +96,7 @@ class Forward {
             VK_BODY { return relative_to(intersect(axis.keys(rows.begin + r), tile_keys), tile_keys.begin); },
         [&](T* row, int64_t r, Range visible, int64_t, T scale)
             VK_BODY { return apply_terms(row, visible, scale, rows.begin + r, tile_keys.begin); },
-        [](int64_t) {});
+        [](int) {});
   }
 
   T apply_terms(T* row, Range visible, T scale, int64_t query, int64_t first_key) {

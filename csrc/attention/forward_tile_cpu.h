@@ -46,34 +46,38 @@ class ForwardTile {
 
   // Adds the keys that row r sees, the range visible(r) of the tile, within `seen`. apply_terms(logits, r, columns,
   // first_key, scale) does what is done to a row of logits in place and returns their maximum; `has_terms` says whether
-  // anything is. meanwhile(r) may fetch what will be needed later.
+  // anything is. meanwhile(turn) may fetch what will be needed later, in four turns: so many requests at once would have to wait.
   template <class Visible, class ApplyTerms, class Meanwhile>
   VK_INLINE void add(const Rows& rows, Range seen, T scale, bool has_terms, Visible&& visible, ApplyTerms&& apply_terms,
                      Meanwhile&& meanwhile) {
     const int64_t count = rows.count, first = seen.begin / kPanel<E> * kPanel<E>, columns = seen.end - first;
     const T left_scale = kFoldsScale<E> ? T(1) : scale;
-    pack_queries(rows.queries, count, head_dim, scale, queries, query_width);     // [count, d]
+    pack_queries(rows.queries, count, head_dim, scale, queries, query_width);  // [count, d]
+    meanwhile(0);
     key_tile.multiply(queries, count, {first, seen.end}, logits, logits_stride);  // [count, columns]
+    meanwhile(1);
 
-    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU. (All rows' lanes
-    // reduced together took a third of the steps, and 7% longer: the next loop then waits for the last row.)
+    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU. Less work took longer:
+    // the lanes of all rows' maxima (7%) or sums (5%) reduced together, the 49th keys of all rows as one vector (5%).
     T largest[kRowGroup<E>];
+    Range columns_of[kRowGroup<E>];
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
-      const Range columns_of_row = relative_to(visible(r), first);
-      meanwhile(r);
+      columns_of[r] = relative_to(visible(r), first);
       largest[r] =
-          has_terms ? apply_terms(row, r, columns_of_row, first, left_scale) : row_max(row, columns_of_row, left_scale);
+          has_terms ? apply_terms(row, r, columns_of[r], first, left_scale) : row_max(row, columns_of[r], left_scale);
     }
+    meanwhile(2);
     // Their terms applied, logits need no factor any more.
     const T logit_scale = has_terms ? T(1) : left_scale;
     const int64_t depth = padded_depth<E>(columns);
     for (int64_t r = 0; r < count; ++r) {
       T* row = logits + r * logits_stride;
-      const T factor = exponentiate(row, reinterpret_cast<E*>(row), relative_to(visible(r), first), depth, logit_scale,
-                                    largest[r], rows.states[r]);
+      const T factor =
+          exponentiate(row, reinterpret_cast<E*>(row), columns_of[r], depth, logit_scale, largest[r], rows.states[r]);
       if (!rows.is_only_tile && factor != T(1)) rescale(rows.sums + r * value_width, factor);
     }
+    meanwhile(3);
     const MatmulA<E> probabilities{reinterpret_cast<const E*>(logits), logits_stride * kGroup<E>, kGroup<E>};
     const MatmulB<E> value_rows{values + first * value_width, value_width * kGroup<E>, kPanel<E> * kGroup<E>};
     if (rows.is_only_tile) {

@@ -16,7 +16,7 @@ namespace vitkernels::VK_ISA {
 template <class T, class Function>
 VK_INLINE void for_each_vector(Range range, Function&& f) {
   constexpr int64_t kN = kWidth<T>;
-  int64_t column = range.begin / kN * kN;
+  int64_t column = range.begin & -kN;
   if (column < range.begin && column < range.end) {
     f(column, Range{range.begin - column, std::min(kN, range.end - column)});
     column += kN;
@@ -183,7 +183,7 @@ VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64
   const T offset = state.offset();
   Vec<T> sum{};
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
-    const Vec<T> p = keep(exp<T>(load(logits + column) * scale - offset), lanes, T(0));
+    const Vec<T> p = keep(exp<T, E>(load(logits + column) * scale - offset), lanes, T(0));
     store_narrowed<T>(probabilities + column, p, kWidth<T>);
     sum += p;
   });

@@ -54,11 +54,11 @@ class SpatialForward {
     TileTokens<S> outputs;
 
     int64_t count() const { return std::max(queries.count, keys.count); }
-    VK_INLINE void fetch(Range tokens) const {
-      keys.fetch(tokens);
-      values.fetch(tokens);
-      queries.fetch(tokens);
-      outputs.fetch(tokens);
+    VK_INLINE void fetch(Range tokens, int turn) const {
+      if (turn == 0) keys.fetch(tokens);
+      if (turn == 1) values.fetch(tokens);
+      if (turn == 2) queries.fetch(tokens);
+      if (turn == 3) outputs.fetch(tokens);
     }
   };
 
@@ -131,10 +131,8 @@ class SpatialForward {
           return terms.is_bias() ? apply_score(row, visible, scale, terms.bias_row(rows.begin + r, first_key))
                                  : apply_score(row, visible, scale, terms.row(rows.begin + r, first_key));
         },
-        [&](int64_t r) VK_BODY {
-          const int64_t share = first_row + r;
-          next.fetch({share * next_share, (share + 1) * next_share});
-        });
+        [&](int turn)
+            VK_BODY { next.fetch({first_row * next_share, (first_row + rows.end - rows.begin) * next_share}, turn); });
   }
 
   void finish(Range rows) {
