@@ -96,14 +96,16 @@ class Backward {
       grid_row.start_rows(queries, rows, tile);
     }
     const T scale = p.score.scale_of<T>(head);
-    key_tile.add({queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, p.grad_query_parts)},
-                 {0, seen.end}, scale, [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
-                   const int64_t query = rows.begin + r;
-                   const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-                   differentiate_row(p.score, {batch, head, query, tile.begin, visible, width},
-                                     numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &grid_row,
-                                     part);
-                 });
+    key_tile.add(
+        {queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, p.grad_query_parts)},
+        {0, seen.end}, scale,
+        [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
+          const int64_t query = rows.begin + r;
+          const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
+          differentiate_row(p.score, {batch, head, query, tile.begin, visible, width},
+                            numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &grid_row, part);
+        },
+        [](int) {});
     if (p.grad_rel_query_parts) {
       grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, p.grad_rel_query_parts), query_width);
     }

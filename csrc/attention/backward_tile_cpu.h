@@ -37,32 +37,41 @@ class BackwardTile {
 
   // Adds what the rows, of which there are at most kBackwardQueryBlock, see within `seen`. differentiate(r, first_key,
   // width, logits, gradients) makes P of a row of S and dS of one of dP; columns are counted from first_key, and those
-  // below `width` that the row does not see become zero.
-  template <class Differentiate>
-  VK_INLINE void add(const Rows& rows, Range seen, T scale, Differentiate&& differentiate) {
+  // below `width` that the row does not see become zero. meanwhile(turn) may fetch what will be needed later, in eight
+  // turns.
+  template <class Differentiate, class Meanwhile>
+  VK_INLINE void add(const Rows& rows, Range seen, T scale, Differentiate&& differentiate, Meanwhile&& meanwhile) {
     const int64_t count = rows.count, first_key = seen.begin / kPanel<E> * kPanel<E>, columns = seen.end - first_key;
     const int64_t depth = padded_depth<E>(count), key_depth = padded_depth<E>(columns);
     const int64_t value_depth = padded_depth<E>(value_dim);
 
     pack_queries(rows.queries, count, head_dim, scale, queries, operand_width);            // [count, d]
     pack_operands(rows.out_gradient, count, value_dim, out_gradient, out_gradient_width);  // [count, dv]
-    key_tile.multiply(queries, count, {first_key, seen.end}, logits, logits_stride);       // [count, columns]
+    meanwhile(0);
+    key_tile.multiply(queries, count, {first_key, seen.end}, logits, logits_stride);  // [count, columns]
+    meanwhile(1);
     matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
                      {value_panels + first_key * value_depth, panel_stride, value_depth * kPanel<E>}, count,
                      round_up(columns, kWidth<T>), value_depth, gradients, logits_stride);  // [count, columns]
+    meanwhile(2);
     for (int64_t r = 0; r < count; ++r) {
       differentiate(r, first_key, key_depth, logits + r * logits_stride, gradients + r * logits_stride);
     }
+    meanwhile(3);
 
     const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] = operands(rows, key_depth, scale);
+    meanwhile(4);
     // P^T and dS^T are read in place: the next row is the next group.
     matmul<E, true>({probs, kGroup<E>, group_stride}, {out_gradient_groups, value_width * kGroup<E>, panel_stride},
                     columns, value_width, depth, value_gradient + first_key * value_width, value_width);  // [keys, dv]
+    meanwhile(5);
     matmul<E, true>({grads, kGroup<E>, group_stride}, {query_groups, query_width * kGroup<E>, panel_stride}, columns,
                     query_width, depth, key_gradient + first_key * query_width, query_width);  // [keys, d]
+    meanwhile(6);
     matmul<E, true>({grad_rows, logits_stride, kGroup<E>},
                     {key_groups + first_key * query_width, query_width * kGroup<E>, panel_stride}, count, query_width,
                     key_depth, rows.query_gradient, query_width);  // [count, d]
+    meanwhile(7);
   }
 
  private:

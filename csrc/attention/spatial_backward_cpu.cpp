@@ -63,15 +63,15 @@ class SpatialBackward {
     TileTokens<S> query_gradients, key_gradients, value_gradients;  // null beyond the map
 
     int64_t count() const { return std::max(outputs.count, keys.count); }
-    VK_INLINE void fetch(Range tokens) const {
-      queries.fetch(tokens);
-      outputs.fetch(tokens);
-      out_gradients.fetch(tokens);
-      keys.fetch(tokens);
-      values.fetch(tokens);
-      query_gradients.fetch(tokens);
-      key_gradients.fetch(tokens);
-      value_gradients.fetch(tokens);
+    VK_INLINE void fetch(Range tokens, int turn) const {
+      if (turn == 0) queries.fetch(tokens);
+      if (turn == 1) outputs.fetch(tokens);
+      if (turn == 2) out_gradients.fetch(tokens);
+      if (turn == 3) keys.fetch(tokens);
+      if (turn == 4) values.fetch(tokens);
+      if (turn == 5) query_gradients.fetch(tokens);
+      if (turn == 6) key_gradients.fetch(tokens);
+      if (turn == 7) value_gradients.fetch(tokens);
     }
   };
 
@@ -168,23 +168,25 @@ class SpatialBackward {
       terms.start_piece(head, piece, part);
       terms.start_rows(of_block, rows);
     }
-    key_tile.add({of_block, present.out_gradients.from(rows.begin), rows.end - rows.begin,
-                  query_gradient + rows.begin * query_width},
-                 seen, scale, [&](int64_t r, int64_t first_key, int64_t width, T* logits, T* gradients) VK_BODY {
-                   const int64_t row = rows.begin + r;
-                   next.fetch({row * next_share, (row + 1) * next_share});
-                   const Range visible = relative_to(intersect(tile.seen_by(row), columns), columns.begin + first_key);
-                   const RowNumbers<T> numbers{left_scale, offsets[row], deltas[row]};
-                   if (has_terms && terms.is_bias()) {
-                     differentiate_bias(row, visible, first_key, numbers, logits, gradients);
-                   } else if (has_terms) {
-                     differentiate_terms(row, visible, first_key, numbers, logits, gradients);
-                   } else {
-                     differentiate_products(visible, numbers, logits, gradients);
-                   }
-                   clear_outside<T>(logits, visible, width);
-                   clear_outside<T>(gradients, visible, width);
-                 });
+    key_tile.add(
+        {of_block, present.out_gradients.from(rows.begin), rows.end - rows.begin,
+         query_gradient + rows.begin * query_width},
+        seen, scale,
+        [&](int64_t r, int64_t first_key, int64_t width, T* logits, T* gradients) VK_BODY {
+          const int64_t row = rows.begin + r;
+          const Range visible = relative_to(intersect(tile.seen_by(row), columns), columns.begin + first_key);
+          const RowNumbers<T> numbers{left_scale, offsets[row], deltas[row]};
+          if (has_terms && terms.is_bias()) {
+            differentiate_bias(row, visible, first_key, numbers, logits, gradients);
+          } else if (has_terms) {
+            differentiate_terms(row, visible, first_key, numbers, logits, gradients);
+          } else {
+            differentiate_products(visible, numbers, logits, gradients);
+          }
+          clear_outside<T>(logits, visible, width);
+          clear_outside<T>(gradients, visible, width);
+        },
+        [&](int turn) VK_BODY { next.fetch({rows.begin * next_share, rows.end * next_share}, turn); });
     if (!has_terms) return;
     if (relative_query_gradient) terms.finish_rows(part, relative_query_gradient + rows.begin * query_width);
     terms.finish_piece();
