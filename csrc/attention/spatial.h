@@ -82,6 +82,29 @@ struct SpatialParams {
   }
 };
 
+// Of gradients that several tasks add to, what a split adds. It owns the tokens from the last one that the splits before
+// it see to its own last one. Of those before, it has sums of its own.
+struct SplitTokens {
+  Range owned, shared;
+  int64_t first_row = 0;  // of the shared ones, among the parts
+};
+
+// Sums of a gradient, of float or double. They may be the gradient itself.
+struct SplitSums {
+  MapTensor sums;                         // [batch, *map, heads, width]: whole vectors; no data: none are wanted
+  void* parts = nullptr;                  // for each split [batch, heads, shared tokens, width]
+  const SplitTokens* of_split = nullptr;  // [splits]
+
+  template <class T>
+  VK_HOST_DEVICE T* part(int64_t split, int64_t batch, int64_t heads, int64_t entry, int64_t head,
+                         int64_t width) const {
+    const SplitTokens& tokens = of_split[split];
+    const int64_t row =
+        tokens.first_row * batch * heads + (entry * heads + head) * (tokens.shared.end - tokens.shared.begin);
+    return static_cast<T*>(parts) + row * width;
+  }
+};
+
 // The backward's work is cut by shapes alone: into groups of the batch, kv heads, and `splits` ranges of tiles. A task
 // writes the query gradients of its tiles. Keys that several tiles see, and what all of them share, have sums for every
 // split or task, which are added in order.
@@ -89,24 +112,20 @@ struct SpatialBackwardParams : SpatialParams {
   MapTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null
   int64_t batch_groups = 1, splits = 1;
-  // [splits, batch, kv_heads, keys, padded dim], where a split sets those in its range of keys, in which are all that its
-  // tiles see; null where every key has one tile, which writes its gradient
-  void *key_sums = nullptr, *value_sums = nullptr;
-  const Range* split_keys = nullptr;  // [splits]
-  void* query_sums = nullptr;  // [splits, batch, heads, queries of a window, padded dim] of a shared query, or null
+  SplitSums key_sums, value_sums;     // none where every key has one tile, which writes its gradient
+  SplitSums query_sums;               // of a shared query, whose tokens are those of a window
   double* head_scale_sums = nullptr;  // [parts, heads], zero at first, or null; parts are batch_groups * splits
   double *key_fill_sums = nullptr, *value_fill_sums = nullptr;  // [parts, kv_heads, dim], likewise
 
   VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups * kv_heads * splits; }
 };
 
-// A gradient [batch, *map, heads, dim], the sum of parts [parts, batch, heads, tokens, padded dim].
+// A gradient [batch, *map, heads, dim] to be made of its sums.
 struct SpatialSum {
   DType dtype = DType::kFloat32;
   MapTensor target;
-  void* parts = nullptr;
-  const Range* part_tokens = nullptr;  // [num_parts]: those that a part has; null: all have all
-  int64_t num_parts = 0, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
+  SplitSums from;
+  int64_t splits = 1, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
 
   VK_HOST_DEVICE int64_t num_lines() const { return batch * heads * size[0] * size[1]; }  // along the last axis
 };

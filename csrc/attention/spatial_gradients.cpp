@@ -1,7 +1,6 @@
 #include "attention/spatial_gradients.h"
 
 #include "attention/tiles_cpu.h"
-#include "cpu/isa.h"
 
 namespace vitkernels {
 namespace {
@@ -62,40 +61,6 @@ Tensor sum_key_bias(const Tensor& parts, const Tensor& bias, int axes, const Spa
   return torch::stable::to(grad, bias.scalar_type());
 }
 
-// A range with all keys that a split's tiles see.
-Range keys_of_split(const SpatialBackwardParams& p, int64_t split) {
-  Range any{p.num_keys(), 0};
-  const int64_t num_tiles = p.num_tiles();
-  for (int64_t t = num_tiles * split / p.splits; t < num_tiles * (split + 1) / p.splits; ++t) {
-    int64_t index = t, first = 0, last = 0, inner = 1;
-    for (int axis = kMaxAxes - 1; axis >= 0; --axis) {
-      const AxisTile& tile = p.axis[axis].tile[index % p.axis[axis].count];
-      index /= p.axis[axis].count;
-      const int64_t end = tile.first_key + (tile.num_keys - 1) * p.axis[axis].step;
-      first += inner * std::max<int64_t>(tile.first_key, 0), last += inner * std::min(end, p.key_size[axis] - 1);
-      inner *= p.key_size[axis];
-    }
-    any = {std::min(any.begin, first), std::max(any.end, last + 1)};
-  }
-  return any.empty() ? Range{0, 0} : any;
-}
-
-void sum_map(const SpatialArguments& args, const Tensor& target, const OptionalTensor& parts, const int64_t* size,
-             const Range* part_tokens) {
-  if (!parts) return;
-  SpatialSum sum{.dtype = args.dtype,
-                 .target = map_tensor(target, args.axes),
-                 .parts = parts->mutable_data_ptr(),
-                 .part_tokens = part_tokens,
-                 .num_parts = parts->size(0),
-                 .batch = args.batch,
-                 .heads = target.size(args.axes + 1),
-                 .dim = target.size(args.axes + 2)};
-  std::copy_n(size, kMaxAxes, sum.size);
-  torch::stable::parallel_for(0, sum.num_lines(), 1,
-                              [&](int64_t begin, int64_t end) { kernels().sum_spatial_parts(sum, begin, end); });
-}
-
 }  // namespace
 
 SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpatialGradients& needed,
@@ -115,31 +80,17 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpa
   const auto zeros = [&](bool is_needed, const std::vector<int64_t>& sizes, ScalarType type) {
     return is_needed ? OptionalTensor(zeros_as(args.query, sizes, type)) : std::nullopt;
   };
-  // The kernels' rows are padded to a vector, of at most so many elements.
-  const auto padded = [&](int64_t dim) {
-    const int64_t width = kernels().vector_bytes / (args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
-    return (dim + width - 1) / width * width;
-  };
-  const std::vector<int64_t> of_keys{params.splits, args.batch, args.kv_heads, params.num_keys()};
-  const auto with = [](std::vector<int64_t> sizes, int64_t last) {
-    sizes.push_back(last);
-    return sizes;
-  };
-  if (has_sums) {
-    key_sums = empty_as(args.query, with(of_keys, padded(args.head_dim)), statistics);
-    value_sums = empty_as(args.query, with(of_keys, padded(args.value_dim)), statistics);
-    for (int64_t split = 0; split < params.splits; ++split) split_keys.push_back(keys_of_split(params, split));
-    params.split_keys = split_keys.data();
+  if (!args.is_empty()) {
+    if (has_sums) key_sums.attach_keys(args, params, key), value_sums.attach_keys(args, params, value);
+    if (args.is_shared_query) query_sums.attach_window(args, params, query);
   }
-  query_sums = zeros(args.is_shared_query,
-                     {params.splits, args.batch, args.heads, params.most_queries(), padded(args.head_dim)}, statistics);
+  params.key_sums = key_sums.view(), params.value_sums = value_sums.view(), params.query_sums = query_sums.view();
   key_fill_sums = zeros(needed.key_fill && args.key_fill, {parts, args.kv_heads, args.head_dim}, ScalarType::Double);
   value_fill_sums =
       zeros(needed.value_fill && args.value_fill, {parts, args.kv_heads, args.value_dim}, ScalarType::Double);
   head_scale_sums = zeros(needed.head_scale && args.score.head_scale, {parts, args.heads}, ScalarType::Double);
   key_bias_sums = zeros(needed.key_bias && args.score.key_bias,
                         {params.splits, args.batch, args.heads, params.num_keys()}, statistics);
-  params.key_sums = data(key_sums), params.value_sums = data(value_sums), params.query_sums = data(query_sums);
   params.key_fill_sums = sums(key_fill_sums), params.value_fill_sums = sums(value_fill_sums);
   params.head_scale_sums = sums(head_scale_sums);
   params.key_bias_sums = data(key_bias_sums);
@@ -149,12 +100,7 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpa
 void SpatialGradients::finish(const SpatialArguments& args, const SpatialBackwardParams& params) {
   const ScalarType statistics = statistics_type(args.dtype);
   const auto none = [&] { return empty_as(args.query, {0}, statistics); };  // a new one each: outputs must not alias
-  if (!args.is_empty()) {
-    const int64_t window[] = {params.axis[0].most_queries, params.axis[1].most_queries, params.axis[2].most_queries};
-    sum_map(args, key, key_sums, params.key_size, split_keys.data());
-    sum_map(args, value, value_sums, params.key_size, split_keys.data());
-    sum_map(args, query, query_sums, window, nullptr);
-  }
+  key_sums.finish(), value_sums.finish(), query_sums.finish();
   key_fill = key_fill_sums ? sum_of_parts(*key_fill_sums, 1.0, *args.key_fill) : none();
   value_fill = value_fill_sums ? sum_of_parts(*value_fill_sums, 1.0, *args.value_fill) : none();
   head_scale = head_scale_sums ? sum_of_parts(*head_scale_sums, args.score.scale, *args.score.head_scale) : none();

@@ -1,7 +1,7 @@
 // The gradients of an attention over maps: their tensors, and the sums that its tasks leave apart.
 #pragma once
 
-#include "attention/spatial_arguments.h"
+#include "attention/spatial_sums.h"
 
 namespace vitkernels {
 
@@ -23,8 +23,8 @@ class SpatialGradients {
 
  private:
   GridGradients grid_gradients;
-  std::vector<Range> split_keys;
-  OptionalTensor key_sums, value_sums, query_sums, key_fill_sums, value_fill_sums, head_scale_sums, key_bias_sums;
+  SpatialSums key_sums, value_sums, query_sums;
+  OptionalTensor key_fill_sums, value_fill_sums, head_scale_sums, key_bias_sums;
 };
 
 }  // namespace vitkernels
