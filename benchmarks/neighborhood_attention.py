@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,23 +49,23 @@ def _inputs(shape: Shape) -> Callable[[torch.dtype, torch.device], Inputs]:
     return make
 
 
-def _attend(shape: Shape, qkv: Tensor) -> Tensor:
+def _attend(shape: Shape, qkv: Sequence[Tensor]) -> Tensor:
     function = {1: vk.na1d, 2: vk.na2d, 3: vk.na3d}[len(shape.map)]
-    out: Tensor = function(*qkv.unbind(-3), shape.kernel, dilation=shape.dilation)
+    out: Tensor = function(*qkv, shape.kernel, dilation=shape.dilation)
     return out
 
 
 def _forward(shape: Shape) -> Callable[[Inputs], Call]:
-    return lambda inputs: lambda: (_attend(shape, inputs["qkv"]),)
+    return lambda inputs: lambda: (_attend(shape, inputs["qkv"].unbind(-3)),)
 
 
 def _backward(shape: Shape) -> Callable[[Inputs], Call]:
-    """The gradients alone, of one forward pass."""
+    """The gradients of query, key and value alone, of one forward pass."""
 
     def prepare(inputs: Inputs) -> Call:
-        qkv = inputs["qkv"].detach().requires_grad_()
-        out = _attend(shape, qkv)
-        return lambda: torch.autograd.grad(out, qkv, inputs["grad_out"], retain_graph=True)
+        leaves = [t.detach().requires_grad_() for t in inputs["qkv"].unbind(-3)]
+        out = _attend(shape, leaves)
+        return lambda: torch.autograd.grad(out, leaves, inputs["grad_out"], retain_graph=True)
 
     return prepare
 

@@ -5,6 +5,7 @@ import torch
 from calls import NAMESPACE, defined_operators, differentiate, learning, operator_calls, outputs_of
 from devices import DEVICE, HALF, dtype_of, why_not
 from samples import SMALL_SAMPLES, each_small_sample, each_tagged
+from torch.utils import _pytree as pytree
 from vitkernels._library import why_no_kernel
 
 
@@ -47,6 +48,26 @@ def test_second_derivatives_raise(sample):
     grads = torch.autograd.grad(sum(o.sin().sum() for o in outputs), learning(call), create_graph=True)
     with pytest.raises(RuntimeError, match=f"{NAMESPACE}::.*second derivatives are not implemented"):
         sum(g.sin().sum() for g in grads).backward()
+
+
+@each_tagged("core")
+def test_functional_gradients(sample):
+    """torch.func finds the gradients that autograd finds, in the same bits."""
+    if any(op._schema.name == f"{NAMESPACE}::merge_attentions" for op, _ in small_calls(sample)):
+        pytest.skip("torch.library's gradients of lists of tensors have no functional form")
+    call = sample.call(dtype_of(sample, torch.float32), sizes=sample.small())
+    leaves, tree = pytree.tree_flatten(call)
+    chosen = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+    def loss(tensors):
+        changed = list(leaves)
+        for i, tensor in zip(chosen, tensors, strict=True):
+            changed[i] = tensor
+        return sum(o.sin().sum() for o in outputs_of(sample.function(**pytree.tree_unflatten(changed, tree))))
+
+    functional = torch.func.grad(loss)([leaves[i].detach() for i in chosen])
+    recorded = torch.autograd.grad(loss([leaves[i] for i in chosen]), [leaves[i] for i in chosen])
+    torch.testing.assert_close(list(functional), list(recorded), rtol=0, atol=0, equal_nan=True)
 
 
 @each_tagged("core")

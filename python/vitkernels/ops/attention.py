@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vitkernels.ops.registration import (
     check_same_device,
+    direct,
     register,
     register_autocast,
     register_no_double_backward,
     statistics_dtype,
-    without_autograd,
 )
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "spatial_attention",
 ]
 
-attention = without_autograd(torch.ops.vitkernels.attention.default)
-attention_varlen = without_autograd(torch.ops.vitkernels.attention_varlen.default)
-spatial_attention = without_autograd(torch.ops.vitkernels.spatial_attention.default)
+attention = direct("attention")
+attention_varlen = direct("attention_varlen")
+spatial_attention = direct("spatial_attention")
 
 _SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DATA = ("query", "key", "value")
@@ -101,7 +101,7 @@ def _check_devices(op: str, named: dict[str, Any]) -> None:
 
 
 def _register(op: str) -> None:
-    backward_op = getattr(torch.ops.vitkernels, f"{op}_backward").default
+    backward_op = direct(f"{op}_backward")
     names, backward_names = _names(op), _names(f"{op}_backward")
     terms = tuple(name.removeprefix(_NEED) for name in backward_names if name.startswith(_NEED))
     places = [names.index(term) for term in terms]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitkernels.ops.registration import (
     check_same_device,
+    direct,
     register,
     register_autocast,
     register_no_double_backward,
-    without_autograd,
 )
 
 __all__ = ["attention_transposed"]
 
-attention_transposed = without_autograd(torch.ops.vitkernels.attention_transposed.default)
-_attention_transposed_backward = torch.ops.vitkernels.attention_transposed_backward.default
+attention_transposed = direct("attention_transposed")
+_attention_transposed_backward = direct("attention_transposed_backward")
 
 # The tensors among the arguments (csrc/schema.cpp); a scale follows the fifth, two flags the last.
 _ROWS = ("query", "key", "value_q", "lse", "query_weight")

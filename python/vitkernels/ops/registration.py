@@ -41,17 +41,53 @@ def _castable(argument: object) -> bool:
     return isinstance(argument, Tensor) and argument.is_floating_point() and argument.dtype != torch.float64
 
 
-def without_autograd(overload: Callable[..., Any]) -> Callable[..., Any]:
-    """``overload`` without the Python part of its gradient where none is recorded: small calls notice it."""
+def direct(op: str) -> Callable[..., Any]:
+    """``torch.ops.vitkernels.<op>``, with less work in Python than what ``torch.library`` does around a small call.
+
+    Where no gradient is recorded, its autograd part is left out; where one is, a function of our own records the same,
+    which the transforms of ``torch.func`` take as well.
+    """
+    overload = getattr(torch.ops.vitkernels, op).default
 
     def call(*args: Any) -> Any:
-        records = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if records or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return overload(*args)
+        if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+        if op not in _recorded or torch._C._is_any_autocast_enabled():  # autocast comes before autograd
+            return overload(*args)
+        plain, transformed = _recorded[op]
+        function = transformed if torch._C._are_functorch_transforms_active() else plain
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+
+    return call
+
+
+#: By operator: its gradient as a function, and as one for the transforms of ``torch.func``, which takes longer.
+_recorded: dict[str, tuple[type[torch.autograd.Function], type[torch.autograd.Function]]] = {}
+
+
+def _record(op: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    overload = getattr(torch.ops.vitkernels, op).default
+
+    def transformed(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    return call
+    def plain(ctx: Any, *args: Any) -> Any:
+        output = transformed(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def function(**methods: Callable[..., Any]) -> type[torch.autograd.Function]:
+        members = {name: staticmethod(method) for name, method in methods.items()}
+        return type(op, (torch.autograd.Function,), members | {"generate_vmap_rule": True})
+
+    _recorded[op] = (
+        function(forward=plain, backward=backward),
+        function(forward=transformed, setup_context=setup_context, backward=backward),
+    )
 
 
 def register_no_double_backward(op: str) -> None:
@@ -61,6 +97,7 @@ def register_no_double_backward(op: str) -> None:
         raise RuntimeError(f"vitkernels::{op}: second derivatives are not implemented")
 
     torch.library.register_autograd(f"vitkernels::{op}", raise_on_double_backward)
+    _record(op, raise_on_double_backward, lambda ctx, inputs, output: None)
 
 
 def _tangent(t: Tensor) -> Tensor | None:
@@ -118,3 +155,5 @@ def register(
     torch.library.register_fake(f"vitkernels::{op}", fake)
     if backward is not None:
         torch.library.register_autograd(f"vitkernels::{op}", backward, setup_context=setup_context)
+        if setup_context is not None:
+            _record(op, backward, setup_context)
