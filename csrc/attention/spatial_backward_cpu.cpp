@@ -43,7 +43,7 @@ class SpatialBackward {
             next_share = 0;
             if (t + 1 < of_split.end) {
               find(t + 1);
-              const bool is_short = tile.keys.count() <= kBackwardKeyTile;
+              const bool is_short = tile.keys.count() <= kSpatialBackwardKeyTile;
               if (is_short) next_share = divide_up(next.count(), std::max<int64_t>(tile.queries.count(), 1));
             }
             one_tile();
@@ -128,7 +128,7 @@ class SpatialBackward {
     std::fill_n(query_gradient, num_rows * query_width, T(0));
     if (relative_query_gradient) std::fill_n(relative_query_gradient, num_rows * query_width, T(0));
 
-    const Tiling stretches = tile_axis(num_keys, kBackwardKeyTile);
+    const Tiling stretches = tile_axis(num_keys, kSpatialBackwardKeyTile);
     const int64_t blocks = divide_up(num_rows, spatial_backward_rows(p));
     for (int64_t stretch = 0; stretch < stretches.count; ++stretch) {
       const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, num_keys)};
@@ -285,7 +285,7 @@ class SpatialBackward {
 
   const SpatialBackwardParams& p;
   Scratch scratch;
-  const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kBackwardKeyTile);
+  const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kSpatialBackwardKeyTile);
   const int64_t most_rows = p.most_queries();
   const int64_t most_block = std::min(most_rows, spatial_backward_rows(p));
 
@@ -300,8 +300,8 @@ class SpatialBackward {
   T* offsets = scratch.take<T>(most_rows);
   SpatialTerms<T> terms{
       p,
-      {most_block, most_keys, divide_up(most_rows, most_block) * tile_axis(p.most_keys(), kBackwardKeyTile).count,
-       most_block, true},
+      {most_block, most_keys,
+       divide_up(most_rows, most_block) * tile_axis(p.most_keys(), kSpatialBackwardKeyTile).count, most_block, true},
       scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;

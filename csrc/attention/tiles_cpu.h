@@ -39,7 +39,10 @@ inline int64_t forward_query_blocks(const Axis& axis) {
 
 inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
 
-// Over a map: blocks of the rows of a tile.
+// Over a map: a tile whose keys are one stretch reads its queries once, and fetches what the next one needs.
+inline constexpr int64_t kSpatialBackwardKeyTile = 448;
+
+// Blocks of the rows of a tile.
 inline int64_t spatial_row_blocks(const SpatialParams& p) {
   return std::max<int64_t>((p.most_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
 }
