@@ -38,7 +38,7 @@ struct KeyTile {
   void pack(Rows keys, int64_t num_keys) {
     count = num_keys;
     num_last = count % kWidth<T> <= kMostLastKeys ? count % kWidth<T> : 0;
-    pack_transposed(keys, count, head_dim, panels);
+    pack_transposed(keys, count - num_last, head_dim, panels);
     if (num_last == 0) return;
     pack_operands(keys.from(count - num_last), num_last, head_dim, last_rows, row_stride);
   }
@@ -47,12 +47,14 @@ struct KeyTile {
   // key's. The columns up to the next full vector are scratch.
   void multiply(const E* queries, int64_t rows, Range seen, T* logits, int64_t logits_stride) const {
     const int64_t seen_keys = seen.end - seen.begin, depth = padded_depth<E>(head_dim);
-    const int64_t width = seen.end == count && num_last > 0 ? seen_keys - num_last : round_up(seen_keys, kWidth<T>);
+    const int64_t first_last = count - num_last;
+    const int64_t width =
+        num_last > 0 && seen.end > first_last ? first_last - seen.begin : round_up(seen_keys, kWidth<T>);
     matmul<E, false>({queries, row_stride, kGroup<E>},
                      {panels + seen.begin * depth, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width, depth,
                      logits, logits_stride);
     for (int64_t key = width; key < seen_keys; ++key) {
-      const E* key_row = last_rows + (key - width) * row_stride;
+      const E* key_row = last_rows + (seen.begin + key - first_last) * row_stride;
       for (int64_t r = 0; r < rows; ++r) {
         logits[r * logits_stride + key] = dot(queries + r * row_stride, key_row, row_stride);
       }

@@ -19,15 +19,16 @@ struct EvenRows {
   EvenRows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// Rows anywhere.
+// Rows anywhere: as far from those of a list as another tensor with the same strides is.
 template <class S>
 struct ScatteredRows {
   using Element = S;
 
-  const S* const* row;
+  const intptr_t* address;
+  intptr_t distance;
 
-  VK_INLINE const S* operator[](int64_t i) const { return row[i]; }
-  ScatteredRows from(int64_t first) const { return {row + first}; }
+  VK_INLINE const S* operator[](int64_t i) const { return reinterpret_cast<const S*>(address[i] + distance); }
+  ScatteredRows from(int64_t first) const { return {address + first, distance}; }
 };
 
 }  // namespace vitkernels::VK_ISA
