@@ -70,15 +70,14 @@ void matmul_registers(MatmulA<E> a, MatmulB<E> b, int64_t rows, int64_t columns,
   for (int64_t block = 0; block < blocks; ++block) {
     // Balanced blocks: 15 rows are 8 + 7, not 14 + 1.
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-    const TileFunction<E> set[] = {kTileFunctions<E, 1, kAccumulate>[count - 1],
-                                   kTileFunctions<E, 2, kAccumulate>[count - 1]};
-    const TileFunction<E> add[] = {kTileFunctions<E, 1, true>[count - 1], kTileFunctions<E, 2, true>[count - 1]};
     for (int64_t column = 0; column < columns; column += kPanel<E>) {
       const bool wide = columns - column > kWidthOfC;
+      const auto& set = wide ? kTileFunctions<E, 2, kAccumulate> : kTileFunctions<E, 1, kAccumulate>;
+      const auto& add = wide ? kTileFunctions<E, 2, true> : kTileFunctions<E, 1, true>;
       for (int64_t k = 0; k < groups; k += kChainGroups) {
         const MatmulA<E> a_block{a.data + first * a.row_stride + k * a.depth_stride, a.row_stride, a.depth_stride};
         const E* panel = b.data + column / kPanel<E> * b.panel_stride + k * b.row_stride;
-        const auto tile = k == 0 ? set[wide] : add[wide];
+        const auto tile = k == 0 ? set[count - 1] : add[count - 1];
         tile(a_block, panel, b.row_stride, std::min(groups - k, kChainGroups), c + first * c_stride + column, c_stride);
       }
     }
