@@ -82,6 +82,19 @@ def test_code_stays_in_its_instruction_set(isa):
     assert not [line for line in weak if f"vitkernels::{isa}::" not in line and runtime not in line]
 
 
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed")
+@pytest.mark.parametrize(("name", "tensors"), [("spatial_forward_cpu", 4), ("spatial_backward_cpu", 8)])
+@pytest.mark.parametrize("isa", _library.isas_built())
+def test_maps_are_fetched_ahead(isa, name, tensors):
+    """A compiler that takes a fetch for nothing leaves it out, which no result would show."""
+    objects = sorted((OBJECTS / f"kernels_{isa}.dir").rglob(f"{name}.cpp.o"))
+    if not objects:
+        pytest.skip(f"no objects in {OBJECTS}")
+    code = [line for o in objects for line in lines("objdump", "--disassemble", "--no-show-raw-insn", str(o))]
+    dtypes = 4
+    assert len([line for line in code if re.search(r"\s(prefetch|prfm)", line)]) >= dtypes * tensors
+
+
 def test_wheel_is_for_every_python():
     try:
         wheel = metadata.distribution("vitkernels").read_text("WHEEL")
