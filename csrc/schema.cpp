@@ -69,7 +69,5 @@ STABLE_TORCH_LIBRARY(vitkernels, m) {
       "Tensor grad_bias_table, Tensor grad_multiplier_table, Tensor grad_rel_pos_depth, Tensor grad_rel_pos_height, "
       "Tensor grad_rel_pos_width)");
   m.def("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
-  m.def(
-      "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses, Tensor lse) -> "
-      "Tensor[]");
+  m.def("merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> Tensor[]");
 }

@@ -64,6 +64,10 @@ def lowest_rows(generator: torch.Generator, shape: tuple[int, ...], dtype: torch
     return masked_rows(generator, shape, dtype).clamp(min=torch.finfo(dtype).min)
 
 
+def lowest_only(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, torch.finfo(dtype).min, dtype=torch.float64)
+
+
 def empty(*at: Any) -> Tensor:
     return torch.full_like(normal(*at), -torch.inf)
 

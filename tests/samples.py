@@ -15,6 +15,7 @@ from sample import (
     empty,
     fraction,
     lowest,
+    lowest_only,
     lowest_rows,
     lse_like,
     lse_of_some,
@@ -67,9 +68,11 @@ def transposed(
     return Sample("attention_transposed", id, {**tensors, **arguments}, sizes, frozenset(tags.split()))
 
 
-def merge(id: str, parts: int, *, lses: tuple[Fill, ...] = (), tags: str = "", **sizes: int) -> Sample:
+def merge(
+    id: str, parts: int, *, lses: tuple[Fill, ...] = (), learns: bool = True, tags: str = "", **sizes: int
+) -> Sample:
     fills = lses + (times(3.0),) * (parts - len(lses))
-    arguments = {"outs": [Input("bqhv")] * parts, "lses": [statistic("bqh", fill) for fill in fills]}
+    arguments = {"outs": [Input("bqhv")] * parts, "lses": [statistic("bqh", fill, learns=learns) for fill in fills]}
     at = {"b": 2, "q": 131, "h": 3, "v": 33, **sizes}
     return Sample("merge_attentions", id, arguments, at, frozenset(tags.split()))
 
@@ -122,6 +125,9 @@ SAMPLES = [
     *(
         attention(f"lowest-rows-{k}", q=33, k=k, bias=statistic("b1qk", lowest_rows, learns=False), **NO_GRADIENT)
         for k in (197, 801)
+    ),
+    attention(
+        "lowest-rows-few-queries", b=1, q=4, k=601, h=1, bias=statistic("qk", lowest_rows, learns=False), **NO_GRADIENT
     ),
     *(attention(f"key-bias-{axes}", k=49, key_bias=statistic(axes)) for axes in ("bhk", "1hk", "b1k", "k", "1")),
     attention("key-bias-long", q=97, k=801, h=4, g=2, key_bias=statistic("b1k"), tags="core linear-memory"),
@@ -256,6 +262,8 @@ SAMPLES = [
     merge("empty-part", 3, lses=(normal, empty), tags="core"),
     merge("all-empty", 2, lses=(empty, empty)),
     merge("far-apart", 2, lses=(times(300.0),)),
+    # An lse so large does not change by any step that a numerical derivative could take.
+    merge("lowest", 3, lses=(lowest_only,) * 3, learns=False),
     merge("no-tokens", 2, q=0),
     merge("no-dims", 2, v=0),
     *SPATIAL_SAMPLES,

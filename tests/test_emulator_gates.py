@@ -77,12 +77,13 @@ def some_tiles(sample):
 
 CORE = chosen(samples.SAMPLES, tag="core")
 DIMS = ("dims-1-1", "dims-16-130", "dims-33-300", "dims-64-64", "dims-80-7", "dims-111-111", "dims-256-256")
-# At their own sizes those that cover every argument, every tile size, and one query for many keys; all at small ones.
+FEW_QUERIES = ("tokens-1-801", "lowest-rows-few-queries")
+# At their own sizes those that cover every argument, every tile size, and few queries for many keys; all at small ones.
 REFERENCE = [
     *(
         (s, None)
         for s in chosen(samples.SAMPLES)
-        if s.operator not in SOME_DTYPES or "core" in s.tags or s.id in (*DIMS, "tokens-1-801")
+        if s.operator not in SOME_DTYPES or "core" in s.tags or s.id in (*DIMS, *FEW_QUERIES)
     ),
     *((s, s.small()) for s in chosen(samples.SMALL_SAMPLES, functions=SOME_DTYPES)),
 ]

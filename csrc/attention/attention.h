@@ -106,6 +106,7 @@ struct MergeParams {
   int64_t parts = 0, rows = 0, dim = 0;  // rows: batch * tokens * heads, all tensors contiguous
   const void* const* outs = nullptr;     // [parts] -> [rows, dim]
   const void* const* lses = nullptr;     // [parts] -> [rows]
+  const float* sums = nullptr;           // [parts, rows], or null: lses hold maxima, these sums of exp(logit - maximum)
   void* out = nullptr;
   void* lse = nullptr;
   // Backward only.

@@ -26,10 +26,12 @@ struct AttentionCudaParams : AttentionParams {
   DeviceIntegers cu_seqlens_q, cu_seqlens_k;    // [batch + 1] of a packed batch, else absent
   int64_t packed_queries = 0, packed_keys = 0;  // tokens of a packed batch
   bool allow_tf32 = false;                      // operands of float32 products are rounded to TF32
-  // The forward's splits of the keys. Where there are several, each has results of its own, which are then joined.
+  // The forward's splits of the keys. Where there are several, each has results of its own, which are then joined. In
+  // place of an LSE they have what makes one, since a large one cannot hold the logarithm of the sum.
   int64_t splits = 1;
   float* split_out = nullptr;  // [splits, rows, heads, value_dim]
-  float* split_lse = nullptr;  // [splits, rows, heads]
+  float* split_max = nullptr;  // [splits, rows, heads]: of the logits
+  float* split_sum = nullptr;  // [splits, rows, heads]: of exp(logit - max)
 
   // The kv head that a query head reads, -1 if the map names none that exists.
   VK_HOST_DEVICE int64_t kv_head(int64_t head) const {

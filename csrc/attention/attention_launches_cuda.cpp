@@ -19,7 +19,7 @@ cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
   const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
   for (int64_t split = 0; split < p.splits; ++split) {
     outs[split] = p.split_out + split * rows * p.value_dim;
-    lses[split] = p.split_lse + split * rows;
+    lses[split] = p.split_max + split * rows;
   }
   return launch_merge_attentions({.out_dtype = p.dtype,
                                   .parts = p.splits,
@@ -27,6 +27,7 @@ cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
                                   .dim = p.value_dim,
                                   .outs = outs,
                                   .lses = lses,
+                                  .sums = p.split_sum,
                                   .out = p.out.data,
                                   .lse = p.lse},
                                  stream);

@@ -16,12 +16,14 @@ Forward run_forward(const Checker& checker, const AttentionArguments& args, bool
   fill_on_device(args, out, lse, params);
   params.allow_tf32 = allow_tf32;
   params.splits = attention_key_splits(params);
-  OptionalTensor split_out, split_lse;
+  OptionalTensor split_out, split_max, split_sum;
   if (params.splits > 1) {
     split_out = empty_as(args.query, {params.splits, out.numel()}, ScalarType::Float);
-    split_lse = empty_as(args.query, {params.splits, lse.numel()}, ScalarType::Float);
+    split_max = empty_as(args.query, {params.splits, lse.numel()}, ScalarType::Float);
+    split_sum = empty_as(args.query, {params.splits, lse.numel()}, ScalarType::Float);
     params.split_out = static_cast<float*>(split_out->mutable_data_ptr());
-    params.split_lse = static_cast<float*>(split_lse->mutable_data_ptr());
+    params.split_max = static_cast<float*>(split_max->mutable_data_ptr());
+    params.split_sum = static_cast<float*>(split_sum->mutable_data_ptr());
   }
   const OnDevice device(args.query);
   const OptionalTensor relative = launch_relative_logits(checker, args, params, device.stream());

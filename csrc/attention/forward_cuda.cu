@@ -70,18 +70,21 @@ struct ForwardKernel {
     return {first + count * task.split / p.splits, first + count * (task.split + 1) / p.splits};
   }
 
-  static __device__ float* lse_of(const AttentionCudaParams& p, const Task& task) {
-    if (p.splits == 1) return static_cast<float*>(p.lse);
-    return p.split_lse + task.split * p.num_rows() * p.heads;
+  static __device__ void store_statistics(const AttentionCudaParams& p, const Task& task, int64_t row, float max,
+                                          float sum) {
+    const int64_t i = (task.split * p.num_rows() + row) * p.heads + task.head;
+    if (p.splits == 1) {
+      static_cast<float*>(p.lse)[i] = lse_of(max, sum);
+    } else {
+      p.split_max[i] = max, p.split_sum[i] = sum;
+    }
   }
 
-  // Tokens of a packed batch that no sequence covers. Nothing is read of a split whose lse is that of no keys.
+  // Tokens of a packed batch that no sequence covers. Nothing is read of a split whose sum is that of no keys.
   static __device__ void clear_uncovered(const AttentionCudaParams& p, const Task& task, int columns) {
     const Range covered = task.sequence.query_tokens({0, task.sequence.axis.num_queries});
     for_uncovered(p.query_slot(task.batch), covered, [&](int64_t token) {
-      if (task.first_column == 0) {
-        lse_of(p, task)[token * p.heads + task.head] = -std::numeric_limits<float>::infinity();
-      }
+      if (task.first_column == 0) store_statistics(p, task, token, -std::numeric_limits<float>::infinity(), 0.0f);
       Element* const out = p.out.at<Element>(task.batch, token, task.head) + task.first_column;
       for (int c = 0; c < columns && p.splits == 1; ++c) out[c] = Element(0);
     });
@@ -150,7 +153,8 @@ struct ForwardKernel {
     finish(p, mma, out, softmax, sQ);
   }
 
-  // out / sum and lse. The block's queries in shared memory are not needed any more: the results leave through them.
+  // out / sum, and the statistics. The block's queries in shared memory are not needed any more: the results leave
+  // through them.
   template <class Out, class Softmax, class Shared>
   static __device__ void finish(const AttentionCudaParams& p, const Mma& mma, Out& out, const Softmax& softmax,
                                 Shared& sO) {
@@ -171,7 +175,7 @@ struct ForwardKernel {
       }
       const int row = get<0>(cO(r, 0));
       if (get<1>(cO(r, 0)) == 0 && row < rows && task.first_column == 0) {
-        lse_of(p, task)[(first_row + row) * p.heads + task.head] = softmax.lse(r);
+        store_statistics(p, task, first_row + row, softmax.max[r], softmax.sum[r]);
       }
     }
     if (p.splits > 1) {

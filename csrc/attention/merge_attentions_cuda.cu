@@ -20,6 +20,7 @@ struct MergeKernelParams {
   int64_t rows, dim;
   const void* outs[kMaxMergeParts];  // [rows, dim] each
   const void* lses[kMaxMergeParts];  // [rows] each
+  const float* sums;                 // [parts, rows] or null
   void *out, *lse;
   const void *grad_out, *grad_lse;
   void* grad_outs[kMaxMergeParts];
@@ -29,6 +30,7 @@ struct MergeKernelParams {
       : parts(int32_t(p.parts)),
         rows(p.rows),
         dim(p.dim),
+        sums(p.sums),
         out(p.out),
         lse(p.lse),
         grad_out(p.grad_out),
@@ -42,40 +44,54 @@ struct MergeKernelParams {
   }
 
   template <class T>
-  __device__ T lse_of(int part, int64_t row) const {
+  __device__ T max_of(int part, int64_t row) const {
     return static_cast<const T*>(lses[part])[row];
+  }
+
+  // An LSE is a maximum whose exponentials have a sum of one. Without keys the sum is zero.
+  template <class T>
+  __device__ T sum_of(int part, int64_t row) const {
+    if (sums) return sums[part * rows + row];
+    return max_of<T>(part, row) == -std::numeric_limits<T>::infinity() ? T(0) : T(1);
   }
 };
 
-// exp(a - b), where a = -inf means that this part saw no key. NaN stays NaN.
+// The weight of part p is sum_p exp(max_p - max) over the sum of these. It is not exp(lse_p - lse): a large lse is rounded
+// by more than the logarithm of that sum, and the weights would not add up to one. NaN stays NaN.
 template <class T>
-__device__ T weight_of(T a, T b) {
-  return a == -std::numeric_limits<T>::infinity() ? T(0) : std::exp(a - b);
-}
-
-// log sum_p exp(lse_p).
-template <class T>
-__device__ T merged_lse(const MergeKernelParams& p, int64_t row) {
-  T max = -std::numeric_limits<T>::infinity();
-  for (int part = 0; part < p.parts; ++part) {
-    if (!(p.lse_of<T>(part, row) <= max)) max = p.lse_of<T>(part, row);  // once NaN, always NaN
+class PartWeights {
+ public:
+  __device__ PartWeights(const MergeKernelParams& p, int64_t row) : p_(p), row_(row) {
+    for (int part = 0; part < p.parts; ++part) max_ = std::fmax(max_, p.max_of<T>(part, row));
+    for (int part = 0; part < p.parts; ++part) sum_ += share(part);
   }
-  T sum = 0;
-  for (int part = 0; part < p.parts; ++part) sum += weight_of(p.lse_of<T>(part, row), max);
-  return sum == T(0) ? -std::numeric_limits<T>::infinity() : max + std::log(sum);
-}
 
-// out = sum_p w_p out_p with w_p = exp(lse_p - lse).
+  __device__ T operator[](int part) const { return sum_ == T(0) ? T(0) : share(part) / sum_; }
+
+  __device__ T lse() const { return sum_ == T(0) ? max_ : max_ + std::log(sum_); }
+
+ private:
+  __device__ T share(int part) const {
+    const T sum = p_.sum_of<T>(part, row_);
+    return sum == T(0) ? T(0) : sum * std::exp(p_.max_of<T>(part, row_) - max_);
+  }
+
+  const MergeKernelParams& p_;
+  int64_t row_;
+  T max_ = -std::numeric_limits<T>::infinity(), sum_ = 0;
+};
+
+// out = sum_p w_p out_p.
 template <class S, class Out, int kVector>
 __global__ void merge(const __grid_constant__ MergeKernelParams p) {
   using T = Compute<S>;
   for (int64_t row = warp_of_grid(); row < p.rows; row += warps_in_grid()) {
-    const T lse = merged_lse<T>(p, row);
-    if (lane_index() == 0) static_cast<T*>(p.lse)[row] = lse;
+    const PartWeights<T> weights(p, row);
+    if (lane_index() == 0) static_cast<T*>(p.lse)[row] = weights.lse();
     for (int64_t c = lane_index() * kVector; c < p.dim; c += kWarpSize * kVector) {
       T sum[kVector] = {};
       for (int part = 0; part < p.parts; ++part) {
-        const T weight = weight_of(p.lse_of<T>(part, row), lse);
+        const T weight = weights[part];
         if (weight == T(0)) continue;
         const auto out = load_elements<kVector, S>(p.outs[part], row * p.dim + c);
         for (int i = 0; i < kVector; ++i) sum[i] += widen(out.values[i]) * weight;
@@ -92,11 +108,11 @@ template <class S, int kVector>
 __global__ void merge_backward(const __grid_constant__ MergeKernelParams p) {
   using T = Compute<S>;
   for (int64_t row = warp_of_grid(); row < p.rows; row += warps_in_grid()) {
-    const T lse = static_cast<const T*>(p.lse)[row];
+    const PartWeights<T> weights(p, row);
     const auto grad_of = [&](int part) -> T& { return static_cast<T*>(p.grad_lses[part])[row]; };
     T mean = 0;
     for (int part = 0; part < p.parts; ++part) {
-      const T weight = weight_of(p.lse_of<T>(part, row), lse);
+      const T weight = weights[part];
       T dot = 0;
       for (int64_t c = lane_index() * kVector; c < p.dim; c += kWarpSize * kVector) {
         const int64_t offset = row * p.dim + c;
@@ -115,7 +131,7 @@ __global__ void merge_backward(const __grid_constant__ MergeKernelParams p) {
     }
     const T grad_lse = p.grad_lse ? static_cast<const T*>(p.grad_lse)[row] : T(0);
     for (int part = lane_index(); part < p.parts; part += kWarpSize) {  // each lane those that it wrote
-      const T weight = weight_of(p.lse_of<T>(part, row), lse);
+      const T weight = weights[part];
       grad_of(part) = weight == T(0) ? T(0) : weight * (grad_of(part) - mean + grad_lse);
     }
   }

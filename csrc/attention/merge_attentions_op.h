@@ -70,14 +70,12 @@ std::tuple<Tensor, Tensor> merge_attentions(const std::vector<Tensor>& outs, con
 template <class Run>
 std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
                                               const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
-                                              const Tensor& lse, int64_t max_parts, Run&& run) {
+                                              int64_t max_parts, Run&& run) {
   const Checker checker("merge_attentions_backward");
   MergeArguments args(checker, outs, lses, max_parts);
-  for (const auto& [name, t, like] : {std::tuple{"grad_out", &grad_out, &outs[0]}, {"lse", &lse, &lses[0]}}) {
-    checker.strided_like(name, *t, *like);
-    checker.dtype(name, *t, like->scalar_type());
-    checker.shape(name, *t, sizes_of(*like));
-  }
+  checker.strided_like("grad_out", grad_out, outs[0]);
+  checker.dtype("grad_out", grad_out, outs[0].scalar_type());
+  checker.shape("grad_out", grad_out, sizes_of(outs[0]));
   if (grad_lse) {
     checker.strided_like("grad_lse", *grad_lse, outs[0]);
     checker.dtype("grad_lse", *grad_lse, lses[0].scalar_type());
@@ -90,9 +88,7 @@ std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const Opti
   for (const Tensor& t : grads) grad_data.push_back(t.mutable_data_ptr());
 
   const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
-  const Tensor lse_rows = torch::stable::contiguous(lse);
   const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
-  args.params.lse = const_cast<void*>(lse_rows.const_data_ptr());
   args.params.grad_out = grad_out_rows.const_data_ptr();
   args.params.grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr;
   args.params.grad_outs = grad_data.data();

@@ -19,10 +19,9 @@ std::tuple<Tensor, Tensor> merge_attentions_cpu(std::vector<Tensor> outs, std::v
 }
 
 std::vector<Tensor> merge_attentions_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
-                                                  std::vector<Tensor> outs, std::vector<Tensor> lses,
-                                                  const Tensor& lse) {
+                                                  std::vector<Tensor> outs, std::vector<Tensor> lses) {
   return merge_attentions_backward(
-      grad_out, grad_lse, outs, lses, lse, kAnyNumber,
+      grad_out, grad_lse, outs, lses, kAnyNumber,
       [](const Checker&, const MergeParams& params) { run(kernels().merge_attentions_backward, params); });
 }
 

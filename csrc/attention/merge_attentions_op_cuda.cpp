@@ -14,9 +14,8 @@ std::tuple<Tensor, Tensor> merge_attentions_cuda(std::vector<Tensor> outs, std::
 }
 
 std::vector<Tensor> merge_attentions_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse,
-                                                   std::vector<Tensor> outs, std::vector<Tensor> lses,
-                                                   const Tensor& lse) {
-  return merge_attentions_backward(grad_out, grad_lse, outs, lses, lse, kMaxMergeParts,
+                                                   std::vector<Tensor> outs, std::vector<Tensor> lses) {
+  return merge_attentions_backward(grad_out, grad_lse, outs, lses, kMaxMergeParts,
                                    [&](const Checker& checker, const MergeParams& params) {
                                      const OnDevice device(outs[0]);
                                      check_cuda(checker, launch_merge_attentions_backward(params, device.stream()));

@@ -17,6 +17,11 @@ __device__ inline float exp_from(float x, float offset) {
   return y;
 }
 
+// Of a row whose exponentials relative to its maximum have this sum. NaN stays NaN.
+__device__ inline float lse_of(float max, float sum) {
+  return sum == 0.0f ? -std::numeric_limits<float>::infinity() : max + log2f(sum) * kLn2;
+}
+
 // The four lanes that share a row of a tensor core's result.
 template <class Combine>
 __device__ float combine_quad(float x, Combine combine) {
@@ -62,9 +67,6 @@ struct OnlineSoftmax {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) sum[r] = combine_quad(sum[r], [](float a, float b) { return a + b; });
   }
-
-  // NaN stays NaN.
-  __device__ float lse(int r) const { return sum[r] == 0.0f ? kNothing : max[r] + log2f(sum[r]) * kLn2; }
 };
 
 }  // namespace vitkernels::cuda

@@ -23,28 +23,27 @@ def _merge_fake(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
 
 def _merge_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     outs, lses = inputs
-    ctx.save_for_backward(*outs, *lses, output[1])
+    ctx.save_for_backward(*outs, *lses)
     ctx.num_parts = len(outs)
     ctx.set_materialize_grads(False)
 
 
 def _merge_backward_formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, Any]:
     num = ctx.num_parts
-    outs, lses = list(ctx.saved_tensors[:num]), list(ctx.saved_tensors[num : 2 * num])
-    lse = ctx.saved_tensors[2 * num]
+    outs, lses = list(ctx.saved_tensors[:num]), list(ctx.saved_tensors[num:])
     if grad_out is None and grad_lse is None:
         return [None] * num, [None] * num
     if grad_out is None:
         grad_out = torch.zeros_like(outs[0])
-    grads = _merge_attentions_backward(grad_out, grad_lse, outs, lses, lse)
+    grads = _merge_attentions_backward(grad_out, grad_lse, outs, lses)
     return list(grads[:num]), list(grads[num:])
 
 
 def _merge_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, outs: list[Tensor], lses: list[Tensor], lse: Tensor
+    grad_out: Tensor, grad_lse: Tensor | None, outs: list[Tensor], lses: list[Tensor]
 ) -> list[Tensor]:
     parts = {f"outs[{i}]": t for i, t in enumerate(outs)} | {f"lses[{i}]": t for i, t in enumerate(lses)}
-    check_same_device("merge_attentions_backward", **parts, grad_out=grad_out, grad_lse=grad_lse, lse=lse)
+    check_same_device("merge_attentions_backward", **parts, grad_out=grad_out, grad_lse=grad_lse)
     return [t.new_empty(t.shape) for t in (*outs, *lses)]
 
 

@@ -12,7 +12,8 @@ def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
     """Same arguments, shapes and results as :func:`vitkernels.merge_attentions`."""
     stacked = torch.stack(list(lses))  # [P, B, *, H]
     empty = (stacked == -torch.inf).all(0)  # [B, *, H]
-    lse = torch.logsumexp(stacked.masked_fill(empty, 0.0), 0)  # [B, *, H]
-    weight = torch.exp(stacked - lse).unsqueeze(-1)  # [P, B, *, H, 1]
-    out = (weight * torch.stack(list(outs))).sum(0)  # [B, *, H, Dv]
-    return out.to(outs[0].dtype), lse.masked_fill(empty, -torch.inf)
+    shown = stacked.masked_fill(empty, 0.0)  # [P, B, *, H]
+    # Not exp(stacked - lse): a large lse cannot hold the logarithm of a sum, and the weights would not add up to one.
+    weight = torch.softmax(shown, 0).masked_fill(empty, 0.0)  # [P, B, *, H]
+    out = (weight.unsqueeze(-1) * torch.stack(list(outs))).sum(0)  # [B, *, H, Dv]
+    return out.to(outs[0].dtype), torch.logsumexp(shown, 0).masked_fill(empty, -torch.inf)
