@@ -46,7 +46,8 @@ class ForwardTile {
 
   // Adds the keys that row r sees, the range visible(r) of the tile, within `seen`. apply_terms(logits, r, columns,
   // first_key, scale) does what is done to a row of logits in place and returns their maximum; `has_terms` says whether
-  // anything is. meanwhile(turn) may fetch what will be needed later, in four turns: so many requests at once would have to wait.
+  // anything is. meanwhile(turn) may fetch what will be needed later, in four turns: all requests at once would have to
+  // wait.
   template <class Visible, class ApplyTerms, class Meanwhile>
   VK_INLINE void add(const Rows& rows, Range seen, T scale, bool has_terms, Visible&& visible, ApplyTerms&& apply_terms,
                      Meanwhile&& meanwhile) {

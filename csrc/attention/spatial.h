@@ -82,14 +82,14 @@ struct SpatialParams {
   }
 };
 
-// Of gradients that several tasks add to, what a split adds. It owns the tokens from the last one that the splits before
-// it see to its own last one. Of those before, it has sums of its own.
+// Which tokens of a gradient a split adds to. It owns those from the last one that earlier splits add to up to its own
+// last one. Before them it has sums of its own, which are added at the end.
 struct SplitTokens {
   Range owned, shared;
   int64_t first_row = 0;  // of the shared ones, among the parts
 };
 
-// Sums of a gradient, of float or double. They may be the gradient itself.
+// The sums of a gradient, of float or double. Those that are owned may be the gradient itself.
 struct SplitSums {
   MapTensor sums;                         // [batch, *map, heads, width]: whole vectors; no data: none are wanted
   void* parts = nullptr;                  // for each split [batch, heads, shared tokens, width]

@@ -44,8 +44,8 @@ struct Exp2Constants<double> {
 template <class T>
 inline constexpr T kLog2e = T(std::numbers::log2e_v<double>);
 
-// 2^x for x < 128 (float) or 1024 (double), as exact as `Rounded` can be. Results below the smallest normal number are zero: denormals
-// would slow every following matmul down, and -inf needs no case of its own.
+// 2^x for x < 128 (float) or 1024 (double), as exact as `Rounded` can be. Results below the smallest normal number are
+// zero: denormals would slow every following matmul down, and -inf needs no case of its own.
 template <class T, class Rounded = T>
 VK_INLINE Vec<T> exp2(Vec<T> x) {
   using C = Exp2Constants<T>;
