@@ -62,6 +62,10 @@ ATTENTION_ERRORS = [
     (GRID | {"rel_pos": tokens(13, 8)}, "rel_pos is Tensor, takes a sequence of one table for each of one to three"),
     (GRID | {"rel_pos": []}, "rel_pos has 0 tables, takes a sequence of one table for each of one to three axes"),
     (
+        GRID | {"bias_table": tokens(4, 3, 5), "rel_pos": [tokens(5, 8)]},
+        "rel_pos has 1 tables, takes one for each of 2 axes",
+    ),
+    (
         GRID | {"rel_pos": [tokens(13, 7)]},
         "rel_pos_width has shape (13, 7), takes (2 n - 1, 8) or (4, 2 n - 1, 8) = (heads, offsets, d)",
     ),
@@ -160,7 +164,7 @@ SPATIAL_ERRORS = [
     ({"bias_table": tokens(4, 3, 3)}, "bias_table has 3 offsets on axis 1, takes at least 5"),
     ({"bias_table": tokens(4, 3, 4)}, "bias_table has shape (4, 3, 4), takes 1 or 4 (heads), then an odd number"),
     ({"bias_table": tokens(4, 5)}, "bias_table has shape (4, 5), takes 3 dimensions"),
-    ({"rel_pos": [tokens(5, 8)] * 3}, "rel_pos_depth is given, takes None with a map of 2 axes"),
+    ({"rel_pos": [tokens(5, 8)] * 3}, "rel_pos has 3 tables, takes one for each of 2 axes"),
     ({"is_shared_query": True}, "axes gives axis 0 another rule than blocks that divide key's 5 tokens"),
     ({"scale": float("nan")}, "scale is nan, takes a finite number"),
     ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),

@@ -13,8 +13,11 @@ __all__ = ["by_axis"]
 _MOST_AXES = 3
 
 
-def by_axis(op: str, query: Tensor, rel_pos: Sequence[Tensor] | None) -> list[Tensor | None]:
-    """``rel_pos_depth, rel_pos_height, rel_pos_width``; a grid of fewer axes lacks the first ones."""
+def by_axis(op: str, query: Tensor, rel_pos: Sequence[Tensor] | None, num_axes: int | None) -> list[Tensor | None]:
+    """``rel_pos_depth, rel_pos_height, rel_pos_width``; a grid of fewer axes lacks the first ones.
+
+    ``num_axes`` is that of the grid, where something else says it.
+    """
     none: list[Tensor | None] = [None] * _MOST_AXES
     if rel_pos is None:
         return none
@@ -23,5 +26,9 @@ def by_axis(op: str, query: Tensor, rel_pos: Sequence[Tensor] | None) -> list[Te
         raise RuntimeError(f"vitkernels::{op}: rel_pos is {type(rel_pos).__name__}, {takes}")
     if not 1 <= len(rel_pos) <= _MOST_AXES:
         raise RuntimeError(f"vitkernels::{op}: rel_pos has {len(rel_pos)} tables, {takes}")
+    if num_axes is not None and 1 <= num_axes <= _MOST_AXES and len(rel_pos) != num_axes:
+        raise RuntimeError(
+            f"vitkernels::{op}: rel_pos has {len(rel_pos)} tables, takes one for each of {num_axes} axes"
+        )
     tables = in_statistics_dtype(op, query, {f"rel_pos[{i}]": t for i, t in enumerate(rel_pos)})
     return none[len(tables) :] + tables

@@ -50,12 +50,16 @@ def on_grid(
     bias_table: Tensor | None,
     multiplier_table: Tensor | None,
     rel_pos: Sequence[Tensor] | None,
+    num_axes: int | None = None,
 ) -> Sequence[Tensor | None]:
-    """The operator's terms by place on a grid."""
+    """The operator's terms by place on a grid, of ``num_axes`` if that is known."""
     if bias_table is None and multiplier_table is None and rel_pos is None:
         return _NOT_ON_GRID
     tables = {"bias_table": bias_table, "multiplier_table": multiplier_table}
-    return [*_ops.in_statistics_dtype(op, query, tables), *by_axis(op, query, rel_pos)]
+    converted = _ops.in_statistics_dtype(op, query, tables)
+    for table in converted:
+        num_axes = table.dim() - 1 if num_axes is None and table is not None else num_axes
+    return [*converted, *by_axis(op, query, rel_pos, num_axes)]
 
 
 def with_additional_keys(

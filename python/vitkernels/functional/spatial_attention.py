@@ -179,7 +179,7 @@ def spatial_attention(
             key_fill = normalize(op, "outside[0]", key_fill)
         if additional_keys is not None:
             additional_keys = normalize(op, "additional_keys", additional_keys)
-    tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
+    tables = on_grid(op, query, bias_table, multiplier_table, rel_pos, len(axes))
     refuse_forward_mode(op, query, key, value, key_fill, value_fill, key_bias, *tables)
     number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
     out, lse = _ops.spatial_attention(
