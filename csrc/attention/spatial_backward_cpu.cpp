@@ -57,18 +57,26 @@ class SpatialBackward {
 
  private:
   // What a tile of a head reads and writes.
-  struct Tokens {
+  struct Tokens : TileInputs<S> {
     TileBoxes boxes;
-    TileTokens<const S> queries, outputs, out_gradients, keys, values;
+    TileTokens<const S> outputs, out_gradients;
     TileTokens<S> query_gradients, key_gradients, value_gradients;  // null beyond the map
 
-    int64_t count() const { return std::max(outputs.count, keys.count); }
+    Tokens(const SpatialParams& p, Scratch& scratch)
+        : TileInputs<S>(p, scratch),
+          outputs(p.most_queries(), p.value_dim, scratch),
+          out_gradients(p.most_queries(), p.value_dim, scratch),
+          query_gradients(p.most_queries(), p.head_dim, scratch),
+          key_gradients(p.most_keys(), p.head_dim, scratch),
+          value_gradients(p.most_keys(), p.value_dim, scratch) {}
+
+    int64_t count() const { return std::max(outputs.count, this->keys.count); }
     VK_INLINE void fetch(Range tokens, int turn) const {
-      if (turn == 0) queries.fetch(tokens);
+      if (turn == 0) this->queries.fetch(tokens);
       if (turn == 1) outputs.fetch(tokens);
       if (turn == 2) out_gradients.fetch(tokens);
-      if (turn == 3) keys.fetch(tokens);
-      if (turn == 4) values.fetch(tokens);
+      if (turn == 3) this->keys.fetch(tokens);
+      if (turn == 4) this->values.fetch(tokens);
       if (turn == 5) query_gradients.fetch(tokens);
       if (turn == 6) key_gradients.fetch(tokens);
       if (turn == 7) value_gradients.fetch(tokens);
@@ -78,19 +86,7 @@ class SpatialBackward {
   void find(int64_t index) {
     next.boxes = tile.boxes_of(index);
     const Box &queries = next.boxes.queries, &outputs = next.boxes.outputs, &keys = next.boxes.keys;
-    // Query, key and value are often parts of one tensor.
-    const bool is_inside = keys.is_on(p.key_size);
-    next.keys.find(p.key, batch, kv_head, keys, p.key_size, fill(p.key_fill, p.head_dim));
-    if (is_inside && p.value.is_laid_out_as(p.key)) {
-      next.values.find_as(next.keys, p.key, p.value);
-    } else {
-      next.values.find(p.value, batch, kv_head, keys, p.key_size, fill(p.value_fill, p.value_dim));
-    }
-    if (is_inside && p.query.is_laid_out_as(p.key) && head == kv_head && queries == keys) {
-      next.queries.find_as(next.keys, p.key, p.query);
-    } else {
-      next.queries.find(p.query, batch, head, queries);
-    }
+    next.TileInputs<S>::find(p, next.boxes, batch, head, zeros);
     next.outputs.find(p.out, batch, head, outputs);
     if (p.grad_out.is_laid_out_as(p.out)) {
       next.out_gradients.find_as(next.outputs, p.out, p.grad_out);
@@ -147,10 +143,6 @@ class SpatialBackward {
       add_fill(p.value_fill_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim, columns);
     }
     finish_queries(num_rows);
-  }
-
-  const S* fill(const void* rows, int64_t dim) const {
-    return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
   }
 
   void find_numbers(int64_t num_rows) {
@@ -308,20 +300,7 @@ class SpatialBackward {
   double head_scale_sum = 0;
   int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
 
-  Tokens tokens() {
-    const int64_t rows = most_rows, keys = p.most_keys(), d = p.head_dim, dv = p.value_dim;
-    return {{},
-            {rows, d, scratch},
-            {rows, dv, scratch},
-            {rows, dv, scratch},
-            {keys, d, scratch},
-            {keys, dv, scratch},
-            {rows, d, scratch},
-            {keys, d, scratch},
-            {keys, dv, scratch}};
-  }
-
-  Tokens present = tokens(), next = tokens();
+  Tokens present{p, scratch}, next{p, scratch};
 };
 
 // Where the sums are the gradient itself, the tokens that no other split sees are done.

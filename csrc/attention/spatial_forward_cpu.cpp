@@ -47,45 +47,29 @@ class SpatialForward {
 
  private:
   // What a tile of a head reads and writes.
-  struct Tokens {
+  struct Tokens : TileInputs<S> {
     TileBoxes boxes;
-    int64_t batch, head;
-    TileTokens<const S> queries, keys, values;
+    int64_t batch = 0, head = 0;
     TileTokens<S> outputs;
 
-    int64_t count() const { return std::max(queries.count, keys.count); }
+    Tokens(const SpatialParams& p, Scratch& scratch)
+        : TileInputs<S>(p, scratch), outputs(p.most_queries(), p.value_dim, scratch) {}
+
+    int64_t count() const { return std::max(this->queries.count, this->keys.count); }
     VK_INLINE void fetch(Range tokens, int turn) const {
-      if (turn == 0) keys.fetch(tokens);
-      if (turn == 1) values.fetch(tokens);
-      if (turn == 2) queries.fetch(tokens);
+      if (turn == 0) this->keys.fetch(tokens);
+      if (turn == 1) this->values.fetch(tokens);
+      if (turn == 2) this->queries.fetch(tokens);
       if (turn == 3) outputs.fetch(tokens);
     }
   };
 
   void find(int64_t index) {
-    const int64_t num_tiles = p.num_tiles(), batch = index / num_tiles % p.batch, head = index / num_tiles / p.batch;
-    const int64_t kv_head = p.kv_head_of[head];
-    next.batch = batch, next.head = head;
+    const int64_t num_tiles = p.num_tiles();
+    next.batch = index / num_tiles % p.batch, next.head = index / num_tiles / p.batch;
     next.boxes = tile.boxes_of(index % num_tiles);
-    const Box &queries = next.boxes.queries, &keys = next.boxes.keys;
-    next.keys.find(p.key, batch, kv_head, keys, p.key_size, fill(p.key_fill, kv_head, p.head_dim));
-    // Query, key and value are often parts of one tensor.
-    const bool is_inside = keys.is_on(p.key_size);
-    if (is_inside && values_as_keys) {
-      next.values.find_as(next.keys, p.key, p.value);
-    } else {
-      next.values.find(p.value, batch, kv_head, keys, p.key_size, fill(p.value_fill, kv_head, p.value_dim));
-    }
-    if (is_inside && queries_as_keys && head == kv_head && queries == keys) {
-      next.queries.find_as(next.keys, p.key, p.query);
-    } else {
-      next.queries.find(p.query, batch, head, queries);
-    }
-    next.outputs.find(p.out, batch, head, next.boxes.outputs);
-  }
-
-  const S* fill(const void* rows, int64_t kv_head, int64_t dim) const {
-    return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
+    next.TileInputs<S>::find(p, next.boxes, next.batch, next.head, zeros);
+    next.outputs.find(p.out, next.batch, next.head, next.boxes.outputs);
   }
 
   void rows_of_tile(int64_t block, Range rows) {
@@ -151,7 +135,6 @@ class SpatialForward {
 
   const SpatialParams& p;
   Scratch scratch;
-  const bool values_as_keys = p.value.is_laid_out_as(p.key), queries_as_keys = p.query.is_laid_out_as(p.key);
   const int64_t num_blocks = spatial_row_blocks(p);
   const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kForwardKeyTile);
   const int64_t most_rows = divide_up(p.most_queries(), num_blocks);
@@ -168,17 +151,7 @@ class SpatialForward {
       {most_rows, most_keys, num_blocks* tile_axis(p.most_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
       scratch};
 
-  Tokens tokens() {
-    return {{},
-            0,
-            0,
-            {p.most_queries(), p.head_dim, scratch},
-            {p.most_keys(), p.head_dim, scratch},
-            {p.most_keys(), p.value_dim, scratch},
-            {p.most_queries(), p.value_dim, scratch}};
-  }
-
-  Tokens present = tokens(), next = tokens();
+  Tokens present{p, scratch}, next{p, scratch};
   int64_t packed_column = -1;
   int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
 };

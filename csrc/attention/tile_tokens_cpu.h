@@ -84,4 +84,36 @@ class TileTokens {
   int64_t dim;
 };
 
+// The queries of a tile, and the keys and values that they see.
+template <class S>
+struct TileInputs {
+  TileTokens<const S> queries, keys, values;
+
+  TileInputs(const SpatialParams& p, Scratch& scratch)
+      : queries(p.most_queries(), p.head_dim, scratch),
+        keys(p.most_keys(), p.head_dim, scratch),
+        values(p.most_keys(), p.value_dim, scratch) {}
+
+  // Keys beyond the map are the given ones, or `zeros`.
+  void find(const SpatialParams& p, const TileBoxes& boxes, int64_t batch, int64_t head, const S* zeros) {
+    const int64_t kv_head = p.kv_head_of[head];
+    const auto fill = [&](const void* rows, int64_t dim) {
+      return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
+    };
+    keys.find(p.key, batch, kv_head, boxes.keys, p.key_size, fill(p.key_fill, p.head_dim));
+    // Query, key and value are often parts of one tensor.
+    const bool is_inside = boxes.keys.is_on(p.key_size);
+    if (is_inside && p.value.is_laid_out_as(p.key)) {
+      values.find_as(keys, p.key, p.value);
+    } else {
+      values.find(p.value, batch, kv_head, boxes.keys, p.key_size, fill(p.value_fill, p.value_dim));
+    }
+    if (is_inside && p.query.is_laid_out_as(p.key) && head == kv_head && boxes.queries == boxes.keys) {
+      queries.find_as(keys, p.key, p.query);
+    } else {
+      queries.find(p.query, batch, head, boxes.queries);
+    }
+  }
+};
+
 }  // namespace vitkernels::VK_ISA
