@@ -159,7 +159,7 @@ def measure(subject: Subject, effort: Effort) -> dict[str, Any]:
         for name in subject.dtypes if report.replaced else ():
             dtype = getattr(torch, name)
             x, models = images.to(dtype), {"stock": stock.to(dtype), "ours": ours.to(dtype)}
-            times = interleave({k: lambda m=m, x=x: run(m, x) for k, m in models.items()}, effort, x.device)
+            times, _ = interleave({k: lambda m=m, x=x: run(m, x) for k, m in models.items()}, effort, x.device)
             speedups[name] = spread([s / o for s, o in zip(times["stock"], times["ours"], strict=True)]).median
     return {
         "pixels": size,

@@ -15,6 +15,7 @@ from benchmarks import (
     gpu,
     gpu_sequences,
     measure,
+    models,
     neighborhood_attention,
     report,
     targets,
@@ -26,6 +27,7 @@ from benchmarks.measure import QUICK
 from benchmarks.memory import Fresh
 from benchmarks.registry import OURS, Peer, Target, Unavailable
 from benchmarks.run import main
+from docs import model_table
 
 CPU = torch.device("cpu")
 SQUARE, FEW = gpu.Problem(2, 3, 24, 24, dim=16), gpu.Problem(2, 3, 4, 24, dim=16)
@@ -188,3 +190,17 @@ def test_long_entries_do_without_a_peer(monkeypatch):
     row = experiment.run(replace(ON_MAPS[-1], once=True), "float32", CPU, QUICK, set())
     assert row.baseline.speedup.median == 3.0 and row.ours.peak_mb == 1.0
     assert row.peers[2].note == "cannot run: it is not installed"
+
+
+def test_a_model_of_the_table():
+    try:
+        models._import("timm")
+    except Unavailable as error:
+        pytest.skip(str(error))
+    subject = model_table.Subject("timm vit_tiny_patch16_224", pixels=224, dtypes=("float32",))
+    row = model_table.measure(subject, QUICK)
+    assert row["replaced"] == {"timm Attention": 12}
+    assert row["speedups"]["float32"] > 0.2
+    assert row["errors"][1] < 10 * max(row["errors"][0], 1e-6)
+    page = model_table.page({subject.key: row}, "a machine", "a clock")
+    assert "a machine" in page
