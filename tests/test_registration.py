@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import vitkernels as vk
 from calls import NAMESPACE, defined_operators, differentiate, learning, operator_calls, outputs_of
 from devices import DEVICE, HALF, dtype_of, why_not
 from samples import SMALL_SAMPLES, each_small_sample, each_tagged
@@ -82,3 +83,12 @@ def test_unused_outputs_cost_nothing(sample):
     alone = [differentiate(lambda i=i, **call: outputs_of(sample.function(**call))[i], call)[1] for i in range(count)]
     for total, *parts in zip(together, *alone, strict=True):
         torch.testing.assert_close(sum(parts), total)
+
+
+def test_traced_calls_can_be_saved(tmp_path):
+    """A function of Python's in the trace could not be."""
+    x = torch.randn(1, 9, 2, 8, device=DEVICE, requires_grad=True)
+    traced = torch.jit.trace(lambda x: vk.attention(x, x, x), (x,), check_trace=False)
+    file = str(tmp_path / "traced.pt")
+    torch.jit.save(traced, file)
+    torch.testing.assert_close(torch.jit.load(file)(x), vk.attention(x, x, x), rtol=0, atol=0)

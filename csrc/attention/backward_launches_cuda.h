@@ -24,7 +24,7 @@ class BackwardLaunches {
   // Room for sums in the shape of `t`.
   Tensor gradient_of(const Tensor& t) const;
   // A new one each: outputs must not alias.
-  Tensor none() const { return empty_as(args_.query, {0}, ScalarType::Float); }
+  Tensor none() const { return none_as(args_.query, ScalarType::Float); }
 
   // Sums for each token of a side; what is null is not wanted. Returns the dots, if asked for: [parts, rows, heads].
   OptionalTensor sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,

@@ -58,8 +58,9 @@ class ForwardTile {
     key_tile.multiply(queries, count, {first, seen.end}, logits, logits_stride);  // [count, columns]
     meanwhile(1);
 
-    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU. Less work took longer:
-    // the lanes of all rows' maxima (7%) or sums (5%) reduced together, the 49th keys of all rows as one vector (5%).
+    // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU. What was tried to do
+    // less and took longer: to add up the lanes of a vector for all rows together, for the maxima (7%) or for the sums
+    // (5%); to put the 49th keys of 7 x 7 windows, of all rows, into one vector (5%).
     T largest[kRowGroup<E>];
     Range columns_of[kRowGroup<E>];
     for (int64_t r = 0; r < count; ++r) {

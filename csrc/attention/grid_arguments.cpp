@@ -265,7 +265,7 @@ std::vector<Tensor> GridGradients::finish(int64_t num_heads, const Tensor& like)
   std::vector<Tensor> grads;
   for (size_t i = 0; i < wanted.size(); ++i) {
     if (!wanted[i]) {
-      grads.push_back(empty_as(like, {0}, like.scalar_type()));  // a new one each: outputs must not alias
+      grads.push_back(none_as(like, like.scalar_type()));
       continue;
     }
     const Tensor& t = **given[i];

@@ -32,7 +32,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients n
       grid_gradients(args.on_grid, needed.on_grid),
       needs_head_scale(needed.head_scale && args.score.head_scale) {
   const ScalarType statistics = statistics_type(args.dtype);
-  const auto none = [&] { return empty_as(args.query, {0}, statistics); };  // a new one each: outputs must not alias
+  const auto none = [&] { return none_as(args.query, statistics); };
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
 
@@ -74,8 +74,8 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
   }
   const ScalarType statistics = statistics_type(args.dtype);
   for (Tensor* grad : {&bias, &key_bias, &multiplier}) *grad = torch::stable::to(*grad, statistics);
-  on_grid = grid_gradients.finish(params.heads, empty_as(args.query, {0}, statistics));
-  head_scale = needs_head_scale ? sum_head_scale(args, query_dot) : empty_as(args.query, {0}, statistics);
+  on_grid = grid_gradients.finish(params.heads, none_as(args.query, statistics));
+  head_scale = needs_head_scale ? sum_head_scale(args, query_dot) : none_as(args.query, statistics);
 }
 
 }  // namespace vitkernels

@@ -82,18 +82,20 @@ struct SpatialParams {
   }
 };
 
-// Which tokens of a gradient a split adds to. It owns those from the last one that earlier splits add to up to its own
-// last one. Before them it has sums of its own, which are added at the end.
+// Which tokens of a gradient a split adds to. It owns those behind all that earlier splits own, up to the last one that
+// it adds to itself, and the last split the rest. Of those that an earlier one owns, it has sums of its own.
 struct SplitTokens {
   Range owned, shared;
   int64_t first_row = 0;  // of the shared ones, among the parts
 };
 
-// The sums of a gradient, of float or double. Those that are owned may be the gradient itself.
+// The sums of a gradient, of float or double. Those of the owned tokens may be the gradient itself.
 struct SplitSums {
-  MapTensor sums;                         // [batch, *map, heads, width]: whole vectors; no data: none are wanted
+  MapTensor owned;                        // [batch, *map, heads, width]: whole vectors
   void* parts = nullptr;                  // for each split [batch, heads, shared tokens, width]
   const SplitTokens* of_split = nullptr;  // [splits]
+
+  VK_HOST_DEVICE bool are_wanted() const { return owned.data; }
 
   template <class T>
   VK_HOST_DEVICE T* part(int64_t split, int64_t batch, int64_t heads, int64_t entry, int64_t head,
@@ -106,8 +108,8 @@ struct SplitSums {
 };
 
 // The backward's work is cut by shapes alone: into groups of the batch, kv heads, and `splits` ranges of tiles. A task
-// writes the query gradients of its tiles. Keys that several tiles see, and what all of them share, have sums for every
-// split or task, which are added in order.
+// writes the query gradients of its tiles. What several splits or tasks add to, keys and what all tiles share, has sums
+// for each of them, which are added in order.
 struct SpatialBackwardParams : SpatialParams {
   MapTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null

@@ -93,9 +93,9 @@ class SpatialBackward {
     } else {
       next.out_gradients.find(p.grad_out, batch, head, outputs);
     }
-    if (!p.query_sums.sums.data) next.query_gradients.find(p.grad_query, batch, head, queries);
-    if (!p.key_sums.sums.data) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
-    if (!p.value_sums.sums.data) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
+    if (!p.query_sums.are_wanted()) next.query_gradients.find(p.grad_query, batch, head, queries);
+    if (!p.key_sums.are_wanted()) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
+    if (!p.value_sums.are_wanted()) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
   }
 
   // Those that this task adds to, for an entry of the batch.
@@ -104,14 +104,14 @@ class SpatialBackward {
     clear_sums(p.value_sums, key_tile.value_width);
   }
   void clear_sums(const SplitSums& sums, int64_t width) const {
-    if (!sums.sums.data) return;
+    if (!sums.are_wanted()) return;
     const SplitTokens& tokens = sums.of_split[split];
     std::fill_n(part_of(sums, width), (tokens.shared.end - tokens.shared.begin) * width, T(0));
     Box map;
     std::copy_n(p.key_size, kMaxAxes, map.size);
     map.for_each_line(tokens.owned, [&](int64_t, int64_t count, const Place& first) {
-      T* row = sums.sums.at<T>(batch, first, kv_head);
-      for (int64_t i = 0; i < count; ++i, row += sums.sums.axis_stride[kLast]) std::fill_n(row, width, T(0));
+      T* row = sums.owned.at<T>(batch, first, kv_head);
+      for (int64_t i = 0; i < count; ++i, row += sums.owned.axis_stride[kLast]) std::fill_n(row, width, T(0));
     });
   }
   T* part_of(const SplitSums& sums, int64_t width) const {
@@ -216,7 +216,7 @@ class SpatialBackward {
   // Adds the gradients of the keys on the map to their sums; or they are the gradient, where no other tile sees them.
   void add_gradient(const TileTokens<S>& gradients, const SplitSums& sums, const T* rows, int64_t width, int64_t dim,
                     Range columns) {
-    if (!sums.sums.data) {
+    if (!sums.are_wanted()) {
       for (int64_t column = columns.begin; column < columns.end; ++column, rows += width) {
         if (gradients[column]) unpack_rows<T>(rows, width, 1, dim, T(1), gradients[column], 0);
       }
@@ -224,11 +224,11 @@ class SpatialBackward {
     }
     const SplitTokens& tokens = sums.of_split[split];
     T* part = part_of(sums, width);
-    const int64_t step = tile.keys.step[kLast], stride = step * sums.sums.axis_stride[kLast];
+    const int64_t step = tile.keys.step[kLast], stride = step * sums.owned.axis_stride[kLast];
     tile.keys.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
       const Place place = tile.keys.on_map(first);
       const T* from = rows + (column - columns.begin) * width;
-      T* owned = sums.sums.at<T>(batch, place, kv_head);
+      T* owned = sums.owned.at<T>(batch, place, kv_head);
       int64_t token = (place.at[0] * p.key_size[1] + place.at[1]) * p.key_size[2] + place.at[2];
       for (int64_t i = 0; i < count; ++i, from += width, owned += stride, token += step) {
         T* to = token < tokens.owned.begin ? part + (token - tokens.shared.begin) * width : owned;
@@ -263,11 +263,11 @@ class SpatialBackward {
         store(sum + c,
               relative_query_gradient ? scaled + load(relative_query_gradient + row * query_width + c) : scaled);
       }
-      if (!p.query_sums.sums.data) {
+      if (!p.query_sums.are_wanted()) {
         unpack_rows<T>(sum, query_width, 1, p.head_dim, T(1), present.query_gradients[row], 0);
         continue;
       }
-      T* to = split == 0 ? p.query_sums.sums.at<T>(batch, tile.queries.index(row), head)
+      T* to = split == 0 ? p.query_sums.owned.at<T>(batch, tile.queries.index(row), head)
                          : p.query_sums.part<T>(split, p.batch, p.heads, batch, head, query_width) + row * query_width;
       for (int64_t c = 0; c < query_width; c += kWidth<T>) store(to + c, load(to + c) + load(sum + c));
     }
@@ -308,12 +308,12 @@ template <class S>
 void sum_parts(const SpatialSum& p, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const int64_t width = round_up(p.dim, kWidth<T>), lines = p.size[0] * p.size[1];
-  const bool is_in_place = p.from.sums.data == p.target.data;
+  const bool is_in_place = p.from.owned.data == p.target.data;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t entry = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
     const Place place{{line / p.size[1], line % p.size[1], 0}};
     S* to = p.target.at<S>(entry, place, head);
-    const T* from = p.from.sums.at<const T>(entry, place, head);
+    const T* from = p.from.owned.at<const T>(entry, place, head);
     for (int64_t i = 0; i < p.size[2]; ++i) {
       const int64_t token = line * p.size[2] + i;
       const auto is_shared = [&](int64_t split) { return p.from.of_split[split].shared.contains(token); };
@@ -328,7 +328,7 @@ void sum_parts(const SpatialSum& p, int64_t begin, int64_t end) {
         }
         store_narrowed<T>(to + c, sum, std::min<int64_t>(p.dim - c, kWidth<T>));
       }
-      to += p.target.axis_stride[kMaxAxes - 1], from += p.from.sums.axis_stride[kMaxAxes - 1];
+      to += p.target.axis_stride[kMaxAxes - 1], from += p.from.owned.axis_stride[kMaxAxes - 1];
     }
   }
 }

@@ -94,12 +94,12 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpa
   params.key_fill_sums = sums(key_fill_sums), params.value_fill_sums = sums(value_fill_sums);
   params.head_scale_sums = sums(head_scale_sums);
   params.key_bias_sums = data(key_bias_sums);
-  grid_gradients.allocate(params.score.on_grid, args.heads, parts, empty_as(args.query, {0}, statistics));
+  grid_gradients.allocate(params.score.on_grid, args.heads, parts, none_as(args.query, statistics));
 }
 
 void SpatialGradients::finish(const SpatialArguments& args, const SpatialBackwardParams& params) {
   const ScalarType statistics = statistics_type(args.dtype);
-  const auto none = [&] { return empty_as(args.query, {0}, statistics); };  // a new one each: outputs must not alias
+  const auto none = [&] { return none_as(args.query, statistics); };
   key_sums.finish(), value_sums.finish(), query_sums.finish();
   key_fill = key_fill_sums ? sum_of_parts(*key_fill_sums, 1.0, *args.key_fill) : none();
   value_fill = value_fill_sums ? sum_of_parts(*value_fill_sums, 1.0, *args.value_fill) : none();

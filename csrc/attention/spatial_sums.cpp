@@ -86,7 +86,7 @@ void SpatialSums::allocate(const SpatialArguments& args, const Tensor& gradient,
   // The gradient itself, where it has such rows: less memory, and nothing to be copied.
   const bool is_in_place = !is_zero && gradient.scalar_type() == type && width == dim;
   if (!is_in_place) sums = tensor({args.batch, heads, size[0] * size[1] * size[2], width});
-  sum.from.sums = is_in_place ? sum.target : packed(*sums, heads, size, width);
+  sum.from.owned = is_in_place ? sum.target : packed(*sums, heads, size, width);
 
   const SplitTokens& last = of_split.back();
   const int64_t shared = last.first_row + last.shared.end - last.shared.begin;

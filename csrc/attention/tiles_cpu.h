@@ -49,7 +49,7 @@ inline int64_t spatial_row_blocks(const SpatialParams& p) {
 
 // Fewer rows see fewer keys of a tile that are not theirs.
 inline int64_t spatial_backward_rows(const SpatialParams& p) {
-  constexpr int64_t kFewRows = 28;
+  constexpr int64_t kFewRows = 14;
   return p.axis[0].see_all && p.axis[1].see_all && p.axis[2].see_all ? kBackwardQueryBlock : kFewRows;
 }
 

@@ -108,7 +108,7 @@ Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor&
   grads.finish(args.attention, params);
   const Tensor grad_weight = need_query_weight && args.query_weight
                                  ? sum_query_weight(*args.query_weight, grad_row_weight)
-                                 : empty_as(lse, {0}, lse.scalar_type());
+                                 : none_as(lse, lse.scalar_type());
   return {grads.query,      grads.key,  grad_value,     grad_lse,        grad_weight,
           grads.head_scale, grads.bias, grads.key_bias, grads.multiplier};
 }

@@ -50,20 +50,22 @@ Tensor allocate(const std::vector<int64_t>& sizes, Allocate&& allocate_sizes) {
   }
 }
 
-// Without the dispatcher's boxes, which new_empty goes through: a backward has many small results.
 inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return allocate(sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
+}
+
+// A result that was not asked for, of which a backward has many: without the dispatcher's boxes. A new one each, since
+// results must not alias.
+inline Tensor none_as(const Tensor& like, ScalarType type) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * std::max<int64_t>(sizes[axis], 1);
-  return allocate(sizes, [&] {
-    AtenTensorHandle tensor;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        int64_t(sizes.size()), sizes.data(), strides.data(),
-        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device_index, &tensor));
-    return Tensor(tensor);
-  });
+  const int64_t size = 0, stride = 1;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               device_type, device_index, &tensor));
+  return Tensor(tensor);
 }
 
 inline Tensor zeros_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {

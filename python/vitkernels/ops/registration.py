@@ -50,7 +50,7 @@ def direct(op: str) -> Callable[..., Any]:
     overload = getattr(torch.ops.vitkernels, op).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return overload(*args)
         if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             with torch._C._AutoDispatchBelowAutograd():
