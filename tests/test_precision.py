@@ -1,7 +1,8 @@
-"""Attention in float32 follows PyTorch's setting of what matrix products may round to TF32."""
+"""How exact attention is: float32 follows PyTorch's setting of TF32, bfloat16 rounds no statistics."""
 
 import pytest
 import torch
+import vitkernels as vk
 from calls import Recorder, differentiate
 from samples import SAMPLES
 
@@ -71,3 +72,18 @@ def test_exported_code_keeps_the_setting(sample, strict, precision):
     with Recorder() as recorder:
         program.module()(inputs)
     assert [args[-1] for _, args in recorder.calls] == [True]
+
+
+@pytest.mark.parametrize("name", ["attention", "window_attention"])
+def test_lse_of_bfloat16(name):
+    """Products of bfloat16 are exact and their sums are float32: so is an LSE, whatever probabilities round to."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 14, 14, 2, 32, generator=generator).to(torch.bfloat16)
+
+    def lse(*qkv):
+        if name == "attention":
+            return vk.attention(*(t.flatten(1, 2) for t in qkv), return_lse=True)[1]
+        return vk.window_attention(*qkv, 7, return_lse=True)[1]
+
+    expected = lse(q.double(), k.double(), v.double())
+    torch.testing.assert_close(lse(q, k, v).double(), expected, rtol=0, atol=2e-5)

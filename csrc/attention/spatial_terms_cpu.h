@@ -19,7 +19,7 @@ struct ExpandedTile {
   int64_t geometry = -1, head = -1, piece = -1;
   TilePiece of{};
   TileView view{};
-  int64_t stride = 0;                        // whole vectors, no more: small tiles stay in the first-level cache
+  int64_t stride = 0;                        // the piece's columns, up to a whole vector
   T *bias = nullptr, *multiplier = nullptr;  // [rows, stride]; a bias of minus infinity hides a key
   T *bias_gradient = nullptr, *multiplier_gradient = nullptr;
   int64_t num_sums = 0;  // pieces that the gradients are the sum of
