@@ -109,13 +109,11 @@ class Forward {
   void finish(Range rows) {
     const int64_t count = rows.end - rows.begin;
     finish_rows(states, count, results);
-    T* lse = static_cast<T*>(p.lse);
-    for (int64_t query = rows.begin; query < rows.end; ++query) {
-      const RowResult<T>& result = results[query - rows.begin];
-      key_tile.finish(result.factor, sums + (query - rows.begin) * value_width,
-                      p.out.at<S>(batch, sequence.first_query + query, head));
-      lse[(sequence.first_row + query) * p.heads + head] = result.lse;
-    }
+    S* out = p.out.at<S>(batch, sequence.first_query + rows.begin, head);
+    key_tile.finish(results, sums, count,
+                    [out, stride = p.out.token_stride](int64_t r) VK_BODY { return out + r * stride; });
+    T* lse = static_cast<T*>(p.lse) + (sequence.first_row + rows.begin) * p.heads + head;
+    for (int64_t r = 0; r < count; ++r) lse[r * p.heads] = results[r].lse;
   }
 
   const AttentionParams& p;

@@ -42,6 +42,9 @@ class ForwardTile {
     T* sums;              // [count, value_width]
     RowState<T>* states;  // [count]
     bool is_only_tile;
+    const T* bias =
+        nullptr;  // [count, bias_stride] where it is all that is done to logits, and whole vectors may be read
+    int64_t bias_stride = 0;
   };
 
   // Adds the keys that row r sees, the range visible(r) of the tile, within `seen`. apply_terms(logits, r, columns,
@@ -61,23 +64,42 @@ class ForwardTile {
     // Maxima first, exponentials after: the rows of a loop are independent and overlap in the CPU. What was tried to do
     // less and took longer: to add up the lanes of a vector for all rows together, for the maxima (7%) or for the sums
     // (5%); to put the 49th keys of 7 x 7 windows, of all rows, into one vector (5%).
-    T largest[kRowGroup<E>];
+    T largest[kRowGroup<E>], factors[kRowGroup<E>];
     Range columns_of[kRowGroup<E>];
+    bool are_alike = true;  // all rows see the same columns
     for (int64_t r = 0; r < count; ++r) {
-      T* row = logits + r * logits_stride;
       columns_of[r] = relative_to(visible(r), first);
-      largest[r] =
-          has_terms ? apply_terms(row, r, columns_of[r], first, left_scale) : row_max(row, columns_of[r], left_scale);
+      are_alike = are_alike && columns_of[r].begin == 0 && columns_of[r].end == columns;
+    }
+    const LogitRows<T> alike{logits, logits_stride, count, columns};
+    if (are_alike && !has_terms) {
+      find_maxima(alike, left_scale, largest);
+    } else if (are_alike && rows.bias) {
+      add_bias(alike, left_scale, rows.bias + first, rows.bias_stride, largest);
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        T* row = logits + r * logits_stride;
+        largest[r] =
+            has_terms ? apply_terms(row, r, columns_of[r], first, left_scale) : row_max(row, columns_of[r], left_scale);
+      }
     }
     meanwhile(2);
     // Their terms applied, logits need no factor any more.
     const T logit_scale = has_terms ? T(1) : left_scale;
     const int64_t depth = padded_depth<E>(columns);
-    for (int64_t r = 0; r < count; ++r) {
-      T* row = logits + r * logits_stride;
-      const T factor =
-          exponentiate(row, reinterpret_cast<E*>(row), columns_of[r], depth, logit_scale, largest[r], rows.states[r]);
-      if (!rows.is_only_tile && factor != T(1)) rescale(rows.sums + r * value_width, factor);
+    if (are_alike) {
+      exponentiate_rows<E>(alike, depth, logit_scale, largest, rows.states, factors);
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        T* row = logits + r * logits_stride;
+        factors[r] =
+            exponentiate(row, reinterpret_cast<E*>(row), columns_of[r], depth, logit_scale, largest[r], rows.states[r]);
+      }
+    }
+    if (!rows.is_only_tile) {
+      for (int64_t r = 0; r < count; ++r) {
+        if (factors[r] != T(1)) rescale(rows.sums + r * value_width, factors[r]);
+      }
     }
     meanwhile(3);
     const MatmulA<E> probabilities{reinterpret_cast<const E*>(logits), logits_stride * kGroup<E>, kGroup<E>};
@@ -89,10 +111,14 @@ class ForwardTile {
     }
   }
 
-  // The output of one row, from its sums.
-  VK_INLINE void finish(T factor, T* sums, S* out) const {
-    if (factor == T(0)) clear(sums, {0, value_width});  // saw no key: zero, whatever the row holds
-    unpack_rows<T>(sums, value_width, 1, value_dim, factor, out, 0);
+  // The outputs of rows from their sums; that of row r goes to out(r).
+  template <class Out>
+  VK_NOINLINE void finish(const RowResult<T>* results, T* sums, int64_t count, Out out) const {
+    for (int64_t r = 0; r < count; ++r, sums += value_width) {
+      const T factor = results[r].factor;
+      if (factor == T(0)) clear<T>(sums, {0, value_width});  // saw no key: zero, whatever the row holds
+      unpack_rows<T>(sums, value_width, 1, value_dim, factor, out(r), 0);
+    }
   }
 
  private:

@@ -53,11 +53,13 @@ struct KeyTile {
     matmul<E, false>({queries, row_stride, kGroup<E>},
                      {panels + seen.begin * depth, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width, depth,
                      logits, logits_stride);
-    for (int64_t key = width; key < seen_keys; ++key) {
-      const E* key_row = last_rows + (seen.begin + key - first_last) * row_stride;
-      for (int64_t r = 0; r < rows; ++r) {
-        logits[r * logits_stride + key] = dot(queries + r * row_stride, key_row, row_stride);
-      }
+    if (width >= seen_keys) return;
+    // Stored as whole vectors: these are loaded soon, and a load of what was stored in pieces has to wait.
+    for (int64_t r = 0; r < rows; ++r) {
+      const E* query = queries + r * row_stride;
+      Vec<T> last = dot_in_all_lanes(query, last_rows, row_stride);
+      if (num_last > 1) last = keep_first(last, 1, dot_in_all_lanes(query, last_rows + row_stride, row_stride)[0]);
+      store(logits + r * logits_stride + width, last);
     }
   }
 };

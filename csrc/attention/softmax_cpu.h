@@ -112,11 +112,8 @@ struct RowResult {
 template <class T>
 void finish_rows(const RowState<T>* states, int64_t count, RowResult<T>* results) {
   constexpr int kN = kWidth<T>;
-  Bits<T> even, odd, low, high;
-  for (int i = 0; i < kN; ++i) {
-    even[i] = 2 * i, odd[i] = 2 * i + 1;
-    low[i] = i / 2 + i % 2 * kN, high[i] = low[i] + kN / 2;
-  }
+  const auto even = constant_lanes<Bits<T>>([](int i) { return 2 * i; }), odd = even + 1;
+  const auto low = constant_lanes<Bits<T>>([](int i) { return i / 2 + i % 2 * kN; }), high = low + kN / 2;
   for (int64_t r = 0; r < count; r += kN) {
     const T* from = reinterpret_cast<const T*>(states + r);
     const Vec<T> a = load(from), b = load(from + kN);
@@ -159,18 +156,18 @@ VK_INLINE T row_max(const T* logits, Range visible, T scale) {
   return reduce_max<T>(largest);
 }
 
-template <class E>
+// Whole vectors of T, or of operands in their place, that overlap the columns become zero.
+template <class T, class E>
 VK_INLINE void clear(E* row, Range columns) {
-  if (!columns.empty()) std::fill(row + columns.begin, row + columns.end, E{});
+  for (int64_t c = columns.begin; c < columns.end; c += kWidth<T>) store_narrowed<T>(row + c, Vec<T>{}, kWidth<T>);
 }
 
-// The columns below `width` of a row of T, or of operands in its place, that are not in a vector that for_each_vector<T>
-// has written for `visible`.
+// The columns below `width` that are not in a vector that for_each_vector<T> has written for `visible`.
 template <class T, class E>
 VK_INLINE void clear_outside(E* row, Range visible, int64_t width) {
-  if (visible.empty()) return clear(row, {0, width});
-  clear(row, {0, visible.begin / kWidth<T> * kWidth<T>});
-  clear(row, {round_up(visible.end, kWidth<T>), width});
+  if (visible.empty()) return clear<T>(row, {0, width});
+  clear<T>(row, {0, visible.begin / kWidth<T> * kWidth<T>});
+  clear<T>(row, {round_up(visible.end, kWidth<T>), width});
 }
 
 // probabilities[visible] become exponentials of the logits, the other columns below `width` zero; they may lie where
@@ -191,6 +188,36 @@ VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64
   const T factor = was_max == kMinusInfinity<T> ? T(0) : exp<T>(broadcast(before - offset))[0];
   state.sum = state.sum * factor + reduce_add<T>(sum);
   return factor;
+}
+
+// A group of rows that see the same columns, the first ones. Its loops are functions of their own: inside a whole kernel
+// the compiler keeps their variables in memory.
+template <class T>
+struct LogitRows {
+  T* data;  // [count, stride]
+  int64_t stride, count, columns;
+};
+
+template <class T>
+VK_NOINLINE void find_maxima(const LogitRows<T>& rows, T scale, T* largest) {
+  for (int64_t r = 0; r < rows.count; ++r) largest[r] = row_max(rows.data + r * rows.stride, {0, rows.columns}, scale);
+}
+
+template <class T>
+VK_NOINLINE void add_bias(const LogitRows<T>& rows, T scale, const T* bias, int64_t bias_stride, T* largest) {
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const BiasRow<T> of_row{bias + r * bias_stride};
+    largest[r] = apply_score(rows.data + r * rows.stride, {0, rows.columns}, scale, of_row);
+  }
+}
+
+template <class E, class T>
+VK_NOINLINE void exponentiate_rows(const LogitRows<T>& rows, int64_t width, T scale, const T* largest,
+                                   RowState<T>* states, T* factors) {
+  for (int64_t r = 0; r < rows.count; ++r) {
+    T* row = rows.data + r * rows.stride;
+    factors[r] = exponentiate(row, reinterpret_cast<E*>(row), {0, rows.columns}, width, scale, largest[r], states[r]);
+  }
 }
 
 }  // namespace vitkernels::VK_ISA

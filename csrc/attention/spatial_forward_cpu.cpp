@@ -107,9 +107,11 @@ class SpatialForward {
     const ScatteredRows<S> of_group = present.queries.from(rows.begin);
     const bool has_terms = terms.any_on(tile);
     if (has_terms) terms.start_rows(of_group, rows);
+    const bool is_bias = has_terms && terms.is_bias();
     key_tile.add(
-        {of_group, rows.end - rows.begin, sums + first_row * value_width, states + first_row, is_only_tile}, seen,
-        p.score.scale_of<T>(present.head), has_terms,
+        {of_group, rows.end - rows.begin, sums + first_row * value_width, states + first_row, is_only_tile,
+         is_bias ? terms.bias_row(rows.begin, 0).bias : nullptr, is_bias ? terms.bias_stride() : 0},
+        seen, p.score.scale_of<T>(present.head), has_terms,
         [&](int64_t r) VK_BODY { return relative_to(intersect(tile.seen_by(rows.begin + r), columns), columns.begin); },
         [&](T* row, int64_t r, Range visible, int64_t first_key, T scale) VK_BODY {
           return terms.is_bias() ? apply_score(row, visible, scale, terms.bias_row(rows.begin + r, first_key))
@@ -122,10 +124,8 @@ class SpatialForward {
   void finish(Range rows) {
     constexpr int kLast = kMaxAxes - 1;
     finish_rows(states, rows.end - rows.begin, results);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const int64_t r = row - rows.begin;
-      key_tile.finish(results[r].factor, sums + r * value_width, present.outputs[row]);
-    }
+    key_tile.finish(results, sums, rows.end - rows.begin,
+                    [out = present.outputs.from(rows.begin)](int64_t r) VK_BODY { return const_cast<S*>(out[r]); });
     const Box& outputs = tile.outputs;
     outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Place& index) {
       T* lse = static_cast<T*>(p.lse) + p.row(present.batch, outputs.on_map(index)) * p.heads + present.head;

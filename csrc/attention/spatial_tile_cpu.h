@@ -159,6 +159,7 @@ class SpatialTile : public TileBoxes {
   }
 
   int64_t geometry = -1;
+  bool sees_all = false;   // every query sees every key, but for the radius
   bool has_holes = false;  // a query does not see all keys between its first and its last
 
  private:
@@ -167,7 +168,7 @@ class SpatialTile : public TileBoxes {
     int outer = 0;
     while (outer < kMaxAxes - 1 && keys.size[outer] == 1) ++outer;
     has_holes = p.radius > 0;
-    bool sees_all = true;
+    sees_all = true;
     for (int axis = 0; axis < kMaxAxes; ++axis) {
       sees_all = sees_all && on_axis[axis]->sees_all;
       has_holes = has_holes || (axis != outer && !on_axis[axis]->sees_all);

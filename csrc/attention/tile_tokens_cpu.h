@@ -10,21 +10,28 @@ namespace vitkernels::VK_ISA {
 // `Element` is const for tensors that are read.
 template <class Element>
 class TileTokens {
-  static constexpr int kLast = kMaxAxes - 1;
+  static constexpr int kLast = kMaxAxes - 1, kLanes = kWidth<double>;
+  static_assert(sizeof(intptr_t) == sizeof(double));
 
  public:
-  TileTokens(int64_t most, int64_t dim, Scratch& scratch) : own(scratch.take<intptr_t>(most)), dim(dim) {}
+  TileTokens(int64_t most, int64_t dim, Scratch& scratch) : own(scratch.take<intptr_t>(most + kLanes)), dim(dim) {}
 
   void find(const MapTensor& t, int64_t batch, int64_t head, const Box& box) {
     intptr_t* row = start(box);
-    box.for_each_line({0, count}, [&](int64_t, int64_t on_line, const Place& first) {
-      row = line(t, batch, head, box, first, on_line, row);
-    });
+    const Steps steps(t, box);
+    const intptr_t first = steps.address(t, batch, head, box, {});
+    for (int64_t i = 0; i < box.size[0]; ++i) {
+      for (int64_t j = 0; j < box.size[1]; ++j) {
+        row = line(first + i * steps.of_axis[0] + j * steps.of_axis[1], steps, box.size[kLast], row);
+      }
+    }
   }
 
   // Tokens beyond the map, whose sizes are given, are `fill`.
   void find(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const int64_t (&map)[kMaxAxes],
             Element* fill) {
+    if (box.is_on(map)) return find(t, batch, head, box);
+    const Steps steps(t, box);
     const Range inside[] = {box.on_map(0, map[0]), box.on_map(1, map[1]), box.on_map(2, map[2])};
     intptr_t* row = start(box);
     box.for_each_line({0, count}, [&](int64_t, int64_t on_line, Place first) {
@@ -34,7 +41,7 @@ class TileTokens {
       }
       first.at[kLast] = on_map.begin;
       row = std::fill_n(row, on_map.begin, reinterpret_cast<intptr_t>(fill));
-      row = line(t, batch, head, box, first, on_map.end - on_map.begin, row);
+      row = line(steps.address(t, batch, head, box, first), steps, on_map.end - on_map.begin, row);
       row = std::fill_n(row, on_line - on_map.end, reinterpret_cast<intptr_t>(fill));
     });
   }
@@ -70,12 +77,31 @@ class TileTokens {
     return own;
   }
 
-  VK_INLINE static intptr_t* line(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const Place& first,
-                                  int64_t count, intptr_t* row) {
-    const intptr_t step = t.axis_stride[kLast] * box.step[kLast] * int64_t(sizeof(Element));
-    intptr_t token = reinterpret_cast<intptr_t>(t.at<Element>(batch, box.on_map(first), head));
-    for (int64_t i = 0; i < count; ++i, token += step) *row++ = token;
-    return row;
+  // In bytes.
+  struct Steps {
+    intptr_t of_axis[kMaxAxes];
+    Bits<double> lanes;  // from a token to its followers
+
+    Steps(const MapTensor& t, const Box& box) {
+      for (int axis = 0; axis < kMaxAxes; ++axis) {
+        of_axis[axis] = t.axis_stride[axis] * box.step[axis] * int64_t(sizeof(Element));
+      }
+      lanes = lane_index<double>() * of_axis[kLast];
+    }
+
+    VK_INLINE intptr_t address(const MapTensor& t, int64_t batch, int64_t head, const Box& box,
+                               const Place& index) const {
+      return reinterpret_cast<intptr_t>(t.at<Element>(batch, box.on_map(index), head));
+    }
+  };
+
+  // By whole vectors: what is written behind the line is written again by what follows.
+  VK_INLINE static intptr_t* line(intptr_t first, const Steps& steps, int64_t count, intptr_t* row) {
+    for (int64_t i = 0; i < count; i += kLanes, first += kLanes * steps.of_axis[kLast]) {
+      const Bits<double> tokens = first + steps.lanes;
+      std::memcpy(row + i, &tokens, sizeof(tokens));
+    }
+    return row + count;
   }
 
   intptr_t* own;

@@ -23,13 +23,13 @@ void matmul(MatmulA<E> a, MatmulB<E> b, int64_t rows, int64_t columns, int64_t d
 
 // The product of two rows; `depth` is a multiple of the operand vector's elements.
 template <class E>
-VK_INLINE Sum<E> dot(const E* a, const E* b, int64_t depth) {
+VK_INLINE Vec<Sum<E>> dot_in_all_lanes(const E* a, const E* b, int64_t depth) {
   using Operand = Arithmetic<E>;
   Vec<Sum<E>> sum{};
   for (int64_t k = 0; k < depth; k += kOperandWidth<E>) {
     sum = Operand::multiply_add(sum, Operand::load(a + k), Operand::load(b + k));
   }
-  return reduce_add<Sum<E>>(sum);
+  return add_lanes<Sum<E>>(sum);
 }
 
 }  // namespace vitkernels::VK_ISA

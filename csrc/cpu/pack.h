@@ -14,10 +14,8 @@ void pack_rows(Rows source, int64_t rows, int64_t columns, T factor, T* target, 
   for (int64_t r = 0; r < rows; ++r) {
     const auto* from = source[r];
     T* to = target + r * target_stride;
-    for (int64_t c = 0; c < columns; c += kWidth<T>) {
-      const int64_t count = std::min<int64_t>(columns - c, kWidth<T>);
-      store(to + c, load_widened<T>(from + c, count) * factor);
-    }
+    for_each_part<kWidth<T>>(
+        columns, [&](int64_t c, int64_t count) VK_BODY { store(to + c, load_widened<T>(from + c, count) * factor); });
   }
 }
 
@@ -28,10 +26,8 @@ void unpack_rows(const T* source, int64_t source_stride, int64_t rows, int64_t c
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = source + r * source_stride;
     S* to = target + r * target_stride;
-    for (int64_t c = 0; c < columns; c += kWidth<T>) {
-      const int64_t count = std::min<int64_t>(columns - c, kWidth<T>);
-      store_narrowed<T>(to + c, load(from + c) * factor, count);
-    }
+    for_each_part<kWidth<T>>(
+        columns, [&](int64_t c, int64_t count) VK_BODY { store_narrowed<T>(to + c, load(from + c) * factor, count); });
   }
 }
 
@@ -50,10 +46,11 @@ VK_INLINE Vec<Sum<E>> load_operands(const S* p, int64_t count) {
 template <class E, class Rows>
 void pack_operands(Rows source, int64_t rows, int64_t columns, E* target, int64_t target_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; c += kOperandWidth<E>) {
-      const int64_t count = std::min<int64_t>(columns - c, kOperandWidth<E>);
-      store(reinterpret_cast<Sum<E>*>(target + r * target_stride + c), load_operands<E>(source[r] + c, count));
-    }
+    const auto* from = source[r];
+    E* to = target + r * target_stride;
+    for_each_part<kOperandWidth<E>>(columns, [&](int64_t c, int64_t count) VK_BODY {
+      store(reinterpret_cast<Sum<E>*>(to + c), load_operands<E>(from + c, count));
+    });
   }
 }
 

@@ -18,8 +18,7 @@ VK_INLINE Vec<float> load_pairs(const BFloat16* p, int64_t count) {
 template <bool kUpper>
 VK_INLINE Vec<float> interleave(Vec<float> a, Vec<float> b) {
   typedef int16_t Indices __attribute__((vector_size(64)));
-  Indices indices;
-  for (int i = 0; i < 32; ++i) indices[i] = (kUpper ? 16 : 0) + i / 2 + (i % 2 ? 32 : 0);
+  const auto indices = constant_lanes<Indices>([](int i) { return (kUpper ? 16 : 0) + i / 2 + (i % 2 ? 32 : 0); });
   const __m512i both = _mm512_permutex2var_epi16(_mm512_castps_si512(a), (__m512i)indices, _mm512_castps_si512(b));
   return _mm512_castsi512_ps(both);
 }
@@ -27,16 +26,16 @@ VK_INLINE Vec<float> interleave(Vec<float> a, Vec<float> b) {
 // pack_groups (pack.h) for pairs: target [padded rows / 2, width, 2].
 template <class Rows>
 void pack_pairs(Rows source, int64_t rows, int64_t columns, BFloat16* target, int64_t width) {
-  const auto load_row = [&](int64_t r, int64_t c) {
-    return r < rows ? load_pairs(source[r] + c, columns - c) : Vec<float>{};
-  };
+  const auto row = [&](int64_t r) { return r < rows ? source[r] : nullptr; };
   for (int64_t r = 0; r < padded_depth<BFloat16>(rows); r += 2) {
-    for (int64_t c = 0; c < columns; c += 32) {
-      const Vec<float> a = load_row(r, c), b = load_row(r + 1, c);
+    const BFloat16 *first = row(r), *second = row(r + 1);
+    for_each_part<32>(columns, [&](int64_t c, int64_t count) VK_BODY {
+      const Vec<float> a = first ? load_pairs(first + c, count) : Vec<float>{};
+      const Vec<float> b = second ? load_pairs(second + c, count) : Vec<float>{};
       float* to = reinterpret_cast<float*>(target + r * width + c * 2);
       store(to, interleave<false>(a, b));
       if (c + 16 < width) store(to + 16, interleave<true>(a, b));
-    }
+    });
   }
 }
 
@@ -44,8 +43,7 @@ void pack_pairs(Rows source, int64_t rows, int64_t columns, BFloat16* target, in
 VK_INLINE Vec<float> narrow_pairs(Vec<float> a, Vec<float> b) {
   const __m512 halves = _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(b, a));  // a, then b
   typedef int16_t Indices __attribute__((vector_size(64)));
-  Indices indices;
-  for (int i = 0; i < 32; ++i) indices[i] = i / 2 + (i % 2 ? 16 : 0);
+  const auto indices = constant_lanes<Indices>([](int i) { return i / 2 + (i % 2 ? 16 : 0); });
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16((__m512i)indices, _mm512_castps_si512(halves)));
 }
 

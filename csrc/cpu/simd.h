@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -61,11 +62,25 @@ VK_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::Unaligned*>(p) = v;
 }
 
+// Calls f(first, count) for whole vectors of kN elements, then for the rest: what is done with whole ones need not count.
+template <int kN, class Function>
+VK_INLINE void for_each_part(int64_t elements, Function&& f) {
+  int64_t first = 0;
+  for (; first + kN <= elements; first += kN) f(first, int64_t(kN));
+  if (first < elements) f(first, elements - first);
+}
+
+// The vector of f(lane) for constants, which a loop over the lanes would put together whenever they are needed.
+template <class V, class Function>
+VK_INLINE constexpr V constant_lanes(Function f) {
+  using Lane = std::remove_reference_t<decltype(V{}[0])>;
+  return [&]<std::size_t... kLane>(std::index_sequence<kLane...>)
+             VK_BODY { return V{Lane(f(int(kLane)))...}; }(std::make_index_sequence<sizeof(V) / sizeof(Lane)>());
+}
+
 template <class T>
-VK_INLINE Bits<T> lane_index() {
-  Bits<T> lanes;
-  for (int i = 0; i < kWidth<T>; ++i) lanes[i] = i;
-  return lanes;
+VK_INLINE constexpr Bits<T> lane_index() {
+  return constant_lanes<Bits<T>>([](int lane) { return lane; });
 }
 
 // The first `count` lanes from memory, zero in the others; memory behind them is not touched.
@@ -109,23 +124,29 @@ VK_INLINE Vec<T> keep_first(Vec<T> v, int64_t count, T other) {
   return lane_index<T>() < limit ? v : broadcast(other);
 }
 
+// In every lane.
 template <class T, class Combine>
-VK_INLINE T reduce(Vec<T> v, Combine combine) {
+VK_INLINE Vec<T> combine_lanes(Vec<T> v, Combine combine) {
 #pragma GCC unroll 4
   for (int step = kWidth<T> / 2; step > 0; step /= 2) {
     v = combine(v, __builtin_shuffle(v, lane_index<T>() ^ typename VectorOf<T>::Int(step)));
   }
-  return v[0];
+  return v;
+}
+
+template <class T>
+VK_INLINE Vec<T> add_lanes(Vec<T> v) {
+  return combine_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 
 template <class T>
 VK_INLINE T reduce_add(Vec<T> v) {
-  return reduce<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
+  return add_lanes<T>(v)[0];
 }
 
 template <class T>
 VK_INLINE T reduce_max(Vec<T> v) {
-  return reduce<T>(v, [](Vec<T> a, Vec<T> b) { return max<T>(a, b); });
+  return combine_lanes<T>(v, [](Vec<T> a, Vec<T> b) { return max<T>(a, b); })[0];
 }
 
 // In-register transpose of a square of vectors, by butterflies of 2x2 blocks.
@@ -134,11 +155,8 @@ VK_INLINE void transpose(Vec<T> (&rows)[kWidth<T>]) {
   constexpr int kN = kWidth<T>;
 #pragma GCC unroll 4
   for (int step = 1; step < kN; step *= 2) {
-    Bits<T> low, high;
-    for (int i = 0; i < kN; ++i) {
-      low[i] = (i & step) ? kN + i - step : i;
-      high[i] = (i & step) ? kN + i : i + step;
-    }
+    const Bits<T> low = constant_lanes<Bits<T>>([=](int i) { return i & step ? kN + i - step : i; });
+    const Bits<T> high = constant_lanes<Bits<T>>([=](int i) { return i & step ? kN + i : i + step; });
 #pragma GCC unroll 16
     for (int i = 0; i < kN; ++i) {
       if (i & step) continue;
