@@ -2,12 +2,11 @@
 // argument without a name is allow_tf32.
 #include "attention/backward_arguments.h"
 #include "attention/logit_gradients.h"
+#include "common/parallel.h"
 #include "cpu/isa.h"
 
 namespace vitkernels {
 namespace {
-
-using torch::stable::parallel_for;
 
 using Forward = std::tuple<Tensor, Tensor>;
 
@@ -22,8 +21,9 @@ Forward run_forward(const AttentionArguments& args) {
   const Kernels& kernels = vitkernels::kernels();
   if (args.num_tasks > 0) {
     const ThreadScratch scratch(args.query, kernels.attention_scratch(params), args.num_tasks);
-    parallel_for(0, args.num_tasks, 1,
-                 [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
+    const int64_t of_head = params.first_task ? 1 : args.num_tasks / (params.batch * params.heads);
+    parallel_ranges(args.num_tasks, of_head,
+                    [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
   }
   return {out, lse};
 }
@@ -49,8 +49,9 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   if (params.num_tasks() > 0 && !is_empty) {
     const Kernels& kernels = vitkernels::kernels();
     const ThreadScratch scratch(args.query, kernels.attention_backward_scratch(params), params.num_tasks());
-    parallel_for(0, params.num_tasks(), 1,
-                 [&](int64_t begin, int64_t end) { kernels.attention_backward(params, begin, end, scratch.mine()); });
+    parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+      kernels.attention_backward(params, begin, end, scratch.mine());
+    });
   }
   grads.finish(args, params);
   return {grads.query,      grads.key,        grad_value,       grads.head_scale, grads.bias,       grads.key_bias,

@@ -1,12 +1,11 @@
 // The operators vitkernels::spatial_attention and vitkernels::spatial_attention_backward on the CPU.
 #include "attention/spatial_gradients.h"
 #include "attention/tiles_cpu.h"
+#include "common/parallel.h"
 #include "cpu/isa.h"
 
 namespace vitkernels {
 namespace {
-
-using torch::stable::parallel_for;
 
 using Forward = std::tuple<Tensor, Tensor>;
 // Of query, key, value, their fills and the score terms, in the order of the arguments.
@@ -39,10 +38,11 @@ Forward spatial_attention_cpu(const Tensor& query, const Tensor& key, const Tens
   params.out = map_tensor(out, args.axes);
   params.lse = lse.mutable_data_ptr();
   const Kernels& kernels = vitkernels::kernels();
-  const int64_t tasks = params.heads * params.batch * params.num_tiles() * spatial_row_blocks(params);
+  const int64_t of_head = params.batch * params.num_tiles() * spatial_row_blocks(params),
+                tasks = params.heads * of_head;
   const ThreadScratch scratch(query, kernels.spatial_attention_scratch(params), tasks);
-  parallel_for(0, tasks, 1,
-               [&](int64_t begin, int64_t end) { kernels.spatial_attention(params, begin, end, scratch.mine()); });
+  parallel_ranges(tasks, of_head,
+                  [&](int64_t begin, int64_t end) { kernels.spatial_attention(params, begin, end, scratch.mine()); });
   return {out, lse};
 }
 
@@ -105,7 +105,7 @@ Backward spatial_attention_backward_cpu(
   if (!args.is_empty()) {
     const Kernels& kernels = vitkernels::kernels();
     const ThreadScratch scratch(query, kernels.spatial_attention_backward_scratch(params), params.num_tasks());
-    parallel_for(0, params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
       kernels.spatial_attention_backward(params, begin, end, scratch.mine());
     });
   }

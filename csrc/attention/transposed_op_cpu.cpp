@@ -3,6 +3,7 @@
 #include "attention/logit_gradients.h"
 #include "attention/tiles_cpu.h"
 #include "attention/transposed_arguments.h"
+#include "common/parallel.h"
 #include "cpu/isa.h"
 
 namespace vitkernels {
@@ -38,8 +39,8 @@ Tensor attention_transposed_cpu(const Tensor& query, const Tensor& key, const Te
   const Kernels& kernels = vitkernels::kernels();
   const int64_t tasks = params.batch * params.heads * transposed_keys(params).count;
   const ThreadScratch scratch(query, kernels.attention_transposed_scratch(params), tasks);
-  parallel_for(0, tasks, 1,
-               [&](int64_t begin, int64_t end) { kernels.attention_transposed(params, begin, end, scratch.mine()); });
+  parallel_ranges(
+      tasks, 1, [&](int64_t begin, int64_t end) { kernels.attention_transposed(params, begin, end, scratch.mine()); });
   return out;
 }
 
@@ -97,7 +98,7 @@ Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor&
   const bool is_empty = query.numel() == 0 && key.numel() == 0;
   if (params.num_tasks() > 0 && !is_empty) {
     const ThreadScratch scratch(query, kernels.attention_transposed_backward_scratch(params), params.num_tasks());
-    parallel_for(0, params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
       kernels.attention_transposed_backward(params, begin, end, scratch.mine());
     });
   }
