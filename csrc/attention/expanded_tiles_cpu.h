@@ -1,5 +1,5 @@
-// What depends on the geometry of a tile and the head alone, the mask and the tables, is expanded once for all tiles that
-// have them in common; their gradients are gathered just so.
+// The mask and the tables of a tile, which depend on its geometry and its head alone. They are expanded once for all tiles
+// that have them in common; their gradients are gathered just so.
 #pragma once
 
 #include "attention/grid_cpu.h"
@@ -19,7 +19,7 @@ struct ExpandedTile {
   int64_t geometry = -1, head = -1, piece = -1;
   TilePiece of{};
   TileView view{};
-  int64_t stride = 0;                        // the piece's columns, up to a whole vector
+  int64_t stride = 0;  // the piece's columns, up to a whole vector: what is behind them is anything
   T *bias = nullptr, *multiplier = nullptr;  // [rows, stride]; a bias of minus infinity hides a key
   T *bias_gradient = nullptr, *multiplier_gradient = nullptr;
   int64_t num_sums = 0;  // pieces that the gradients are the sum of
@@ -45,8 +45,10 @@ class ExpandedTiles {
       if (has_gradients) slots[i].bias_gradient = scratch.take<T>(elements);
       if (has_gradients && has_multiplier) slots[i].multiplier_gradient = scratch.take<T>(elements);
     }
-    const int64_t most_lines = p.axis[kMiddle].most_keys + p.axis[kMiddle].most_queries;
-    if (terms.bias.data || has_multiplier) offsets = scratch.take<T>(most_lines * p.axis[kLast].most_keys + kWidth<T>);
+    if ((terms.bias.data || has_multiplier) && p.most_keys() <= most_columns) {
+      const int64_t most_lines = p.axis[kMiddle].most_keys + p.axis[kMiddle].most_queries - 1;
+      lines = scratch.take<T>(most_lines * p.axis[kLast].most_keys + kWidth<T>);
+    }
   }
 
   ExpandedTile<T>& at(const SpatialTile& tile, int64_t head, const TilePiece& piece, int64_t part) {
@@ -60,7 +62,7 @@ class ExpandedTiles {
     if (!is_same) {
       slot.geometry = tile.geometry, slot.head = head, slot.piece = piece.index, slot.of = piece;
       slot.view = tile.view(), slot.stride = round_up(piece.columns.end - piece.columns.begin, kWidth<T>);
-      expand(slot, is_whole(tile, piece));
+      expand(slot, have_common_lines(tile, piece));
       clear_gradients(slot);
     }
     return slot;
@@ -112,20 +114,22 @@ class ExpandedTiles {
     }
   }
 
-  // Whether copy_whole can be taken.
-  static bool is_whole(const SpatialTile& tile, const TilePiece& piece) {
+  // Whether copy_lines can be taken, and gains anything. Places next to each other bound what it gathers.
+  bool have_common_lines(const SpatialTile& tile, const TilePiece& piece) const {
     const Range places = tile.places(kMiddle);
     const bool are_neighbors = places.end - places.begin == tile.queries.size[kMiddle];
-    return tile.sees_all && are_neighbors && piece.columns.end - piece.columns.begin == tile.keys.count();
+    const bool is_all_keys = piece.columns.end - piece.columns.begin == tile.keys.count();
+    const bool is_several_lines = piece.rows.end - piece.rows.begin >= 2 * tile.queries.size[kLast];
+    return lines && tile.sees_all && are_neighbors && is_all_keys && is_several_lines;
   }
 
   // A loop for each of the arrays: for both of them at once there are not enough registers.
-  void expand(const ExpandedTile<T>& slot, bool is_whole) const {
+  void expand(const ExpandedTile<T>& slot, bool has_common_lines) const {
     const int64_t elements = (slot.of.rows.end - slot.of.rows.begin) * slot.stride;
     const T* bias = table(p.score.on_grid.bias, slot.head);
     const T* multiplier = table(p.score.on_grid.multiplier, slot.head);
-    if (is_whole && bias) {
-      copy_whole(slot, bias, slot.bias);
+    if (has_common_lines && bias) {
+      copy_lines(slot, bias, slot.bias);
     } else {
       std::fill_n(slot.bias, elements, kMinusInfinity<T>);
       if (bias)
@@ -133,8 +137,8 @@ class ExpandedTiles {
       else
         show(slot);
     }
-    if (is_whole && multiplier) {
-      copy_whole(slot, multiplier, slot.multiplier);
+    if (has_common_lines && multiplier) {
+      copy_lines(slot, multiplier, slot.multiplier);
     } else if (multiplier) {
       std::fill_n(slot.multiplier, elements, T(1));
       copy(slot, multiplier, slot.multiplier);
@@ -162,9 +166,9 @@ class ExpandedTiles {
     });
   }
 
-  // Of a table, where every row sees all columns. Queries above one another see the same lines of a table, each a line
-  // later than the one below: as many as they see together are gathered once. Behind a row's columns is anything.
-  void copy_whole(const ExpandedTile<T>& slot, const T* from, T* to) const {
+  // Of a table, where every row sees all columns. The entries of a query are those of the query above it, moved by a line
+  // of keys. So the lines that a column of queries has are gathered once, and each of its rows is a stretch of them.
+  void copy_lines(const ExpandedTile<T>& slot, const T* from, T* to) const {
     const TileView& view = slot.view;
     const int64_t width = view.keys[kLast], count = view.keys[kMiddle] * width;  // of a line; of a plane of keys
     const int64_t plane = view.queries[kMiddle] * view.queries[kLast];
@@ -172,20 +176,20 @@ class ExpandedTiles {
       const Range rows = relative_to(intersect(slot.of.rows, {i * plane, (i + 1) * plane}), i * plane);
       if (rows.empty()) continue;
       const SeenKeys* middle = view.seen[kMiddle];
-      const Range lines{rows.begin / view.queries[kLast], divide_up(rows.end, view.queries[kLast])};
-      const int64_t last_place = middle[lines.end - 1].place;
-      const int64_t num_lines = last_place - middle[lines.begin].place + view.keys[kMiddle];
+      const Range above{rows.begin / view.queries[kLast], divide_up(rows.end, view.queries[kLast])};
+      const int64_t last_place = middle[above.end - 1].place;
+      const int64_t num_lines = last_place - middle[above.begin].place + view.keys[kMiddle];
       for (int64_t j = 0; j < view.queries[kLast]; ++j) {
         const int64_t first = grid.query_entry({{view.seen[0][i].place, last_place, view.seen[kLast][j].place}});
         for (int64_t key = 0; key < view.keys[0]; ++key) {
           const T* entry = from + first + grid.key_entry({{key, 0, 0}});
           for (int64_t line = 0; line < num_lines; ++line, entry += grid.num_offsets(kLast)) {
-            for (int64_t c = 0; c < width; c += kWidth<T>) store(offsets + line * width + c, load(entry + c));
+            for (int64_t c = 0; c < width; c += kWidth<T>) store(lines + line * width + c, load(entry + c));
           }
-          for (int64_t line = lines.begin; line < lines.end; ++line) {
-            const int64_t row = line * view.queries[kLast] + j;
+          for (int64_t query = above.begin; query < above.end; ++query) {
+            const int64_t row = query * view.queries[kLast] + j;
             if (!rows.contains(row)) continue;
-            const T* of_row = offsets + (last_place - middle[line].place) * width;
+            const T* of_row = lines + (last_place - middle[query].place) * width;
             T* target = to + (i * plane + row - slot.of.rows.begin) * slot.stride + key * count;
             for (int64_t c = 0; c < count; c += kWidth<T>) {
               store_first(target + c, load(of_row + c), slot.stride - key * count - c);
@@ -242,7 +246,7 @@ class ExpandedTiles {
 
  private:
   int64_t num_slots;
-  T* offsets = nullptr;  // lines of a table
+  T* lines = nullptr;  // [lines of a table, keys of the last axis] and a vector, or null
   ExpandedTile<T> slots[kMostSlots];
 };
 

@@ -42,8 +42,8 @@ class ForwardTile {
     T* sums;              // [count, value_width]
     RowState<T>* states;  // [count]
     bool is_only_tile;
-    const T* bias =
-        nullptr;  // [count, bias_stride] where it is all that is done to logits, and whole vectors may be read
+    // [count, bias_stride], if it is all that is done to the logits. Whole vectors of it are read.
+    const T* bias = nullptr;
     int64_t bias_stride = 0;
   };
 
@@ -71,11 +71,11 @@ class ForwardTile {
       columns_of[r] = relative_to(visible(r), first);
       are_alike = are_alike && columns_of[r].begin == 0 && columns_of[r].end == columns;
     }
-    const LogitRows<T> alike{logits, logits_stride, count, columns};
+    const LogitRows<T> group{logits, logits_stride, count, columns};
     if (are_alike && !has_terms) {
-      find_maxima(alike, left_scale, largest);
+      find_maxima(group, left_scale, largest);
     } else if (are_alike && rows.bias) {
-      add_bias(alike, left_scale, rows.bias + first, rows.bias_stride, largest);
+      add_bias(group, left_scale, rows.bias + first, rows.bias_stride, largest);
     } else {
       for (int64_t r = 0; r < count; ++r) {
         T* row = logits + r * logits_stride;
@@ -88,7 +88,7 @@ class ForwardTile {
     const T logit_scale = has_terms ? T(1) : left_scale;
     const int64_t depth = padded_depth<E>(columns);
     if (are_alike) {
-      exponentiate_rows<E>(alike, depth, logit_scale, largest, rows.states, factors);
+      exponentiate_rows<E>(group, depth, logit_scale, largest, rows.states, factors);
     } else {
       for (int64_t r = 0; r < count; ++r) {
         T* row = logits + r * logits_stride;

@@ -156,13 +156,13 @@ VK_INLINE T row_max(const T* logits, Range visible, T scale) {
   return reduce_max<T>(largest);
 }
 
-// Whole vectors of T, or of operands in their place, that overlap the columns become zero.
+// The columns become zero, from the first one of a vector of T, or of operands in its place, up to the end of a vector.
 template <class T, class E>
 VK_INLINE void clear(E* row, Range columns) {
   for (int64_t c = columns.begin; c < columns.end; c += kWidth<T>) store_narrowed<T>(row + c, Vec<T>{}, kWidth<T>);
 }
 
-// The columns below `width` that are not in a vector that for_each_vector<T> has written for `visible`.
+// Likewise those below `width` that are not in a vector that for_each_vector<T> has written for `visible`.
 template <class T, class E>
 VK_INLINE void clear_outside(E* row, Range visible, int64_t width) {
   if (visible.empty()) return clear<T>(row, {0, width});
@@ -190,8 +190,8 @@ VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64
   return factor;
 }
 
-// A group of rows that see the same columns, the first ones. Its loops are functions of their own: inside a whole kernel
-// the compiler keeps their variables in memory.
+// A group of rows that see the same columns, the first ones. Its loops are functions of their own: in one with a whole
+// kernel the compiler keeps their variables in memory.
 template <class T>
 struct LogitRows {
   T* data;  // [count, stride]

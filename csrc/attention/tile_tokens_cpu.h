@@ -19,7 +19,7 @@ class TileTokens {
   void find(const MapTensor& t, int64_t batch, int64_t head, const Box& box) {
     intptr_t* row = start(box);
     const Steps steps(t, box);
-    const intptr_t first = steps.address(t, batch, head, box, {});
+    const intptr_t first = address_of(t, batch, head, box, {});
     for (int64_t i = 0; i < box.size[0]; ++i) {
       for (int64_t j = 0; j < box.size[1]; ++j) {
         row = line(first + i * steps.of_axis[0] + j * steps.of_axis[1], steps, box.size[kLast], row);
@@ -41,7 +41,7 @@ class TileTokens {
       }
       first.at[kLast] = on_map.begin;
       row = std::fill_n(row, on_map.begin, reinterpret_cast<intptr_t>(fill));
-      row = line(steps.address(t, batch, head, box, first), steps, on_map.end - on_map.begin, row);
+      row = line(address_of(t, batch, head, box, first), steps, on_map.end - on_map.begin, row);
       row = std::fill_n(row, on_line - on_map.end, reinterpret_cast<intptr_t>(fill));
     });
   }
@@ -77,10 +77,10 @@ class TileTokens {
     return own;
   }
 
-  // In bytes.
+  // From a token to its neighbors of the box, in bytes.
   struct Steps {
     intptr_t of_axis[kMaxAxes];
-    Bits<double> lanes;  // from a token to its followers
+    Bits<double> lanes;  // to those that follow on the last axis
 
     Steps(const MapTensor& t, const Box& box) {
       for (int axis = 0; axis < kMaxAxes; ++axis) {
@@ -88,14 +88,13 @@ class TileTokens {
       }
       lanes = lane_index<double>() * of_axis[kLast];
     }
-
-    VK_INLINE intptr_t address(const MapTensor& t, int64_t batch, int64_t head, const Box& box,
-                               const Place& index) const {
-      return reinterpret_cast<intptr_t>(t.at<Element>(batch, box.on_map(index), head));
-    }
   };
 
-  // By whole vectors: what is written behind the line is written again by what follows.
+  static intptr_t address_of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const Place& index) {
+    return reinterpret_cast<intptr_t>(t.at<Element>(batch, box.on_map(index), head));
+  }
+
+  // By whole vectors: what is written behind a line the next one writes again.
   VK_INLINE static intptr_t* line(intptr_t first, const Steps& steps, int64_t count, intptr_t* row) {
     for (int64_t i = 0; i < count; i += kLanes, first += kLanes * steps.of_axis[kLast]) {
       const Bits<double> tokens = first + steps.lanes;

@@ -60,7 +60,7 @@ inline int64_t spatial_batch_groups(int64_t batch, int64_t kv_heads, bool has_ta
 }
 
 // Ranges of tiles that are worked on independently, where there are few heads. Fewer where each costs sums of its own for
-// the gradients of keys.
+// the gradients of keys: four of a map of 56 x 56 take 10% longer, and 2.5 MB more.
 inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_sums) {
   constexpr int64_t kTasks = 32;
   const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1), most = has_sums ? 2 : 4;

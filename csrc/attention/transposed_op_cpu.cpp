@@ -39,8 +39,10 @@ Tensor attention_transposed_cpu(const Tensor& query, const Tensor& key, const Te
   const Kernels& kernels = vitkernels::kernels();
   const int64_t tasks = params.batch * params.heads * transposed_keys(params).count;
   const ThreadScratch scratch(query, kernels.attention_transposed_scratch(params), tasks);
-  parallel_ranges(
-      tasks, 1, [&](int64_t begin, int64_t end) { kernels.attention_transposed(params, begin, end, scratch.mine()); });
+  const int64_t of_kv_head = std::max<int64_t>(params.heads / std::max<int64_t>(params.kv_heads, 1), 1);
+  parallel_ranges(tasks, of_kv_head, [&](int64_t begin, int64_t end) {
+    kernels.attention_transposed(params, begin, end, scratch.mine());
+  });
   return out;
 }
 

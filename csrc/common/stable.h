@@ -78,7 +78,7 @@ inline Tensor with_unit_last_stride(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Memory for one call of a kernel, `bytes` for each thread that parallel_for may use for so many tasks.
+// Memory for one call of a kernel, `bytes` for each thread that may work on so many tasks.
 class ThreadScratch {
  public:
   ThreadScratch(const Tensor& like, int64_t bytes, int64_t tasks)

@@ -62,7 +62,7 @@ VK_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::Unaligned*>(p) = v;
 }
 
-// Calls f(first, count) for whole vectors of kN elements, then for the rest: what is done with whole ones need not count.
+// Calls f(first, count) for parts of kN elements, and for what is left. For whole parts `count` is a constant.
 template <int kN, class Function>
 VK_INLINE void for_each_part(int64_t elements, Function&& f) {
   int64_t first = 0;
@@ -124,7 +124,7 @@ VK_INLINE Vec<T> keep_first(Vec<T> v, int64_t count, T other) {
   return lane_index<T>() < limit ? v : broadcast(other);
 }
 
-// In every lane.
+// What the lanes come to together, in every lane.
 template <class T, class Combine>
 VK_INLINE Vec<T> combine_lanes(Vec<T> v, Combine combine) {
 #pragma GCC unroll 4
