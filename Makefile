@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 # Naming torch in every install keeps pip from replacing it to please another package.
 INSTALL := $(RUN) -m pip --disable-pip-version-check --quiet install "$(TORCH)"
-EXTRA = $(RUN) .ci/extras.py $(1) | $(INSTALL) -r /dev/stdin
+EXTRA = $(RUN) tools/extras.py $(1) | $(INSTALL) -r /dev/stdin
 
 # On two cores the OpenMP threads otherwise share one from time to time, and the times double.
 ifeq ($(shell nproc),2)
@@ -52,10 +52,10 @@ else
 endif
 
 emulate-all: build emulator $(VENV)/.test  ## pass the gates of CUDA kernels on every sample at its own size
-	$(RUN) -m pytest tests/test_emulator_gates.py -m "emulate_all or not emulate_all" $(ARGS)
+	$(RUN) -m pytest tests/cuda/test_emulator_gates.py -m "emulate_all or not emulate_all" $(ARGS)
 
 demo: build $(VENV)/.demo $(VENV)/.models  ## run a trained vision transformer on photographs, before and after
-	$(RUN) examples/demo.py $(ARGS)
+	$(RUN) -m examples.demo $(ARGS)
 
 test: build emulator $(VENV)/.test $(VENV)/.models  ## run the tests; ARGS="-k merge" selects
 	$(RUN) -m pytest tests $(ARGS)
@@ -64,11 +64,11 @@ bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch off
 	$(PINNED) $(RUN) -m benchmarks.run $(ARGS)
 
 gpu:  ## with a GPU: build, test, check and measure; STAGES="build test" selects
-	$(GPU_PYTHON) .ci/gpu.py --out $(OUT) $(STAGES) $(ARGS)
+	$(GPU_PYTHON) tools/gpu.py --out $(OUT) $(STAGES) $(ARGS)
 
 cuda-report: build emulator  ## registers, spills and shared memory of every CUDA kernel, into docs/cuda_report.md
-	$(RUN) tests/launches.py build/launches.json
-	$(RUN) .ci/cuda_report.py build/emulator/tests/emulator/libvitkernels_cuda_emulated.so \
+	PYTHONPATH=tests $(RUN) -m support.launches build/launches.json
+	$(RUN) tools/cuda_report.py build/emulator/tests/emulator/libvitkernels_cuda_emulated.so \
 	  --launches build/launches.json --markdown docs/cuda_report.md $(ARGS)
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers
@@ -78,7 +78,7 @@ sanitize: build $(VENV)/.test  ## run the attention tests on a library built wit
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  VITKERNELS_LIBRARY=$(abspath build/sanitize/libvitkernels_cpu.so) \
-	  $(RUN) -m pytest tests/test_fuzz.py tests/test_reference.py tests/test_layout.py $(ARGS)
+	  $(RUN) -m pytest tests/gates/test_fuzz.py tests/gates/test_reference.py tests/gates/test_layout.py $(ARGS)
 
 lint: $(VENV)/.lint  ## check the formatting, the types and the usual mistakes
 	$(RUN) -m ruff check .

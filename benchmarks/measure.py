@@ -1,7 +1,8 @@
-"""Interleaved timing. Ratios travel between machines and moments, absolute times do not."""
+"""Interleaved timing, and peaks of memory. Ratios travel between machines and moments, absolute times do not."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import random
@@ -9,10 +10,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 __all__ = [
     "FULL",
@@ -24,6 +28,7 @@ __all__ = [
     "interleave",
     "matmul_precision",
     "own_stream",
+    "resident_peak",
     "spread",
     "synchronize",
 ]
@@ -182,3 +187,26 @@ def interleave(
     finally:
         gc.enable()
     return times, eager
+
+
+def _status(field: str) -> int:
+    """A size from the kernel's account of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def resident_peak(call: Callable[[], Result]) -> tuple[Result, int]:
+    """What ``call`` returns, and how far in bytes resident memory rose above its start meanwhile.
+
+    The kernel keeps the high-water mark, so that nothing short-lived is missed. Needs a Linux that lets it be reset.
+    """
+    # Free heap that is still resident would hide allocations.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts from what is in use
+    resident, mapped = _status("VmRSS"), _status("RssFile")
+    outputs = call()
+    # Pages of libraries that the call was the first to touch are code, not its memory.
+    code = _status("RssFile") - mapped
+    return outputs, _status("VmHWM") - resident - code

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 # The catalog's imports let the fork server hold torch and the operators before any thread has started.
 from benchmarks import catalog
-from benchmarks.measure import synchronize
+from benchmarks.measure import resident_peak, synchronize
 from benchmarks.registry import Call, Entry, Peer, Unavailable, torch_dtype
 
 __all__ = ["Fresh", "fresh_call", "peak_bytes", "sample"]
@@ -38,25 +36,6 @@ class Fresh:
 def sample(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     flat = (out.detach().reshape(-1) for out in outputs)
     return [f[:: max(1, f.numel() // _SAMPLE_SIZE)].to("cpu", torch.float32) for f in flat]
-
-
-def _status(field: str) -> int:
-    """A size from the kernel's account of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _call_on_cpu(call: Call) -> tuple[tuple[Tensor, ...], int]:
-    # Free heap that is still resident would hide allocations.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts from what is in use
-    resident, mapped = _status("VmRSS"), _status("RssFile")
-    outputs = call()
-    # Pages of libraries that the call was the first to touch are code, not its memory.
-    code = _status("RssFile") - mapped
-    return outputs, _status("VmHWM") - resident - code
 
 
 def _call_on_accelerator(call: Call, device: torch.device) -> tuple[tuple[Tensor, ...], int]:
@@ -93,7 +72,7 @@ def _child(pipe: Connection, entry_name: str, peer_name: str, dtype: str, device
         call = entry.peer(peer_name).prepare(entry.inputs(torch_dtype(dtype), device))
         _warm(device)
         start = perf_counter()
-        outputs, peak = _call_on_cpu(call) if device.type == "cpu" else _call_on_accelerator(call, device)
+        outputs, peak = resident_peak(call) if device.type == "cpu" else _call_on_accelerator(call, device)
         seconds = perf_counter() - start
         numbers = [s.numpy() for s in sample(outputs)] if entry.once else []
         pipe.send((seconds, peak, numbers))

@@ -1,6 +1,6 @@
 """A trained DINOv2 ViT-S/14, stock and accelerated: agreement, time, memory and a picture.
 
-    python examples/demo.py [--image PATH ...] [--out DIR] [--sizes 224 518] [--repeats N] [--threads N]
+    python -m examples.demo [--image PATH ...] [--out DIR] [--sizes 224 518] [--repeats N] [--threads N]
 
 Writes ``dinov2.json`` and ``dinov2.png``. If the accelerated model does not agree, the exit status is 1 and
 there is no picture.
@@ -13,17 +13,19 @@ import copy
 import json
 import platform
 import sys
-from functools import partial
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import vitkernels as vk
-from dinov2 import ONNX_SIZE, PATCH, load_model, model_path, onnx_outputs
-from figure import Row, draw
-from measure import Agreement, Timing, agreement, peak_memory, time_pairs
-from photos import open_photo, sample_photos
 from tqdm import tqdm
+
+from examples.agreement import Agreement, agreement
+from examples.dinov2 import ONNX_SIZE, PATCH, load_model, model_path, onnx_outputs
+from examples.figure import Row, draw
+from examples.photos import open_photo, sample_photos
+from examples.timing import Timing, peak_memory, time_models
 
 
 def arguments() -> argparse.Namespace:
@@ -31,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image", type=Path, action="append", help="a photo of yours; repeat for more")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 518], help="pixels a side")
-    parser.add_argument("--repeats", type=int, default=24, help="timed pairs of forward passes at each size")
+    parser.add_argument("--repeats", type=int, default=24, help="timed rounds of forward passes at each size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     given = parser.parse_args()
     for size in given.sizes:
@@ -74,11 +76,16 @@ def timing_table(timings: list[Timing], memory: dict[int, tuple[int | None, ...]
         stages = [("backbone", t.stock_backbone, t.ours_backbone, t.backbone_speedup)]
         whole = (t.stock_backbone + t.stock_decoder, t.ours_backbone + t.ours_decoder)
         stages.append(("with decoder", *whole, t.whole_speedup))
-        for stage, stock, ours, (low, middle, high) in stages:
+        for stage, stock, ours, ratio in stages:
             peaks = map(mebibytes, memory[t.size]) if stage == "backbone" else ("", "")
-            times = (f"{stock * 1e3:.1f}", f"{ours * 1e3:.1f}", f"{middle:.2f}x", f"{low:.2f} to {high:.2f}")
+            times = (
+                f"{stock * 1e3:.1f}",
+                f"{ours * 1e3:.1f}",
+                f"{ratio.median:.2f}x",
+                f"{ratio.low:.2f} to {ratio.high:.2f}",
+            )
             rows.append([str(t.size), str((t.size // PATCH) ** 2 + 1), stage, *times, *peaks])
-    times = ["stock ms", "vitkernels ms", "speed-up", "quartiles"]
+    times = ["stock ms", "vitkernels ms", "speed-up", "deciles"]
     return table(["pixels", "tokens", "", *times, "stock MiB", "vitkernels MiB"], rows)
 
 
@@ -115,7 +122,7 @@ def main() -> int:
     checks: list[Agreement] = []
     timings: list[Timing] = []
     memory: dict[int, tuple[int | None, ...]] = {}
-    steps = len(check_sizes) * len(photos) + len(given.sizes) * (given.repeats + 2)
+    steps = len(check_sizes) * len(photos) + len(given.sizes)
     with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
         for size in check_sizes:
             bar.set_description(f"checking at {size} pixels")
@@ -132,9 +139,9 @@ def main() -> int:
             checks += agreement(size, "stock", by_stock, by_stock, by_ours)
         for size in given.sizes:
             bar.set_description(f"timing at {size} pixels")
-            pixels = [photo.pixels(size) for photo in photos]
-            timings.append(time_pairs(stock, ours, pixels, given.repeats, bar.update))
-            memory[size] = tuple(peak_memory(partial(model.backbone, pixels[0])) for model in (stock, ours))
+            photo = photos[0].pixels(size)
+            timings.append(time_models(stock, ours, photo, given.repeats))
+            memory[size] = tuple(peak_memory(model, photo) for model in (stock, ours))
             bar.update()
 
     print("\nTime for one photo, and resident memory that the backbone's forward adds")
@@ -146,7 +153,12 @@ def main() -> int:
         "machine": hardware,
         "photos": [photo.name for photo in photos],
         "repeats": given.repeats,
-        "timings": [t._asdict() | {"peak_memory": memory[t.size]} for t in timings],
+        "timings": [
+            t._asdict()
+            | {name: asdict(getattr(t, name)) for name in ("backbone_speedup", "whole_speedup")}
+            | {"peak_memory": memory[t.size]}
+            for t in timings
+        ],
         "agreement": [c._asdict() | {"ok": c.ok} for c in checks],
     }
     (given.out / "dinov2.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-import emulation
 import pytest
 import torch
-from devices import DEVICE, ON_CPU, why_not
-from emulation import cuda_kernels, emulator  # noqa: F401  fixtures
+from support import emulation
+from support.devices import DEVICE, ON_CPU, why_not
+from support.emulation import cuda_kernels, emulator  # noqa: F401  fixtures
 from vitkernels import _library
 
 # What cuBLAS asks for where PyTorch is to be deterministic.

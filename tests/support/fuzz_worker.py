@@ -1,0 +1,276 @@
+"""Calls every operator thousands of times with arguments that it must refuse; ``test_fuzz`` runs this.
+
+The calls come from the samples: the functions, and the operators that these call, backward included. One argument is
+spoiled in a way that is certainly wrong. What is not refused, or with an error that does not name the
+operator, is reported; a crash ends the process.
+
+    python -m support.fuzz_worker BAD_CALLS GOOD_CALLS SEED
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import random
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from support.calls import Call, differentiate, operator_calls, replace
+from support.devices import DEVICE, ON_CPU, why_not
+from support.layouts import LAYOUTS
+from support.samples import SMALL_SAMPLES, Sample
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# No two dimensions share a length by chance (heads are at most 4): one that two tensors have must agree.
+SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31, "z": 2, "y": 9, "x": 8}
+CALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [
+    *CALL_DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
+    torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
+]  # fmt: skip
+
+
+class Target(NamedTuple):
+    """A function or an operator, and what it declares: the type of each argument, as text."""
+
+    name: str
+    function: Callable[..., Any]
+    is_operator: bool
+    types: dict[str, str]
+    required: frozenset[str]
+
+
+class Slot(NamedTuple):
+    """A tensor's place in a call."""
+
+    argument: str
+    index: int | None
+    tensor: Tensor
+
+
+class NotApplicable(Exception):
+    """The call has nothing that can be spoiled this way."""
+
+
+@cache
+def targets(sample: Sample, dtype: torch.dtype) -> list[tuple[Target, Call]]:
+    sizes = {a: SIZES.get(a, n) if n else 0 for a, n in sample.sizes.items()}
+    call = sample.call(dtype, sizes=sizes)
+    parameters = inspect.signature(sample.function).parameters
+    types = {p.name: str(p.annotation) for p in parameters.values()}
+    required = frozenset(p.name for p in parameters.values() if p.default is p.empty)
+    found = [(Target(sample.operator, sample.function, False, types, required), call)]
+    for op, args in operator_calls(sample.function, call):
+        declared = op._schema.arguments
+        types = {a.name: str(a.type) for a in declared}
+        required = frozenset(a.name for a in declared if not str(a.type).startswith("Optional"))
+        target = Target(op._schema.name, op, True, types, required)
+        found.append((target, dict(zip(types, args, strict=True))))
+    return found
+
+
+def slots(call: Call) -> list[Slot]:
+    found = []
+    for name, argument in call.items():
+        if isinstance(argument, Tensor):
+            found.append(Slot(name, None, argument))
+        elif isinstance(argument, list):
+            found += [Slot(name, i, t) for i, t in enumerate(argument) if isinstance(t, Tensor)]
+    return found
+
+
+def choose(rng: random.Random, items: list[Any]) -> Any:
+    if not items:
+        raise NotApplicable
+    return rng.choice(items)
+
+
+def put(call: Call, slot: Slot, value: Any) -> Call:
+    if slot.index is None:
+        return {**call, slot.argument: value}
+    members = list(call[slot.argument])
+    members[slot.index] = value
+    return {**call, slot.argument: members}
+
+
+def spoil_rank(rng: random.Random, target: Target, call: Call) -> Call:
+    slot = rng.choice(slots(call))
+    # A tensor of rank 0 broadcasts: wrong only where a tensor is data.
+    ranks = [r for r in range(7) if r != slot.tensor.dim() and (r > 0 or slot.argument in target.required)]
+    used = {n for other in slots(call) for n in other.tensor.shape}  # what has these lengths may broadcast
+    shape = [rng.choice([n for n in range(2, 9) if n not in used] or [11]) for _ in range(rng.choice(ranks))]
+    return put(call, slot, torch.ones(shape, dtype=slot.tensor.dtype, device=DEVICE))
+
+
+def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
+    slot = rng.choice(slots(call))
+    others = {n for other in slots(call) if other.tensor is not slot.tensor for n in other.tensor.shape}
+    dims = range(slot.tensor.dim())
+    if slot.argument == "query" and target.name.endswith("spatial_attention"):
+        dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
+    dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
+    shape = list(slot.tensor.shape)
+    shape[dim] = rng.choice([n for n in (0, shape[dim] - 1, shape[dim] + 1) if n != 1])
+    return put(call, slot, torch.zeros(shape, dtype=slot.tensor.dtype, device=DEVICE))
+
+
+def spoil_dtype(rng: random.Random, target: Target, call: Call) -> Call:
+    slot = rng.choice(slots(call))
+    dtypes = [d for d in DTYPES if d != slot.tensor.dtype]
+    if not slot.tensor.is_floating_point():  # indices
+        dtypes = [d for d in dtypes if d not in (torch.int64, torch.int32)]
+    elif not target.is_operator and slot.argument not in target.required:  # converted, if it is floating
+        dtypes = [d for d in dtypes if not d.is_floating_point]
+    if len(slots(call)) <= 2:  # with one tensor of data, any floating dtype will do
+        dtypes = [d for d in dtypes if d not in CALL_DTYPES]
+    return put(call, slot, slot.tensor.detach().to(rng.choice(dtypes)))
+
+
+def spoil_device(rng: random.Random, target: Target, call: Call) -> Call:
+    slot = rng.choice(slots(call))
+    return put(call, slot, slot.tensor.detach().to("meta" if ON_CPU else rng.choice(("meta", "cpu"))))
+
+
+def spoil_layout(rng: random.Random, target: Target, call: Call) -> Call:
+    slot = rng.choice(slots(call))
+    tensor = slot.tensor.detach()
+    ways = [tensor.to_sparse, lambda: torch.nested.nested_tensor([tensor], layout=torch.jagged)]
+    if tensor.dtype == torch.float32 and target.is_operator:  # a function may convert it, which PyTorch refuses
+        ways += [tensor.contiguous().to_mkldnn] if ON_CPU else []
+        ways.append(lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8))
+    if tensor.dim() == 0 or tensor.numel() == 0:
+        raise NotApplicable
+    return put(call, slot, rng.choice(ways)())
+
+
+def spoil_type(rng: random.Random, target: Target, call: Call) -> Call:
+    """Something else than a tensor. (Python's own complaint is enough for a Python function.)"""
+    if not target.is_operator:
+        raise NotApplicable
+    slot = rng.choice(slots(call))
+    garbage = ["text", 3, 1.5, object(), [], {}, [slot.tensor], (None,)]
+    return put(call, slot, rng.choice(garbage + ([None] if slot.argument in target.required else [])))
+
+
+def spoil_list(rng: random.Random, target: Target, call: Call) -> Call:
+    name = choose(rng, [name for name, argument in call.items() if isinstance(argument, list)])
+    members = call[name]
+    spoiled = rng.choice([[], members[1:], [*members, members[0]], [[*members]], members[0], [None] * len(members)])
+    if rng.random() < 0.2:
+        return {n: [] if isinstance(a, list) else a for n, a in call.items()}
+    return {**call, name: spoiled}
+
+
+def spoil_index(rng: random.Random, target: Target, call: Call) -> Call:
+    slot = choose(rng, [s for s in slots(call) if not s.tensor.is_floating_point() and s.tensor.numel()])
+    tensor = slot.tensor.clone()
+    limits = torch.iinfo(tensor.dtype)
+    tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([-1, 100, 2**30, limits.min, limits.max])
+    return put(call, slot, tensor)
+
+
+def spoil_option(rng: random.Random, target: Target, call: Call) -> Call:
+    wrong = {"float": [math.nan, math.inf, -math.inf], "Literal": ["l1", "", 2, True], "int": [-1, -(2**63)]}
+    if target.is_operator:  # to Python, anything is true or false
+        wrong["bool"] = ["yes", [True]]
+    name, values = choose(rng, [(n, wrong[kind]) for n, text in target.types.items() for kind in wrong if kind in text])
+    return {**call, name: rng.choice(values)}
+
+
+def spoil_arguments(rng: random.Random, target: Target, call: Call) -> Call:
+    if not target.is_operator:
+        raise NotApplicable
+    if rng.random() < 0.5:
+        return {**call, "colour": 1}
+    dropped = rng.choice(sorted(target.required))
+    return {name: argument for name, argument in call.items() if name != dropped}
+
+
+SPOIL = [
+    spoil_rank, spoil_length, spoil_dtype, spoil_device, spoil_layout, spoil_type, spoil_list, spoil_index,
+    spoil_option, spoil_arguments,
+]  # fmt: skip
+if not ON_CPU:
+    SPOIL.remove(spoil_index)  # indices are read by kernels alone
+
+
+# A function may prepare a tensor with PyTorch's operations, which refuse some dtypes and layouts in their own words.
+PYTORCHS_WORDS = re.compile("Expected a floating point or complex|not implemented for '|unsupported for Sparse")
+
+
+def is_clear(error: Exception, target: Target) -> bool:
+    if target.is_operator:
+        return target.name in str(error) or target.name.replace("::", ".") in str(error)
+    return bool(re.search(r"vitkernels(::|\.)", str(error)) or PYTORCHS_WORDS.search(str(error)))
+
+
+def describe(call: Call) -> str:
+    def text(argument: Any) -> str:
+        if isinstance(argument, Tensor):
+            return f"{tuple(argument.shape)} {argument.dtype} {argument.device} {argument.layout}"
+        return f"[{', '.join(map(text, argument))}]" if isinstance(argument, list) else repr(argument)
+
+    return ", ".join(f"{name}={text(argument)}" for name, argument in call.items())
+
+
+def any_sample(rng: random.Random) -> tuple[Sample, torch.dtype]:
+    """Of any operator: one with few samples is not called less for that."""
+    operator = rng.choice(sorted({s.operator for s in SMALL_SAMPLES if not why_not(s)}))
+    sample = rng.choice([s for s in SMALL_SAMPLES if s.operator == operator and not why_not(s)])
+    return sample, rng.choice([dtype for dtype in CALL_DTYPES if not why_not(sample, dtype)])
+
+
+def bad_calls(rng: random.Random, count: int) -> tuple[Counter[str], list[str]]:
+    done: Counter[str] = Counter()
+    wrong: list[str] = []
+    while done.total() < count:
+        target, call = rng.choice(targets(*any_sample(rng)))
+        spoil = rng.choice(SPOIL)
+        try:
+            spoiled = spoil(rng, target, call)
+        except NotApplicable:
+            continue
+        done[f"{'operator' if target.is_operator else 'function'} {target.name} {spoil.__name__}"] += 1
+        try:
+            target.function(**spoiled)
+            outcome = "was accepted"
+        except Exception as error:
+            if is_clear(error, target):
+                continue
+            outcome = f"raised {type(error).__name__}: {str(error)[:300]}"
+        wrong.append(f"{target.name} {spoil.__name__} {outcome}\n    {describe(spoiled)}")
+    return done, wrong
+
+
+def good_calls(rng: random.Random, count: int) -> list[str]:
+    """Any layout of any tensor, at small sizes, 1 and 0 among them."""
+    wrong = []
+    for _ in range(count):
+        sample, dtype = any_sample(rng)
+        sizes = {a: rng.choice((0, 1, 2, 3, 17)) for a in "bqkatu"} | {a: rng.choice((1, 2, 3, 33)) for a in "dv"}
+        call = sample.call(dtype, sizes=sizes)
+        expected = pytree.tree_leaves(differentiate(sample.function, replace(call, torch.clone)))
+        odd = replace(call, lambda t: rng.choice(LAYOUTS)(t.clone()))
+        found = pytree.tree_leaves(differentiate(sample.function, odd))
+        for a, b in zip(found, expected, strict=True):
+            if not torch.allclose(a, b, rtol=1e-2, atol=1e-2):
+                wrong.append(f"{sample} {describe(odd)}")
+    return wrong
+
+
+if __name__ == "__main__":
+    bad, good, seed = map(int, sys.argv[1:])
+    warnings.simplefilter("ignore")
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    done, wrong = bad_calls(rng, bad)
+    wrong += good_calls(rng, good)
+    print(json.dumps({"bad": done, "good": good, "wrong": wrong}))

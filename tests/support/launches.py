@@ -1,0 +1,46 @@
+"""Shared memory and threads of every kernel's launches, as the emulator sees them, for ``make cuda-report``.
+
+PYTHONPATH=tests python -m support.launches FILE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from support.calls import differentiate
+from support.devices import DTYPES, FUNCTIONS, is_taken
+from support.emulation import Emulator
+from support.samples import SAMPLES
+
+from tools.cuda_report import demangle, short_name
+
+#: Rows that reach every kernel between them, at each size of a tile.
+ROWS = ("plain", "all-terms", "all-terms-on-grid", "column-sums", "parts-2")
+HEAD_DIMS = (32, 64, 128, 256)
+
+
+def run() -> dict[str, list[int]]:
+    """By kernel: bytes of shared memory, static and dynamic, and threads of a block, of the largest launch."""
+    emulator = Emulator()
+    found: dict[str, list[int]] = {}
+    for sample in (s for s in SAMPLES if s.id in ROWS and is_taken(s)):
+        for dtype in (d for d in DTYPES if d in FUNCTIONS[sample.operator]):
+            for dim in HEAD_DIMS if "d" in sample.sizes else (32, 33):  # vectors, and values one by one
+                emulator.reset()
+                with emulator.on_cpu_tensors():
+                    differentiate(sample.function, sample.call(dtype, sizes={**sample.small(), "d": dim, "v": dim}))
+                assert not emulator.errors(), emulator.errors()
+                launches = emulator.launches()
+                for launch, name in zip(launches, demangle(x.symbol for x in launches), strict=True):
+                    block = launch.block[0] * launch.block[1] * launch.block[2]
+                    function, arguments = short_name(name)
+                    kernel = f"{function}<{arguments}>" if arguments else function
+                    before = found.get(kernel, [0, 0])
+                    found[kernel] = [max(before[0], launch.shared_bytes), max(before[1], block)]
+    return found
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(run(), indent=1) + "\n")

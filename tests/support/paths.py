@@ -1,0 +1,7 @@
+"""Where things lie, whatever folder a test is run from."""
+
+from pathlib import Path
+
+SUPPORT = Path(__file__).resolve().parent
+TESTS = SUPPORT.parent
+ROOT = TESTS.parent
