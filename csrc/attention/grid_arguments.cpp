@@ -132,10 +132,10 @@ GridScore::GridScore(const Checker& checker, const GridArguments& arguments, con
     const bool is_missing = axis < kMaxAxes - axes;
     checker.check(!is_missing || !from.rel_pos[axis], kRelPosNames[axis], " is given, takes None with a map of ", axes,
                   " axes");
-    checker.check(
-        !source || is_missing || grid.size[axis] > largest_offset[axis] || !(has_table() || from.rel_pos[axis]),
-        has_table() ? source : kRelPosNames[axis], " has ", grid.num_offsets(axis), " offsets on axis ",
-        axis - (kMaxAxes - axes), ", takes at least ", 2 * largest_offset[axis] + 1);
+    const bool has_term = has_table() || from.rel_pos[axis];
+    checker.check(is_missing || !has_term || grid.size[axis] > largest_offset[axis],
+                  has_table() ? source : kRelPosNames[axis], " has ", grid.num_offsets(axis), " offsets on axis ",
+                  axis - (kMaxAxes - axes), ", takes at least ", 2 * largest_offset[axis] + 1);
   }
   reverse();
 }
