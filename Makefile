@@ -39,16 +39,19 @@ help:  ## list the commands
 
 env: $(foreach extra,test bench demo docs lint models,$(VENV)/.$(extra))  ## install what any of the commands needs
 
-build: $(VENV)/.cutlass  ## compile the libraries and install the package, editable; incremental
+# A torch without CUDA gets the CPU library alone, which needs neither nvcc nor CUTLASS.
+build: $(VENV)/.base  ## compile the libraries and install the package, editable; incremental
+	if $(RUN) -c "from torch import version; raise SystemExit(version.cuda is None)"; then $(MAKE) $(VENV)/.cutlass; fi
 	$(INSTALL) --no-build-isolation --no-deps --editable .
 
-emulator: $(VENV)/.cutlass  ## compile what the tests run CUDA kernels with where there is no GPU
+# In the folder of the package's build, whose objects it links.
+emulator: build $(VENV)/.cutlass  ## compile what the tests run CUDA kernels with where there is no GPU
 ifeq ($(NVCC),)
 	@echo "No nvcc was found: the tests of CUDA kernels will be skipped. Set CUDACXX to its path."
 else
-	$(BIN)/cmake -S . -B build/emulator -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_BUILD_TYPE=Release -DVITKERNELS_EMULATOR=ON -DPython_EXECUTABLE=$(abspath $(RUN))
-	$(BIN)/cmake --build build/emulator --target emulator
+	$(BIN)/cmake -S . -B build/Release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DVITKERNELS_EMULATOR=ON -DPython_EXECUTABLE=$(abspath $(RUN))
+	$(BIN)/cmake --build build/Release --target emulator
 endif
 
 emulate-all: build emulator $(VENV)/.test  ## pass the gates of CUDA kernels on every sample at its own size
@@ -68,7 +71,7 @@ gpu:  ## with a GPU: build, test, check and measure; STAGES="build test" selects
 
 cuda-report: build emulator  ## registers, spills and shared memory of every CUDA kernel, into docs/cuda_report.md
 	PYTHONPATH=tests $(RUN) -m support.launches build/launches.json
-	$(RUN) tools/cuda_report.py build/emulator/tests/emulator/libvitkernels_cuda_emulated.so \
+	$(RUN) tools/cuda_report.py build/Release/tests/emulator/libvitkernels_cuda_emulated.so \
 	  --launches build/launches.json --markdown docs/cuda_report.md $(ARGS)
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers

@@ -1,4 +1,5 @@
-# CUTLASS is headers only: target `cutlass`, from a checkout (CUTLASS_DIR) or the pinned wheel (README.md).
+# CUTLASS is headers only: target `cutlass`, from a checkout (CUTLASS_DIR) or the pinned wheel (README.md), if there is
+# one.
 set(CUTLASS_DIR "" CACHE PATH "A checkout of CUTLASS, instead of the headers in the Python environment")
 
 if(CUTLASS_DIR)
@@ -11,9 +12,8 @@ else()
   set(cutlass_include ${cutlass_package}/source/include)
 endif()
 if(NOT EXISTS ${cutlass_include}/cute/tensor.hpp)
-  message(FATAL_ERROR "vitkernels: the CUDA library needs CUTLASS, and ${cutlass_include}/cute/tensor.hpp does not "
-                      "exist: pip install --no-deps nvidia-cutlass (third_party/README.md has the version), set CUTLASS_DIR to a checkout, or build "
-                      "without CUDA (VITKERNELS_CUDA=OFF)")
+  set(why_no_cutlass "CUTLASS was not found: pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_DIR to a checkout")
+  return()
 endif()
 file(STRINGS ${cutlass_include}/cutlass/version.h cutlass_version REGEX "define CUTLASS_(MAJOR|MINOR|PATCH)")
 string(REGEX MATCHALL "[0-9]+" cutlass_version "${cutlass_version}")

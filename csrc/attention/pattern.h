@@ -7,29 +7,9 @@
 // Dense attention has one Axis. Spatial attention has an AxisRule for each axis of the map.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define VK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define VK_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "common/range.h"
 
 namespace vitkernels {
-
-struct Range {
-  int64_t begin, end;
-
-  VK_HOST_DEVICE bool empty() const { return begin >= end; }
-  VK_HOST_DEVICE bool contains(int64_t i) const { return begin <= i && i < end; }
-};
-
-VK_HOST_DEVICE Range intersect(Range a, Range b) {
-  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
-}
-
-// The range [r.begin - offset, r.end - offset): from the whole axis to the coordinates of a tile.
-VK_HOST_DEVICE Range relative_to(Range r, int64_t offset) { return {r.begin - offset, r.end - offset}; }
 
 struct Axis {
   int64_t num_queries = 1, num_keys = 1;

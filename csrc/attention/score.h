@@ -1,7 +1,7 @@
 // What is done to a logit: scale, multiplier, bias. Host and device, no torch.
 #pragma once
 
-#include "attention/grid.h"
+#include "attention/offset_grid.h"
 
 namespace vitkernels {
 

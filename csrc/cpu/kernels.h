@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention/attention.h"
+#include "attention/dense.h"
 #include "attention/spatial.h"
 
 namespace vitkernels::VK_ISA {

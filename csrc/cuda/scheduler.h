@@ -1,7 +1,7 @@
 // Which piece of the work a block of threads takes.
 #pragma once
 
-#include "attention/pattern.h"
+#include "common/range.h"
 #include "cuda/launch.h"
 
 namespace vitkernels::cuda {

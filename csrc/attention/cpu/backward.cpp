@@ -1,0 +1,163 @@
+// Backward of softmax attention on the CPU. Compiled once per instruction set.
+//
+// A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
+// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order. To a
+// table by offset, all keys contribute: a task has a part of that gradient to itself.
+
+#include "attention/cpu/backward_tile.h"
+#include "attention/cpu/differentiate.h"
+#include "cpu/kernels.h"
+
+namespace vitkernels::VK_ISA {
+namespace {
+
+template <class S>
+class Backward {
+  using T = Compute<S>;
+  using E = Operand<S>;
+
+ public:
+  Backward(const AttentionBackwardParams& params, void* memory) : p(params), scratch(memory) {}
+
+  int64_t scratch_size() const { return scratch.size(); }
+
+  int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * query_width * int64_t(sizeof(T)); }
+
+  void run(int64_t begin, int64_t end) {
+    const TileScope tiles;
+    for_each_key_tile(p, begin, end, [&](const KeyTileTask& task) {
+      batch = task.batch, kv_head = task.kv_head, split = task.split, part = task.part;
+      start_sequence();
+      tile_of_keys(task.tile);
+    });
+  }
+
+  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale where the query had it.
+  void finish(int64_t begin, int64_t end) {
+    const int64_t part_size = p.heads * p.num_rows() * query_width;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      batch = pair / p.heads, head = pair % p.heads;
+      start_sequence();
+      for (int64_t query = 0; query < axis.num_queries; ++query) {
+        const int64_t token = sequence.first_query + query;
+        T* sum = query_gradient(0, query, p.grad_query_parts);
+        sum_splits(sum, query_width, p.splits, part_size);
+        if (p.query_dot) {
+          static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
+              dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
+        }
+        T scale = p.score.scale_of<T>(head);
+        if (p.grad_rel_query_parts) {
+          T* relative = query_gradient(0, query, p.grad_rel_query_parts);
+          sum_splits(relative, query_width, p.splits, part_size);
+          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
+            store(sum + c, load(sum + c) * scale + load(relative + c));
+          }
+          scale = T(1);
+        }
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, p.grad_query.at<S>(batch, token, head),
+                       p.grad_query.token_stride);
+      }
+    }
+  }
+
+ private:
+  void start_sequence() {
+    sequence = p.sequence(batch);
+    axis = sequence.axis;
+  }
+
+  void tile_of_keys(Range tile) {
+    const int64_t count = tile.end - tile.begin, first = sequence.first_key + tile.begin;
+    key_tile.pack({p.key.at<const S>(batch, first, kv_head), p.key.token_stride},
+                  {p.value.at<const S>(batch, first, kv_head), p.value.token_stride}, count);
+
+    const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
+    for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
+      head = p.head_list[i];
+      for (int64_t block = 0; block < blocks; ++block) {
+        block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
+      }
+    }
+    unpack_rows<T>(key_tile.key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, first, kv_head),
+                   p.grad_key.token_stride);
+    unpack_rows<T>(key_tile.value_gradient, key_tile.value_width, count, p.value_dim, T(1),
+                   p.grad_value.at<S>(batch, first, kv_head), p.grad_value.token_stride);
+  }
+
+  void block_of_queries(Range rows, Range tile) {
+    const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
+    if (seen.empty()) return;
+    const int64_t first = sequence.first_query + rows.begin;
+    const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
+    const EvenRows out_gradient{p.grad_out.at<const S>(batch, first, head), p.grad_out.token_stride};
+    if (p.score.on_grid.any()) {
+      grid_row.start_block(head, rows, tile);
+      grid_row.start_rows(queries, rows, tile);
+    }
+    const T scale = p.score.scale_of<T>(head);
+    key_tile.add(
+        {queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, p.grad_query_parts)},
+        {0, seen.end}, scale,
+        [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
+          const int64_t query = rows.begin + r;
+          const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
+          differentiate_row(p.score, {batch, head, query, tile.begin, visible, width},
+                            numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &grid_row, part);
+        },
+        [](int) {});
+    if (p.grad_rel_query_parts) {
+      grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, p.grad_rel_query_parts), query_width);
+    }
+  }
+
+  VK_INLINE RowNumbers<T> numbers_of_row(int64_t query, T scale) const {
+    const int64_t token = sequence.first_query + query, row = (sequence.first_row + query) * p.heads + head;
+    // delta = dO.O - dlse, so that dS = P * (dP - delta).
+    T delta =
+        dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
+    if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
+    return {scale, exponent_offset(static_cast<const T*>(p.lse)[row]), delta};
+  }
+
+  T* query_gradient(int64_t of_split, int64_t query, void* parts) const {
+    const int64_t row = (of_split * p.heads + head) * p.num_rows() + sequence.first_row + query;
+    return static_cast<T*>(parts) + row * query_width;
+  }
+
+  const AttentionBackwardParams& p;
+  Scratch scratch;
+  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
+
+  BackwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  const int64_t query_width = key_tile.query_width;
+  GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, most_keys, true}, scratch};
+
+  int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
+  Sequence sequence;
+  Axis axis;
+};
+
+}  // namespace
+
+int64_t attention_backward_scratch(const AttentionBackwardParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Backward<S>(params, nullptr).scratch_size(); });
+  return size;
+}
+
+int64_t attention_backward_parts(const AttentionBackwardParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Backward<S>(params, nullptr).parts_size(); });
+  return size;
+}
+
+void attention_backward(const AttentionBackwardParams& params, int64_t begin, int64_t end, void* scratch) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { Backward<S>(params, scratch).run(begin, end); });
+}
+
+void finish_query_gradient(const AttentionBackwardParams& params, int64_t begin, int64_t end) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { Backward<S>(params, nullptr).finish(begin, end); });
+}
+
+}  // namespace vitkernels::VK_ISA

@@ -1,0 +1,193 @@
+// What every backward pass through P = exp(S - lse) shares on the CPU: the order of the tasks, and the way from a row
+// of logits S and the gradient of P to P and the gradient of S.
+#pragma once
+
+#include "attention/cpu/offset_grid.h"
+#include "attention/cpu/softmax.h"
+#include "attention/cpu/tile_sizes.h"
+#include "cpu/convert.h"
+
+namespace vitkernels::VK_ISA {
+
+// A tile of keys that some heads share. Every split of a group of batches has a part of the gradients to which all keys
+// contribute to itself.
+struct KeyTileTask {
+  int64_t batch, kv_head, split, part;
+  Range tile;
+};
+
+// Calls f(KeyTileTask) for the tiles of keys of the tasks [begin, end), in order.
+template <class Function>
+void for_each_key_tile(const AttentionBackwardParams& p, int64_t begin, int64_t end, Function&& f) {
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t split = task % p.splits;
+    const int64_t head_group = task / p.splits % p.head_groups();
+    const int64_t batch_group = task / p.splits / p.head_groups();
+    const int64_t batch_groups = p.batch_groups();
+    const Range batches{p.batch * batch_group / batch_groups, p.batch * (batch_group + 1) / batch_groups};
+    const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
+    for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
+      const Axis axis = p.sequence(batch).axis;
+      const Tiling keys = backward_keys(axis);
+      const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
+      for (int64_t kv_head = kv_heads.begin; kv_head < kv_heads.end; ++kv_head) {
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+          f(KeyTileTask{batch,
+                        kv_head,
+                        split,
+                        batch_group * p.splits + split,
+                        {tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)}});
+        }
+      }
+    }
+  }
+}
+
+// The gradient of a score term along one row of the logits.
+template <class T>
+struct TermGradRow {
+  T* data = nullptr;
+  double* sums = nullptr;  // instead of data, where an element sums many rows
+  int64_t stride;          // 0 or 1
+
+  TermGradRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key)
+      : stride(term.grad_strides.key) {
+    if (!term.grad) return;
+    const int64_t offset = term.grad_strides.offset(batch, head, query, first_key);
+    if (term.grad_is_double) {
+      sums = static_cast<double*>(term.grad) + offset;
+    } else {
+      data = static_cast<T*>(term.grad) + offset;
+    }
+  }
+
+  VK_INLINE void add(Vec<T> grad, int64_t column, Range lanes) const {
+    if (data) add_to(data, grad, column, lanes);
+    if (sums) add_to(sums, grad, column, lanes);
+  }
+
+ private:
+  template <class Sum>
+  VK_INLINE void add_to(Sum* target, Vec<T> grad, int64_t column, Range lanes) const {
+    const Vec<T> inside = keep(grad, lanes, T(0));
+    if (stride == 0) {
+      *target += reduce_add<T>(inside);
+      return;
+    }
+    T values[kWidth<T>];
+    store(values, inside);
+    if (lanes.end == kWidth<T>) {
+      for (int i = 0; i < kWidth<T>; ++i) target[column + i] += values[i];
+    } else {
+      for (int i = 0; i < lanes.end; ++i) target[column + i] += values[i];
+    }
+  }
+};
+
+// A row of a tile of logits: its query sees the columns `visible` of `width`, the first of which is key `first_key`.
+struct LogitRow {
+  int64_t batch, head, query, first_key;
+  Range visible;
+  int64_t width;
+};
+
+// The gradients of all terms but those of the grid along one row.
+template <class T>
+struct ScoreGradRow {
+  TermGradRow<T> multiplier, bias, key_bias;
+
+  ScoreGradRow(const Score& s, const LogitRow& at)
+      : multiplier(s.multiplier, at.batch, at.head, at.query, at.first_key),
+        bias(s.bias, at.batch, at.head, at.query, at.first_key),
+        key_bias(s.key_bias, at.batch, at.head, at.query, at.first_key) {}
+
+  VK_INLINE void add(Vec<T> grad, Vec<T> product, int64_t column, Range lanes) const {
+    multiplier.add(grad * product, column, lanes);
+    bias.add(grad, column, lanes);
+    key_bias.add(grad, column, lanes);
+  }
+};
+
+// The numbers of one row: products in S still lack the factor `scale`, exponents are relative to `offset`.
+template <class T>
+struct RowNumbers {
+  T scale, offset, delta;
+};
+
+// Calls add_gradient(grad, product, column, lanes) with every vector of dS.
+template <class T, class Row, class Function>
+VK_INLINE void differentiate_score(const Row& score, Range visible, RowNumbers<T> with, T* logits, T* gradients,
+                                   Function&& add_gradient) {
+  for_each_vector<T>(visible, [&](int64_t c, Range lanes) {
+    const Vec<T> product = load(logits + c) * with.scale;
+    const Vec<T> x = score.apply(product, c, lanes);
+    const Vec<T> prob = keep(exp<T>(x - with.offset), lanes, T(0));
+    const Vec<T> grad = prob * (load(gradients + c) - with.delta);
+    add_gradient(grad, product, c, lanes);
+    store(logits + c, prob);
+    store(gradients + c, keep(score.to_product(grad, c, lanes), lanes, T(0)));
+  });
+}
+
+// Without terms.
+template <class T>
+VK_INLINE void differentiate_products(Range visible, RowNumbers<T> with, T* logits, T* gradients) {
+  for_each_vector<T>(visible, [&](int64_t c, Range lanes) VK_BODY {
+    const Vec<T> prob = keep(exp<T>(load(logits + c) * with.scale - with.offset), lanes, T(0));
+    store(logits + c, prob);
+    store(gradients + c, keep(prob * (load(gradients + c) - with.delta), lanes, T(0)));
+  });
+}
+
+template <class T>
+VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
+                                  GridRow<T>* grid_row, int64_t part) {
+  const ScoreGradRow<T> score_gradients(s, at);
+  if (!s.on_grid.any()) {
+    const ScoreRow<T> score(s, at.batch, at.head, at.query, at.first_key);
+    differentiate_score(score, at.visible, with, logits, gradients,
+                        [&](auto... vector) { score_gradients.add(vector...); });
+    return;
+  }
+  const GridScoreRow<T> score = grid_row->expand(at.batch, at.query, at.first_key, at.visible);
+  differentiate_score(score, at.visible, with, logits, gradients,
+                      [&](Vec<T> grad, Vec<T> product, int64_t c, Range lanes) {
+                        score_gradients.add(grad, product * score.multiplier.at(c, lanes), c, lanes);
+                        grid_row->set_gradient(score, grad, product, c, lanes);
+                      });
+  grid_row->add_gradient(part);
+}
+
+// S, dP -> P, dS = P * (dP - delta) of one row, in place; gradients of the score terms on the way, those of the grid
+// into their `part`.
+template <class T>
+VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
+                                 GridRow<T>* grid_row = nullptr, int64_t part = 0) {
+  if (score.has_terms()) {
+    differentiate_terms(score, at, with, logits, gradients, grid_row, part);
+  } else {
+    differentiate_products(at.visible, with, logits, gradients);
+  }
+  clear_outside<T>(logits, at.visible, at.width);
+  clear_outside<T>(gradients, at.visible, at.width);
+}
+
+// The product of two rows, each a tensor's or ours.
+template <class T, class A, class B>
+T dot_rows(const A* a, const B* b, int64_t count) {
+  Vec<T> sum{};
+  for_each_vector<T>({0, count}, [&](int64_t c, Range lanes) {
+    sum += load_widened<T>(a + c, lanes.end) * load_widened<T>(b + c, lanes.end);
+  });
+  return reduce_add<T>(sum);
+}
+
+// The first of the splits' rows, `part` apart, becomes the sum of all, in order.
+template <class T>
+void sum_splits(T* sum, int64_t width, int64_t splits, int64_t part) {
+  for (int64_t s = 1; s < splits; ++s) {
+    for (int64_t c = 0; c < width; c += kWidth<T>) store(sum + c, load(sum + c) + load(sum + s * part + c));
+  }
+}
+
+}  // namespace vitkernels::VK_ISA

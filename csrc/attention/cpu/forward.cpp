@@ -1,0 +1,151 @@
+// Forward of softmax attention on the CPU. Compiled once per instruction set.
+//
+// A task is a block of queries of one head. The keys come in tiles, packed once per head as long as the
+// task's thread stays with it; a row of up to kForwardKeyTile keys is one tile, and its softmax needs no rescaling.
+
+#include <cmath>
+#include <limits>
+
+#include "attention/cpu/forward_tile.h"
+#include "attention/cpu/offset_grid.h"
+#include "attention/cpu/tile_sizes.h"
+#include "attention/dense.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+
+namespace vitkernels::VK_ISA {
+namespace {
+
+template <class S>
+class Forward {
+  using T = Compute<S>;
+  using E = Operand<S>;
+
+ public:
+  Forward(const AttentionParams& params, void* memory) : p(params), scratch(memory) {}
+
+  int64_t scratch_size() const { return scratch.size(); }
+
+  void run(int64_t begin, int64_t end) {
+    const TileScope tiles;
+    batch = p.first_task ? std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1
+                         : begin / tasks_of_entry;
+    start_sequence();
+    for (int64_t task = begin; task < end; ++task) {
+      if (task >= first_task(batch + 1)) {
+        do ++batch;
+        while (task >= first_task(batch + 1));
+        start_sequence();
+      }
+      const int64_t blocks = forward_query_blocks(axis), index = task - first_task(batch), count = axis.num_queries;
+      head = index / blocks;
+      const int64_t block = index % blocks;
+      block_of_queries({count * block / blocks, count * (block + 1) / blocks});
+    }
+  }
+
+ private:
+  int64_t first_task(int64_t entry) const { return p.first_task ? p.first_task[entry] : entry * tasks_of_entry; }
+
+  void start_sequence() {
+    sequence = p.sequence(batch);
+    axis = sequence.axis;
+    keys = forward_keys(axis);
+    packed_head = -1;
+  }
+
+  void block_of_queries(Range rows) {
+    const int64_t count = rows.end - rows.begin;
+    std::fill_n(states, count, RowState<T>{});
+    if (keys.count != 1) std::fill_n(sums, count * value_width, T(0));
+    for (int64_t tile = 0; tile < keys.count; ++tile) {
+      const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
+      if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
+      pack(tile, tile_keys);
+      if (p.score.on_grid.any()) grid_row.start_block(head, rows, tile_keys);
+      const int64_t groups = divide_up(count, kRowGroup<E>);
+      for (int64_t group = 0; group < groups; ++group) {
+        group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
+                      tile_keys);
+      }
+    }
+    finish(rows);
+  }
+
+  void pack(int64_t tile, Range tile_keys) {
+    const int64_t kv_head = p.kv_head_of[head];
+    if (packed_head == kv_head && packed_tile == tile) return;
+    packed_head = kv_head, packed_tile = tile;
+    const int64_t first = sequence.first_key + tile_keys.begin;
+    const int64_t count = tile_keys.end - tile_keys.begin;
+    key_tile.pack({p.key.at<const S>(batch, first, kv_head), p.key.token_stride},
+                  {p.value.at<const S>(batch, first, kv_head), p.value.token_stride}, count);
+  }
+
+  // Adds what the queries `rows` see in one tile of keys to their sums; `block` holds the sums' rows.
+  void group_of_rows(Range block, Range rows, Range tile_keys) {
+    const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
+    if (seen.empty()) return;
+    const EvenRows queries{p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride};
+    if (p.score.on_grid.any()) grid_row.start_rows(queries, rows, tile_keys);
+    const int64_t first_row = rows.begin - block.begin;
+    key_tile.add(
+        {queries, rows.end - rows.begin, sums + first_row * value_width, states + first_row, keys.count == 1},
+        {0, seen.end}, p.score.scale_of<T>(head), p.score.has_terms(),
+        [&](int64_t r)
+            VK_BODY { return relative_to(intersect(axis.keys(rows.begin + r), tile_keys), tile_keys.begin); },
+        [&](T* row, int64_t r, Range visible, int64_t, T scale)
+            VK_BODY { return apply_terms(row, visible, scale, rows.begin + r, tile_keys.begin); },
+        [](int) {});
+  }
+
+  T apply_terms(T* row, Range visible, T scale, int64_t query, int64_t first_key) {
+    if (p.score.on_grid.any()) {
+      return apply_score(row, visible, scale, grid_row.expand(batch, query, first_key, visible));
+    }
+    return apply_score(row, visible, scale, ScoreRow<T>(p.score, batch, head, query, first_key));
+  }
+
+  void finish(Range rows) {
+    const int64_t count = rows.end - rows.begin;
+    finish_rows(states, count, results);
+    S* out = p.out.at<S>(batch, sequence.first_query + rows.begin, head);
+    key_tile.finish(results, sums, count,
+                    [out, stride = p.out.token_stride](int64_t r) VK_BODY { return out + r * stride; });
+    T* lse = static_cast<T*>(p.lse) + (sequence.first_row + rows.begin) * p.heads + head;
+    for (int64_t r = 0; r < count; ++r) lse[r * p.heads] = results[r].lse;
+  }
+
+  const AttentionParams& p;
+  Scratch scratch;
+  const int64_t tasks_of_entry = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
+  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
+  const int64_t most_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
+
+  ForwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  const int64_t value_width = key_tile.value_width;
+  T* sums = scratch.take<T>(most_queries * value_width);
+  RowState<T>* states = scratch.take<RowState<T>>(round_up(most_queries, kWidth<T>));
+  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(most_queries, kWidth<T>));
+  GridRow<T> grid_row{p.score, {p.head_dim, most_queries, kRowGroup<E>, most_keys, false}, scratch};
+
+  int64_t batch = 0, head = 0;
+  Sequence sequence;
+  Axis axis;
+  Tiling keys{};
+  int64_t packed_head = -1, packed_tile = -1;
+};
+
+}  // namespace
+
+int64_t attention_scratch(const AttentionParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Forward<S>(params, nullptr).scratch_size(); });
+  return size;
+}
+
+void attention(const AttentionParams& params, int64_t begin, int64_t end, void* scratch) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { Forward<S>(params, scratch).run(begin, end); });
+}
+
+}  // namespace vitkernels::VK_ISA

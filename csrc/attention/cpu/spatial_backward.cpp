@@ -1,0 +1,352 @@
+// Backward of attention over maps on the CPU. Compiled once per instruction set.
+//
+// A task goes through a range of tiles, for every query head of one kv head and every entry of a group of the batch. It
+// writes the query gradients of a tile when it is done with it.
+
+#include "attention/cpu/backward_tile.h"
+#include "attention/cpu/differentiate.h"
+#include "attention/cpu/spatial_terms.h"
+#include "attention/cpu/tile_tokens.h"
+#include "cpu/kernels.h"
+
+namespace vitkernels::VK_ISA {
+namespace {
+
+template <class S>
+class SpatialBackward {
+  using T = Compute<S>;
+  using E = Operand<S>;
+
+ public:
+  SpatialBackward(const SpatialBackwardParams& params, void* memory) : p(params), scratch(memory) {}
+
+  int64_t scratch_size() const { return scratch.size(); }
+
+  void run(int64_t begin, int64_t end) {
+    const TileScope scope;
+    std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
+    const int64_t num_tiles = p.num_tiles();
+    for (int64_t task = begin; task < end; ++task) {
+      split = task % p.splits, kv_head = task / p.splits % p.kv_heads;
+      const int64_t group = task / p.splits / p.kv_heads;
+      part = group * p.splits + split;
+      const Range batches{p.batch * group / p.batch_groups, p.batch * (group + 1) / p.batch_groups};
+      for (batch = batches.begin; batch < batches.end; ++batch) clear_sums();
+      for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
+        head = p.head_list[i], head_scale_sum = 0;
+        for (batch = batches.begin; batch < batches.end; ++batch) {
+          const Range of_split{num_tiles * split / p.splits, num_tiles * (split + 1) / p.splits};
+          if (!of_split.empty()) find(of_split.begin);
+          for (int64_t t = of_split.begin; t < of_split.end; ++t) {
+            std::swap(present, next);
+            tile.start(present.boxes);
+            next_share = 0;
+            if (t + 1 < of_split.end) {
+              find(t + 1);
+              const bool is_short = tile.keys.count() <= kSpatialBackwardKeyTile;
+              if (is_short) next_share = divide_up(next.count(), std::max<int64_t>(tile.queries.count(), 1));
+            }
+            one_tile();
+          }
+        }
+        if (p.head_scale_sums) p.head_scale_sums[part * p.heads + head] = head_scale_sum;
+      }
+      terms.finish(part);
+    }
+  }
+
+ private:
+  // What a tile of a head reads and writes.
+  struct Tokens : TileInputs<S> {
+    TileBoxes boxes;
+    TileTokens<const S> outputs, out_gradients;
+    TileTokens<S> query_gradients, key_gradients, value_gradients;  // null beyond the map
+
+    Tokens(const SpatialParams& p, Scratch& scratch)
+        : TileInputs<S>(p, scratch),
+          outputs(p.most_queries(), p.value_dim, scratch),
+          out_gradients(p.most_queries(), p.value_dim, scratch),
+          query_gradients(p.most_queries(), p.head_dim, scratch),
+          key_gradients(p.most_keys(), p.head_dim, scratch),
+          value_gradients(p.most_keys(), p.value_dim, scratch) {}
+
+    int64_t count() const { return std::max(outputs.count, this->keys.count); }
+    VK_INLINE void fetch(Range tokens, int turn) const {
+      if (turn == 0) this->queries.fetch(tokens);
+      if (turn == 1) outputs.fetch(tokens);
+      if (turn == 2) out_gradients.fetch(tokens);
+      if (turn == 3) this->keys.fetch(tokens);
+      if (turn == 4) this->values.fetch(tokens);
+      if (turn == 5) query_gradients.fetch(tokens);
+      if (turn == 6) key_gradients.fetch(tokens);
+      if (turn == 7) value_gradients.fetch(tokens);
+    }
+  };
+
+  void find(int64_t index) {
+    next.boxes = tile.boxes_of(index);
+    const Box &queries = next.boxes.queries, &outputs = next.boxes.outputs, &keys = next.boxes.keys;
+    next.TileInputs<S>::find(p, next.boxes, batch, head, zeros);
+    next.outputs.find(p.out, batch, head, outputs);
+    if (p.grad_out.is_laid_out_as(p.out)) {
+      next.out_gradients.find_as(next.outputs, p.out, p.grad_out);
+    } else {
+      next.out_gradients.find(p.grad_out, batch, head, outputs);
+    }
+    if (!p.query_sums.are_wanted()) next.query_gradients.find(p.grad_query, batch, head, queries);
+    if (!p.key_sums.are_wanted()) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
+    if (!p.value_sums.are_wanted()) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
+  }
+
+  // Those that this task adds to, for an entry of the batch.
+  void clear_sums() const {
+    clear_sums(p.key_sums, query_width);
+    clear_sums(p.value_sums, key_tile.value_width);
+  }
+  void clear_sums(const SplitSums& sums, int64_t width) const {
+    if (!sums.are_wanted()) return;
+    const SplitTokens& tokens = sums.of_split[split];
+    std::fill_n(part_of(sums, width), (tokens.shared.end - tokens.shared.begin) * width, T(0));
+    Box map;
+    std::copy_n(p.key_size, kMaxAxes, map.size);
+    map.for_each_line(tokens.owned, [&](int64_t, int64_t count, const Place& first) {
+      T* row = sums.owned.at<T>(batch, first, kv_head);
+      for (int64_t i = 0; i < count; ++i, row += sums.owned.axis_stride[kLast]) std::fill_n(row, width, T(0));
+    });
+  }
+  T* part_of(const SplitSums& sums, int64_t width) const {
+    return sums.part<T>(split, p.batch, p.kv_heads, batch, kv_head, width);
+  }
+
+  void one_tile() {
+    const int64_t num_rows = tile.queries.count(), num_keys = tile.keys.count();
+    find_numbers(num_rows);
+    std::fill_n(query_gradient, num_rows * query_width, T(0));
+    if (relative_query_gradient) std::fill_n(relative_query_gradient, num_rows * query_width, T(0));
+
+    const Tiling stretches = tile_axis(num_keys, kSpatialBackwardKeyTile);
+    const int64_t blocks = divide_up(num_rows, spatial_backward_rows(p));
+    for (int64_t stretch = 0; stretch < stretches.count; ++stretch) {
+      const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, num_keys)};
+      key_tile.pack(present.keys.from(columns.begin), present.values.from(columns.begin), columns.end - columns.begin);
+      const bool has_terms = terms.any_on(tile);
+      if (has_terms) terms.start_columns(batch, head, tile, columns);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const Range rows{num_rows * block / blocks, num_rows * (block + 1) / blocks};
+        block_of_rows({rows, columns, block * stretches.count + stretch, blocks * stretches.count}, has_terms);
+      }
+      if (has_terms) terms.finish_columns(split, batch, head, columns);
+      add_gradient(present.key_gradients, p.key_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
+      add_gradient(present.value_gradients, p.value_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim,
+                   columns);
+      add_fill(p.key_fill_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
+      add_fill(p.value_fill_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim, columns);
+    }
+    finish_queries(num_rows);
+  }
+
+  void find_numbers(int64_t num_rows) {
+    const Box& outputs = tile.outputs;
+    outputs.for_each_line({0, num_rows}, [&](int64_t first, int64_t count, const Place& index) {
+      int64_t at = p.row(batch, outputs.on_map(index)) * p.heads + head;
+      for (int64_t row = first; row < first + count; ++row, at += outputs.step[kLast] * p.heads) {
+        // delta = dO.O - dlse, so that dS = P * (dP - delta).
+        deltas[row] = dot_rows<T>(present.outputs[row], present.out_gradients[row], p.value_dim);
+        if (p.grad_lse) deltas[row] -= static_cast<const T*>(p.grad_lse)[at];
+        offsets[row] = exponent_offset(static_cast<const T*>(p.lse)[at]);
+      }
+    });
+  }
+
+  void block_of_rows(const TilePiece& piece, bool has_terms) {
+    const Range rows = piece.rows, columns = piece.columns;
+    const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
+    if (seen.empty()) return;
+    const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
+    const ScatteredRows<S> of_block = present.queries.from(rows.begin);
+    if (has_terms) {
+      terms.start_piece(head, piece, part);
+      terms.start_rows(of_block, rows);
+    }
+    key_tile.add(
+        {of_block, present.out_gradients.from(rows.begin), rows.end - rows.begin,
+         query_gradient + rows.begin * query_width},
+        seen, scale,
+        [&](int64_t r, int64_t first_key, int64_t width, T* logits, T* gradients) VK_BODY {
+          const int64_t row = rows.begin + r;
+          const Range visible = relative_to(intersect(tile.seen_by(row), columns), columns.begin + first_key);
+          const RowNumbers<T> numbers{left_scale, offsets[row], deltas[row]};
+          if (has_terms && terms.is_bias()) {
+            differentiate_bias(row, visible, first_key, numbers, logits, gradients);
+          } else if (has_terms) {
+            differentiate_terms(row, visible, first_key, numbers, logits, gradients);
+          } else {
+            differentiate_products(visible, numbers, logits, gradients);
+          }
+          clear_outside<T>(logits, visible, width);
+          clear_outside<T>(gradients, visible, width);
+        },
+        [&](int turn) VK_BODY { next.fetch({rows.begin * next_share, rows.end * next_share}, turn); });
+    if (!has_terms) return;
+    if (relative_query_gradient) terms.finish_rows(part, relative_query_gradient + rows.begin * query_width);
+    terms.finish_piece();
+  }
+
+  // Where all terms are a bias: no pointer of theirs is read again for every vector.
+  VK_INLINE void differentiate_bias(int64_t row, Range visible, int64_t first_key, RowNumbers<T> with, T* logits,
+                                    T* gradients) {
+    const BiasRow<T> score = terms.bias_row(row, first_key);
+    T* sums = terms.bias_gradient_row(row, first_key);
+    if (!sums) return differentiate_score(score, visible, with, logits, gradients, [](auto...) {});
+    differentiate_score(score, visible, with, logits, gradients,
+                        [&](Vec<T> grad, Vec<T>, int64_t c, Range lanes)
+                            VK_BODY { store(sums + c, load(sums + c) + keep(grad, lanes, T(0))); });
+  }
+
+  VK_WHOLE void differentiate_terms(int64_t row, Range visible, int64_t first_key, RowNumbers<T> with, T* logits,
+                                    T* gradients) {
+    const ScoreRow<T> score = terms.row(row, first_key);
+    differentiate_score(score, visible, with, logits, gradients,
+                        [&](Vec<T> grad, Vec<T> product, int64_t c, Range lanes) {
+                          terms.add_gradient(row, first_key, grad, product, c, lanes);
+                        });
+    terms.finish_row(row);
+  }
+
+  // Adds the gradients of the keys on the map to their sums; or they are the gradient, where no other tile sees them.
+  void add_gradient(const TileTokens<S>& gradients, const SplitSums& sums, const T* rows, int64_t width, int64_t dim,
+                    Range columns) {
+    if (!sums.are_wanted()) {
+      for (int64_t column = columns.begin; column < columns.end; ++column, rows += width) {
+        if (gradients[column]) unpack_rows<T>(rows, width, 1, dim, T(1), gradients[column], 0);
+      }
+      return;
+    }
+    const SplitTokens& tokens = sums.of_split[split];
+    T* part = part_of(sums, width);
+    const int64_t step = tile.keys.step[kLast], stride = step * sums.owned.axis_stride[kLast];
+    tile.keys.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
+      const Place place = tile.keys.on_map(first);
+      const T* from = rows + (column - columns.begin) * width;
+      T* owned = sums.owned.at<T>(batch, place, kv_head);
+      int64_t token = (place.at[0] * p.key_size[1] + place.at[1]) * p.key_size[2] + place.at[2];
+      for (int64_t i = 0; i < count; ++i, from += width, owned += stride, token += step) {
+        T* to = token < tokens.owned.begin ? part + (token - tokens.shared.begin) * width : owned;
+        for (int64_t c = 0; c < width; c += kWidth<T>) store(to + c, load(to + c) + load(from + c));
+      }
+    });
+  }
+
+  // And those of the keys beyond it to the fill's.
+  void add_fill(double* all_sums, const T* rows, int64_t width, int64_t dim, Range columns) const {
+    if (!all_sums) return;
+    double* sums = all_sums + (part * p.kv_heads + kv_head) * dim;
+    for (int64_t column = columns.begin; column < columns.end; ++column, rows += width) {
+      const Place at = tile.keys.index(column);
+      if (on_map(at, 0) && on_map(at, 1) && on_map(at, 2)) continue;
+      for (int64_t c = 0; c < dim; ++c) sums[c] += rows[c];
+    }
+  }
+
+  bool on_map(const Place& index, int axis) const {
+    return tile.keys.on_map(axis, p.key_size[axis]).contains(index.at[axis]);
+  }
+
+  // The scale belongs to the gradient of the products alone.
+  void finish_queries(int64_t num_rows) {
+    const T scale = p.score.scale_of<T>(head);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      T* sum = query_gradient + row * query_width;
+      if (p.head_scale_sums) head_scale_sum += dot_rows<T>(present.queries[row], sum, p.head_dim);
+      for (int64_t c = 0; c < query_width; c += kWidth<T>) {
+        const Vec<T> scaled = load(sum + c) * scale;
+        store(sum + c,
+              relative_query_gradient ? scaled + load(relative_query_gradient + row * query_width + c) : scaled);
+      }
+      if (!p.query_sums.are_wanted()) {
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, T(1), present.query_gradients[row], 0);
+        continue;
+      }
+      T* to = split == 0 ? p.query_sums.owned.at<T>(batch, tile.queries.index(row), head)
+                         : p.query_sums.part<T>(split, p.batch, p.heads, batch, head, query_width) + row * query_width;
+      for (int64_t c = 0; c < query_width; c += kWidth<T>) store(to + c, load(to + c) + load(sum + c));
+    }
+  }
+
+  static constexpr int kLast = kMaxAxes - 1;
+
+  const SpatialBackwardParams& p;
+  Scratch scratch;
+  const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kSpatialBackwardKeyTile);
+  const int64_t most_rows = p.most_queries();
+  const int64_t most_block = std::min(most_rows, spatial_backward_rows(p));
+
+  SpatialTile tile{p, scratch};
+  BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  const int64_t query_width = key_tile.query_width;
+  S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
+  T* query_gradient = scratch.take<T>(most_rows * query_width);
+  T* relative_query_gradient =
+      p.score.on_grid.has_rel_pos() ? scratch.take<T>(most_rows * query_width) : nullptr;  // without the scale
+  T* deltas = scratch.take<T>(most_rows);
+  T* offsets = scratch.take<T>(most_rows);
+  SpatialTerms<T> terms{
+      p,
+      {most_block, most_keys,
+       divide_up(most_rows, most_block) * tile_axis(p.most_keys(), kSpatialBackwardKeyTile).count, most_block, true},
+      scratch};
+
+  int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
+  double head_scale_sum = 0;
+  int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
+
+  Tokens present{p, scratch}, next{p, scratch};
+};
+
+// Where the sums are the gradient itself, the tokens that no other split sees are done.
+template <class S>
+void sum_parts(const SpatialSum& p, int64_t begin, int64_t end) {
+  using T = Compute<S>;
+  const int64_t width = round_up(p.dim, kWidth<T>), lines = p.size[0] * p.size[1];
+  const bool is_in_place = p.from.owned.data == p.target.data;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t entry = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
+    const Place place{{line / p.size[1], line % p.size[1], 0}};
+    S* to = p.target.at<S>(entry, place, head);
+    const T* from = p.from.owned.at<const T>(entry, place, head);
+    for (int64_t i = 0; i < p.size[2]; ++i) {
+      const int64_t token = line * p.size[2] + i;
+      const auto is_shared = [&](int64_t split) { return p.from.of_split[split].shared.contains(token); };
+      bool is_done = is_in_place;
+      for (int64_t split = 1; split < p.splits; ++split) is_done = is_done && !is_shared(split);
+      for (int64_t c = 0; c < p.dim && !is_done; c += kWidth<T>) {
+        Vec<T> sum = load(from + c);
+        for (int64_t split = 1; split < p.splits; ++split) {
+          if (!is_shared(split)) continue;
+          const T* part = p.from.part<T>(split, p.batch, p.heads, entry, head, width);
+          sum += load(part + (token - p.from.of_split[split].shared.begin) * width + c);
+        }
+        store_narrowed<T>(to + c, sum, std::min<int64_t>(p.dim - c, kWidth<T>));
+      }
+      to += p.target.axis_stride[kMaxAxes - 1], from += p.from.owned.axis_stride[kMaxAxes - 1];
+    }
+  }
+}
+
+}  // namespace
+
+int64_t spatial_attention_backward_scratch(const SpatialBackwardParams& params) {
+  int64_t size = 0;
+  dispatch_dtype(params.dtype, [&]<class S>(S) { size = SpatialBackward<S>(params, nullptr).scratch_size(); });
+  return size;
+}
+
+void spatial_attention_backward(const SpatialBackwardParams& params, int64_t begin, int64_t end, void* scratch) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { SpatialBackward<S>(params, scratch).run(begin, end); });
+}
+
+void sum_spatial_parts(const SpatialSum& params, int64_t begin, int64_t end) {
+  dispatch_dtype(params.dtype, [&]<class S>(S) { sum_parts<S>(params, begin, end); });
+}
+
+}  // namespace vitkernels::VK_ISA

@@ -1,0 +1,93 @@
+// Tile sizes of the CPU attention kernels. They depend on shapes alone: results are the
+// same for any number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/dense.h"
+#include "attention/spatial.h"
+
+namespace vitkernels {
+
+inline constexpr int64_t kTileAlignment = 32;  // a multiple of every instruction set's panel
+
+struct Tiling {
+  int64_t count, size;  // the last tile may be shorter
+};
+
+inline Tiling tile_axis(int64_t length, int64_t largest) {
+  const int64_t count = length > largest ? (length + largest - 1) / largest : 1;
+  const int64_t size = ((length + count - 1) / count + kTileAlignment - 1) / kTileAlignment * kTileAlignment;
+  return {size ? (length + size - 1) / size : 0, size};
+}
+
+// Forward. A row of logits that fits one tile needs no rescaling.
+inline constexpr int64_t kForwardKeyTile = 768;
+inline constexpr int64_t kForwardQueryBlock = 224;      // one tile: packing is shared by all blocks of a head
+inline constexpr int64_t kForwardQueryBlockLong = 504;  // several tiles: every block packs them again
+
+// Backward. Logits and their gradient, [query block, key tile] each, stay in the second-level cache.
+inline constexpr int64_t kBackwardKeyTile = 320;
+inline constexpr int64_t kBackwardQueryBlock = 84;
+
+inline Tiling forward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kForwardKeyTile); }
+
+inline int64_t forward_query_blocks(const Axis& axis) {
+  const int64_t largest = forward_keys(axis).count > 1 ? kForwardQueryBlockLong : kForwardQueryBlock;
+  return (axis.num_queries + largest - 1) / largest;
+}
+
+inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
+
+// Over a map: a tile whose keys are one stretch reads its queries once, and fetches what the next one needs.
+inline constexpr int64_t kSpatialBackwardKeyTile = 448;
+
+// Blocks of the rows of a tile.
+inline int64_t spatial_row_blocks(const SpatialParams& p) {
+  return std::max<int64_t>((p.most_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
+}
+
+// Fewer rows see fewer keys of a tile that are not theirs.
+inline int64_t spatial_backward_rows(const SpatialParams& p) {
+  constexpr int64_t kFewRows = 14;
+  return p.axis[0].see_all && p.axis[1].see_all && p.axis[2].see_all ? kBackwardQueryBlock : kFewRows;
+}
+
+// Groups of the batch. Few where each expands the tables of its heads and has sums for their gradients.
+inline int64_t spatial_batch_groups(int64_t batch, int64_t kv_heads, bool has_tables) {
+  constexpr int64_t kTasks = 32, kMostGroups = 8;
+  return has_tables ? std::min(batch, std::clamp<int64_t>(kTasks / (kv_heads + 1), 1, kMostGroups)) : batch;
+}
+
+// Ranges of tiles that are worked on independently, where there are few heads. Fewer where each costs sums of its own for
+// the gradients of keys: four of a map of 56 x 56 take 10% longer, and 2.5 MB more.
+inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_sums) {
+  constexpr int64_t kTasks = 32;
+  const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1), most = has_sums ? 2 : 4;
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, most));
+}
+
+// Transposed. A task owns a tile of keys; where heads are few, tiles are smaller to keep several threads busy. Every
+// tile reads all queries again, so tiles are large where the sums of a key take little memory.
+inline constexpr int64_t kFewColumns = 8;  // of V'
+
+inline Tiling transposed_keys(const AttentionParams& p) {
+  constexpr int64_t kTasks = 16, kSmallestTile = 96;
+  const int64_t wanted = kTasks / (p.batch * p.heads + 1) + 1, size = (p.num_keys() + wanted - 1) / wanted;
+  const int64_t largest = p.value_dim <= kFewColumns ? kForwardKeyTile : kBackwardKeyTile;
+  return tile_axis(p.num_keys(), std::clamp(size, kSmallestTile, largest));
+}
+
+// Ranges of keys that are worked on independently, where there are too few heads to keep many threads busy. Each
+// costs a float32 query gradient of its own, so long sequences get fewer.
+inline int64_t backward_splits(const AttentionBackwardParams& p) {
+  constexpr int64_t kTasks = 32, kMostSplits = 4, kPartElements = int64_t(1) << 23;
+  const int64_t part = p.num_rows() * p.heads * p.head_dim;
+  const int64_t most = part * kMostSplits <= kPartElements ? kMostSplits : 2;
+  const int64_t wanted = kTasks / (p.batch_groups() * p.head_groups() + 1);
+  const int64_t tiles = p.query_offsets ? 1 : backward_keys(p.pattern.axis[0]).count;  // packed: one task an entry
+  const int64_t splits = wanted < most ? wanted : most;
+  return splits < 1 || tiles < 1 ? 1 : splits < tiles ? splits : tiles;
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,178 @@
+// Gradients of the terms by place on a grid on a GPU: of tables, and of the relative logits.
+//
+// A block computes tiles of the logits' gradient again, one after another, and adds each from shared memory to sums that
+// nobody else writes: a thread owns some of the sums and finds the pairs of the tile that belong to each, in order.
+
+#include "attention/cuda/gradient_tile.h"
+#include "cuda/parts.h"
+
+namespace vitkernels {
+namespace {
+
+using namespace cuda;
+using namespace cute;
+
+// Tokens of a tile that have a place, counted from the first one on the grid.
+__device__ Range on_grid(const Grid& grid, Range tokens) {
+  return intersect(relative_to(tokens, grid.num_prefix), {0, grid.num_tokens()});
+}
+
+// A block owns a part of the tiles of a head, and a table of its own.
+template <class Element>
+struct TableKernel {
+  using Tile = GradientTile<Element>;
+
+  struct Tiles {
+    int64_t batch, query_tiles, key_tiles;
+
+    VK_HOST_DEVICE explicit Tiles(const AttentionParams& p)
+        : batch(p.batch),
+          query_tiles(ceil_div<int64_t>(p.num_queries(), Tile::kQueries)),
+          key_tiles(ceil_div<int64_t>(p.num_keys(), Tile::kKeys)) {}
+    VK_HOST_DEVICE int64_t count() const { return batch * query_tiles * key_tiles; }
+  };
+
+  static __device__ void run(const AttentionBackwardCudaParams& p, const TableGradient& table, Element* shared) {
+    TaskIndex owner(blockIdx.x);
+    const int64_t head = owner.take(p.heads), part = owner.rest();
+    float* sums = table.sums.data + part * table.sums.stride + head * p.score.on_grid.grid.num_entries();
+    const Tiles tiles(p);
+    const Tile tile{p, shared};
+    const Range own = part_of(tiles.count(), part, table.sums.count);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      TaskIndex index(i);
+      const int64_t key_tile = index.take(tiles.key_tiles), query_tile = index.take(tiles.query_tiles);
+      TileTask task;
+      if (!Tile::find(p, index.rest(), head, query_tile, key_tile, task)) continue;
+      add(p.score.on_grid, tile.share(tile.gradient(task, table.factor)), task, sums);
+    }
+  }
+
+  // A thread takes some of the offsets that pairs of the tile have, and goes through the queries.
+  template <class Shared>
+  static __device__ void add(const GridTerms& terms, const Shared& sS, const TileTask& task, float* sums) {
+    const Range queries = on_grid(terms.grid, task.rows), keys = on_grid(terms.grid, task.keys);
+    if (queries.empty() || keys.empty()) return;
+    const SmallGrid& grid = terms.small;
+    int first[kMaxAxes], count[kMaxAxes];
+    CUTE_UNROLL
+    for (int axis = 0; axis < kMaxAxes; ++axis) {
+      const Range u = terms.grid.coordinates(axis, queries), v = terms.grid.coordinates(axis, keys);
+      first[axis] = int(u.begin - (v.end - 1));
+      count[axis] = int(u.end - 1 - v.begin) - first[axis] + 1;
+    }
+    const int num_keys = int(keys.end - keys.begin), num_queries = int(queries.end - queries.begin);
+    const int first_row = int(queries.begin + grid.num_prefix - task.rows.begin);
+    const int first_column = int(keys.begin + grid.num_prefix - task.keys.begin);
+    const SmallGrid::Place first_place = grid.place(int(queries.begin));
+    for (int i = threadIdx.x; i < count[0] * count[1] * count[2]; i += Tile::kThreads) {
+      const int row = i / count[2], width = first[2] + i - row * count[2];
+      const int plane = row / count[1], height = first[1] + row - plane * count[1], depth = first[0] + plane;
+      const int distance = (depth * grid.size[1] + height) * grid.size[2] + width;  // from the key to the query
+      int key = int(queries.begin - keys.begin) - distance;                         // in the tile, of the first query
+      int x = first_place.at[2] - width, y = first_place.at[1] - height;            // coordinates of that key
+      float sum = 0.0f;
+      for (int r = 0; r < num_queries; ++r, ++key) {
+        const bool exists = unsigned(x) < unsigned(grid.size[2]) && unsigned(y) < unsigned(grid.size[1]);
+        if (exists && unsigned(key) < unsigned(num_keys)) sum += sS(first_row + r, first_column + key);
+        if (++x == grid.size[2] - width) {  // the next query begins a row of the grid
+          x = -width;
+          if (++y == grid.size[1] - height) y = -height;
+        }
+      }
+      sums[grid.center() + grid.entry({{depth, height, width}})] += sum;
+    }
+  }
+};
+
+// A block owns the rows of a tile of queries.
+template <class Element>
+struct RelativeLogitsKernel {
+  using Tile = GradientTile<Element>;
+
+  static VK_HOST_DEVICE int64_t query_tiles(const AttentionParams& p) {
+    return ceil_div<int64_t>(p.num_queries(), Tile::kQueries);
+  }
+
+  static __device__ void run(const AttentionBackwardCudaParams& p, float* grads, Element* shared) {
+    TaskIndex owner(blockIdx.x);
+    const int64_t query_tile = owner.take(query_tiles(p)), head = owner.take(p.heads), batch = owner.rest();
+    const RelativeLogits& logits = p.score.on_grid.relative;
+    float* sums = grads + batch * logits.batch_stride + head * logits.head_stride;
+    const Tile tile{p, shared};
+    for (int64_t key_tile = 0; key_tile < ceil_div<int64_t>(p.num_keys(), Tile::kKeys); ++key_tile) {
+      TileTask task;
+      if (!Tile::find(p, batch, head, query_tile, key_tile, task)) continue;
+      add(p.score.on_grid, tile.share(tile.gradient(task, TermFactor::kBias)), task, sums);
+    }
+  }
+
+  // A thread takes some of the queries' sums by a coordinate of the keys, and goes through the keys that have it.
+  template <class Shared>
+  static __device__ void add(const GridTerms& terms, const Shared& sS, const TileTask& task, float* sums) {
+    const Grid& grid = terms.grid;
+    const Range queries = on_grid(grid, task.rows), keys = on_grid(grid, task.keys);
+    if (queries.empty() || keys.empty()) return;
+    const int first_row = int(queries.begin + grid.num_prefix - task.rows.begin);
+    const int64_t first_key = task.keys.begin - grid.num_prefix;
+    int64_t inner = 1;  // consecutive tokens with the same coordinate
+    for (int axis = kMaxAxes - 1; axis >= 0; inner *= grid.size[axis], --axis) {
+      if (!terms.rel_pos[axis].data) continue;
+      const Range range = grid.coordinates(axis, keys);
+      const int count = int(range.end - range.begin), num_sums = int(queries.end - queries.begin) * count;
+      const int64_t period = inner * grid.size[axis], first_period = keys.begin / period * period;
+      for (int i = threadIdx.x; i < num_sums; i += Tile::kThreads) {
+        const int row = i / count, coordinate = int(range.begin) + i - row * count;
+        float sum = 0.0f;
+        for (int64_t begin = first_period + coordinate * inner; begin < keys.end; begin += period) {
+          const Range run = intersect({begin, begin + inner}, keys);
+          for (int64_t key = run.begin; key < run.end; ++key) sum += sS(first_row + row, int(key - first_key));
+        }
+        sums[(queries.begin + row) * terms.relative.width + terms.relative.first[axis] + coordinate] += sum;
+      }
+    }
+  }
+};
+
+template <class Element>
+__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
+    attention_backward_table(const __grid_constant__ AttentionBackwardCudaParams p,
+                             const __grid_constant__ TableGradient table) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  TableKernel<Element>::run(p, table, reinterpret_cast<Element*>(shared));
+}
+
+template <class Element>
+__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
+    relative_logits_backward(const __grid_constant__ AttentionBackwardCudaParams p, float* grads) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  RelativeLogitsKernel<Element>::run(p, grads, reinterpret_cast<Element*>(shared));
+}
+
+}  // namespace
+
+int64_t parts_of_table(const AttentionBackwardCudaParams& p) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    return parts_for(p.heads, typename TableKernel<Element>::Tiles(p).count(),
+                     p.heads * p.score.on_grid.grid.num_entries());
+  });
+}
+
+cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& p, const TableGradient& table,
+                                            cudaStream_t stream) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    using Tile = GradientTile<Element>;
+    return launch_tasks(attention_backward_table<Element>, p.heads * table.sums.count, Tile::kThreads,
+                        Tile::kSharedBytes, stream, p, table);
+  });
+}
+
+cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& p, float* grads, cudaStream_t stream) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    using Tile = GradientTile<Element>;
+    const int64_t tasks = RelativeLogitsKernel<Element>::query_tiles(p) * p.heads * p.batch;
+    return launch_tasks(relative_logits_backward<Element>, tasks, Tile::kThreads, Tile::kSharedBytes, stream, p, grads);
+  });
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,131 @@
+// Gradients of the score terms on a GPU: biases and multiplier, each in its own broadcast shape, the same bits in every
+// run.
+//
+// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it computes a tile of
+// the logits' gradient again and adds it to sums in shared memory, in order; at the end it adds the rows or columns of
+// that tile which the term does not tell apart. Where few elements serve many pairs, several blocks share them (cuda/parts.h).
+
+#include "attention/cuda/gradient_tile.h"
+#include "cuda/parts.h"
+
+namespace vitkernels {
+namespace {
+
+using namespace cuda;
+using namespace cute;
+
+// Along one axis: what an element of the term serves, and how many owners there are.
+struct TermAxis {
+  int64_t count;
+  bool is_shared;
+
+  VK_HOST_DEVICE int64_t num_owners() const { return is_shared ? 1 : count; }
+  VK_HOST_DEVICE int64_t num_served() const { return is_shared ? count : 1; }
+  VK_HOST_DEVICE int64_t at(int64_t owner, int64_t served) const { return is_shared ? served : owner; }
+};
+
+template <class Element>
+struct TermKernel {
+  using Tile = GradientTile<Element>;
+  static constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kFloatBytes;
+
+  struct Axes {
+    TermAxis batch, head, query_tile, key_tile;
+
+    // An element has an owner even where no entry of a packed batch is so long.
+    VK_HOST_DEVICE Axes(const AttentionCudaParams& p, const ScoreStrides& strides)
+        : batch{p.batch, strides.batch == 0},
+          head{p.heads, strides.head == 0},
+          query_tile{
+              strides.query == 0 ? p.query_tiles(Tile::kQueries) : ceil_div<int64_t>(p.num_queries(), Tile::kQueries),
+              strides.query == 0},
+          key_tile{strides.key == 0 ? p.key_tiles(Tile::kKeys) : ceil_div<int64_t>(p.num_keys(), Tile::kKeys),
+                   strides.key == 0} {}
+
+    VK_HOST_DEVICE int64_t num_owners() const {
+      return batch.num_owners() * head.num_owners() * query_tile.num_owners() * key_tile.num_owners();
+    }
+    VK_HOST_DEVICE int64_t num_served() const {
+      return batch.num_served() * head.num_served() * query_tile.num_served() * key_tile.num_served();
+    }
+  };
+
+  static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, Element* shared) {
+    const Axes axes(p, term.strides);
+    TaskIndex owner(blockIdx.x);
+    const int64_t part = owner.take(term.sums.count);
+    const int64_t own_keys = owner.take(axes.key_tile.num_owners());
+    const int64_t own_queries = owner.take(axes.query_tile.num_owners());
+    const int64_t own_head = owner.take(axes.head.num_owners()), own_batch = owner.rest();
+
+    const Tile tile{p, shared};
+    Tensor sums = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));  // (queries,keys)
+    Tensor own_sums = tile.mma.get_slice(threadIdx.x).partition_C(sums);       // (MMA,MMA_M,MMA_N)
+    clear(own_sums);
+    const Range served = part_of(axes.num_served(), part, term.sums.count);
+    for (int64_t i = served.begin; i < served.end; ++i) {
+      TaskIndex index(i);
+      const int64_t key_tile = axes.key_tile.at(own_keys, index.take(axes.key_tile.num_served()));
+      const int64_t query_tile = axes.query_tile.at(own_queries, index.take(axes.query_tile.num_served()));
+      const int64_t head = axes.head.at(own_head, index.take(axes.head.num_served()));
+      TileTask task;
+      if (!Tile::find(p, axes.batch.at(own_batch, index.rest()), head, query_tile, key_tile, task)) continue;
+      Tensor grads = tile.gradient(task, term.factor);  // (MMA,MMA_M,MMA_N)
+      CUTE_UNROLL
+      for (int j = 0; j < size(grads); ++j) own_sums(j) += grads(j);
+    }
+    // Where rows or columns are summed, those that do not exist are zero.
+    const Range rows =
+        axes.query_tile.is_shared ? Range{0, Tile::kQueries} : tile_of(own_queries, Tile::kQueries, p.num_queries());
+    const Range keys = axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, p.num_keys());
+    __syncthreads();
+    finish(term, sums, term.sums.data + part * term.sums.stride, own_batch, own_head, rows, keys);
+  }
+
+  // Writes the elements of the tile `rows` x `keys`, or the sums over what has no stride.
+  template <class Sums>
+  static __device__ void finish(const TermGradient& term, const Sums& sums, float* target, int64_t batch, int64_t head,
+                                Range rows, Range keys) {
+    const int num_rows = int(rows.end - rows.begin), num_keys = int(keys.end - keys.begin);
+    const int rows_of_element = term.strides.query == 0 ? num_rows : 1;
+    const int keys_of_element = term.strides.key == 0 ? num_keys : 1;
+    const int width = num_keys / keys_of_element, count = num_rows / rows_of_element * width;
+    for (int i = threadIdx.x; i < count; i += Tile::kThreads) {
+      const int first_row = i / width, first_key = i % width;
+      double total = 0.0;
+      for (int r = 0; r < rows_of_element; ++r) {
+        for (int c = 0; c < keys_of_element; ++c) total += double(sums(first_row + r, first_key + c));
+      }
+      target[term.strides.offset(batch, head, rows.begin + first_row, keys.begin + first_key)] = float(total);
+    }
+  }
+};
+
+template <class Element>
+__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
+    attention_backward_term(const __grid_constant__ AttentionBackwardCudaParams p,
+                            const __grid_constant__ TermGradient term) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  TermKernel<Element>::run(p, term, reinterpret_cast<Element*>(shared));
+}
+
+}  // namespace
+
+int64_t parts_of_term(const AttentionBackwardCudaParams& p, const ScoreStrides& strides, int64_t elements) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    const typename TermKernel<Element>::Axes axes(p, strides);
+    return parts_for(axes.num_owners(), axes.num_served(), elements);
+  });
+}
+
+cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& p, const TermGradient& term,
+                                           cudaStream_t stream) {
+  return dispatch_element(p.dtype, [&]<class Element>(Element) {
+    const typename TermKernel<Element>::Axes axes(p, term.strides);
+    using Tile = GradientTile<Element>;
+    return launch_tasks(attention_backward_term<Element>, axes.num_owners() * term.sums.count, Tile::kThreads,
+                        TermKernel<Element>::kSharedBytes, stream, p, term);
+  });
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,219 @@
+// Products become logits, in the registers of a warp: scale, terms, and -inf where a query does not see a key.
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <limits>
+
+#include "attention/dense.h"
+#include "cuda/online_softmax.h"
+
+namespace vitkernels::cuda {
+
+// What follows from the result is computed where it is used, and not kept in registers from before a loop.
+__device__ inline int64_t computed_here(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+// The tokens of a tile of logits. Rows and columns behind the last token read the terms of that one.
+struct TilePairs {
+  int64_t batch, head;
+  Range rows, keys;
+
+  __device__ int row(int r) const { return min(r, int(rows.end - rows.begin) - 1); }
+  __device__ int column(int c) const { return min(c, int(keys.end - keys.begin) - 1); }
+
+  __device__ TilePairs here() const {
+    return {computed_here(batch),
+            computed_here(head),
+            {computed_here(rows.begin), computed_here(rows.end)},
+            {computed_here(keys.begin), computed_here(keys.end)}};
+  }
+
+  // Counted from the first token on the grid: negative without a place.
+  __device__ int placed_query(int r, const SmallGrid& grid) const { return int(rows.begin) + row(r) - grid.num_prefix; }
+  __device__ int placed_key(int c, const SmallGrid& grid) const {
+    return int(keys.begin) + column(c) - grid.num_prefix;
+  }
+};
+
+// Calls f(r, c, of row r, of column c) for the elements of a tile (queries,keys). What depends on the query or the key
+// alone is made once, of_query(row in the tile) and of_key(column in the tile): the fewer of them stay in registers.
+template <class Tile, class Coordinates, class OfQuery, class OfKey, class Function>
+__device__ void for_each_pair(const Tile& tile, const Coordinates& coordinates, OfQuery&& of_query, OfKey&& of_key,
+                              Function&& f) {
+  constexpr int kRows = decltype(cute::size<0>(tile))::value, kColumns = decltype(cute::size<1>(tile))::value;
+  const auto of_row = [&](int r) { return of_query(int(cute::get<0>(coordinates(r, 0)))); };
+  const auto of_column = [&](int c) { return of_key(int(cute::get<1>(coordinates(0, c)))); };
+  if constexpr (kRows <= kColumns) {
+    decltype(of_row(0)) rows[kRows];
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) rows[r] = of_row(r);
+    CUTE_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const auto column = of_column(c);
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) f(r, c, rows[r], column);
+    }
+  } else {
+    decltype(of_column(0)) columns[kColumns];
+    CUTE_UNROLL
+    for (int c = 0; c < kColumns; ++c) columns[c] = of_column(c);
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const auto row = of_row(r);
+      CUTE_UNROLL
+      for (int c = 0; c < kColumns; ++c) f(r, c, row, columns[c]);
+    }
+  }
+}
+
+struct Times {
+  __device__ float operator()(float a, float b) const { return a * b; }
+};
+struct Plus {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
+
+// Combines each element with `data`, rows `stride` apart: two neighbours at once. False, and nothing done, where a tile has
+// no neighbours in a row, or not all keys, or rows that do not begin at multiples of 8 bytes.
+template <class Tile, class Coordinates, class Combine>
+__device__ bool combine_whole_rows(Tile& tile, const Coordinates& coordinates, const float* data, int64_t stride,
+                                   const TilePairs& pairs, Combine combine) {
+  constexpr int kRows = decltype(cute::size<0>(tile))::value, kColumns = decltype(cute::size<1>(tile))::value;
+  if constexpr (kRows > kColumns) {
+    return false;
+  } else {
+    constexpr int kKeys = 4 * kColumns;  // four threads share a row
+    const bool are_neighbours = cute::get<1>(coordinates(0, 1)) == cute::get<1>(coordinates(0, 0)) + 1;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(data) % sizeof(float2) == 0 && stride % 2 == 0;
+    if (!are_neighbours || pairs.keys.end - pairs.keys.begin < kKeys || !is_aligned) return false;
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const float* row = data + pairs.row(cute::get<0>(coordinates(r, 0))) * stride;
+      CUTE_UNROLL
+      for (int c = 0; c < kColumns; c += 2) {
+        const float2 both = *reinterpret_cast<const float2*>(row + cute::get<1>(coordinates(r, c)));
+        tile(r, c) = combine(tile(r, c), both.x);
+        tile(r, c + 1) = combine(tile(r, c + 1), both.y);
+      }
+    }
+    return true;
+  }
+}
+
+// Combines each element with a term's.
+template <class Tile, class Coordinates, class Combine>
+__device__ void combine_term(Tile& tile, const Coordinates& coordinates, const ScoreTerm& term, TilePairs pairs,
+                             Combine combine) {
+  if (!term.data) return;
+  pairs = pairs.here();
+  const float* data = static_cast<const float*>(term.data) +
+                      term.strides.offset(pairs.batch, pairs.head, pairs.rows.begin, pairs.keys.begin);
+  const bool by_key = term.strides.key != 0;  // with a stride of 1
+  if (by_key && combine_whole_rows(tile, coordinates, data, term.strides.query, pairs, combine)) return;
+  for_each_pair(
+      tile, coordinates, [&](int r) { return data + pairs.row(r) * term.strides.query; },
+      [&](int c) { return by_key ? pairs.column(c) : 0; },
+      [&](int r, int c, const float* row, int column) { tile(r, c) = combine(tile(r, c), row[column]); });
+}
+
+// Combines each element with a table's, where both tokens have a place.
+template <class Tile, class Coordinates, class Combine>
+__device__ void combine_table(Tile& tile, const Coordinates& coordinates, const SmallGrid& grid, const TableTerm& term,
+                              TilePairs pairs, Combine combine) {
+  if (!term.data) return;
+  pairs = pairs.here();
+  const float* data = static_cast<const float*>(term.data) + pairs.head * term.head_stride + grid.center();
+  const auto of_query = [&](int r) -> const float* {
+    const int token = pairs.placed_query(r, grid);
+    return token < 0 ? nullptr : data + grid.entry(grid.place(token));
+  };
+  const auto of_key = [&](int c) {
+    const int token = pairs.placed_key(c, grid);
+    return token < 0 ? -1 : grid.entry(grid.place(token));
+  };
+  for_each_pair(tile, coordinates, of_query, of_key, [&](int r, int c, const float* row, int key) {
+    if (row && key >= 0) tile(r, c) = combine(tile(r, c), row[-key]);
+  });
+}
+
+// Adds the relative logits, where both tokens have a place.
+template <class Tile, class Coordinates>
+__device__ void add_relative_logits(Tile& tile, const Coordinates& coordinates, const GridTerms& terms,
+                                    TilePairs pairs) {
+  const RelativeLogits& logits = terms.relative;
+  if (!logits.data) return;
+  pairs = pairs.here();
+  const SmallGrid& grid = terms.small;
+  CUTE_UNROLL
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    if (!terms.rel_pos[axis].data) continue;
+    const float* data =
+        logits.data + pairs.batch * logits.batch_stride + pairs.head * logits.head_stride + logits.first[axis];
+    const auto of_query = [&](int r) -> const float* {
+      const int token = pairs.placed_query(r, grid);
+      return token < 0 ? nullptr : data + int64_t(token) * logits.width;
+    };
+    const auto of_key = [&](int c) {
+      const int token = pairs.placed_key(c, grid);
+      return token < 0 ? -1 : grid.coordinate(axis, token);
+    };
+    for_each_pair(tile, coordinates, of_query, of_key, [&](int r, int c, const float* row, int key) {
+      if (row && key >= 0) tile(r, c) += row[key];
+    });
+  }
+}
+
+template <class Tile, class Coordinates>
+__device__ void multiply_by_terms(Tile& tile, const Coordinates& coordinates, const Score& score,
+                                  const TilePairs& pairs) {
+  combine_term(tile, coordinates, score.multiplier, pairs, Times{});
+  combine_table(tile, coordinates, score.on_grid.small, score.on_grid.multiplier, pairs, Times{});
+}
+
+template <class Tile, class Coordinates>
+__device__ void add_terms(Tile& tile, const Coordinates& coordinates, const Score& score, const TilePairs& pairs) {
+  combine_term(tile, coordinates, score.bias, pairs, Plus{});
+  combine_term(tile, coordinates, score.key_bias, pairs, Plus{});
+  combine_table(tile, coordinates, score.on_grid.small, score.on_grid.bias, pairs, Plus{});
+  add_relative_logits(tile, coordinates, score.on_grid, pairs);
+}
+
+// Logits of keys that do not exist, or are not seen, become -inf.
+template <class Tile, class Coordinates>
+__device__ void hide_unseen(Tile& tile, const Coordinates& coordinates, const Axis& axis, const TilePairs& pairs) {
+  struct Columns {
+    int begin, end;
+  };
+  const auto of_query = [&](int row) {
+    const int64_t query = pairs.rows.begin + row;
+    if (query >= pairs.rows.end) return Columns{0, 0};
+    const Range seen = relative_to(intersect(axis.keys(query), pairs.keys), pairs.keys.begin);
+    return Columns{int(seen.begin), int(seen.end)};
+  };
+  for_each_pair(
+      tile, coordinates, of_query, [](int column) { return column; },
+      [&](int r, int c, const Columns& seen, int column) {
+        if (column < seen.begin || column >= seen.end) tile(r, c) = -std::numeric_limits<float>::infinity();
+      });
+}
+
+// `products` (queries,keys) of the queries from `rows.begin` on with the keys from `keys.begin` on become logits.
+// `coordinates` gives the (query,key) of each in the tile, which has room for kKeys keys.
+template <int kKeys, class Products, class Coordinates>
+__device__ void apply_score(Products& products, const Coordinates& coordinates, const Score& score, const Axis& axis,
+                            int64_t batch, int64_t head, Range rows, Range keys) {
+  const float scale = score.scale_of<float>(head);
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(products); ++i) products(i) *= scale;
+  const TilePairs pairs{batch, head, rows, keys};
+  if (score.has_terms()) {
+    multiply_by_terms(products, coordinates, score, pairs);
+    add_terms(products, coordinates, score, pairs);
+  }
+  const bool is_whole = keys.end - keys.begin == kKeys && axis.all_keys(rows).end >= keys.end;
+  if (!is_whole) hide_unseen(products, coordinates, axis, pairs);
+}
+
+}  // namespace vitkernels::cuda

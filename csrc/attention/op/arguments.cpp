@@ -1,0 +1,280 @@
+#include "attention/op/arguments.h"
+
+#include <cmath>
+
+#include "attention/cpu/tile_sizes.h"
+
+namespace vitkernels {
+namespace {
+
+constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
+
+}  // namespace
+
+ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
+  int64_t strides[4] = {};
+  int64_t running = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    strides[4 - t.dim() + i] = t.size(i) == 1 ? 0 : contiguous ? running : t.stride(i);
+    running *= t.size(i);
+  }
+  if (rank == 3) return {strides[1], strides[2], 0, strides[3]};
+  return {strides[0], strides[1], strides[2], strides[3]};
+}
+
+void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
+                      ScalarType type, const std::vector<int64_t>& target, const char* takes) {
+  if (!term) return;
+  const Tensor& t = *term;
+  checker.strided_like(name, t, query);
+  checker.dtype(name, t, type);
+  bool fits = t.dim() <= int64_t(target.size());
+  for (int64_t i = 0; fits && i < t.dim(); ++i) {
+    fits = t.size(i) == 1 || t.size(i) == target[target.size() - t.dim() + i];
+  }
+  std::ostringstream shape;
+  for (size_t i = 0; i < target.size(); ++i) shape << (i ? ", " : "") << target[i];
+  checker.check(fits, name, " has shape ", shape_text(t), ", takes one that broadcasts to (", shape.str(),
+                ") = ", takes);
+}
+
+namespace {
+
+OptionalTensor with_kernel_strides(const OptionalTensor& term) {
+  if (!term || term->dim() == 0) return term;
+  const int64_t last = term->dim() - 1;
+  const bool fine = term->size(last) == 1 || term->stride(last) == 1 || term->stride(last) == 0;
+  return fine ? term : OptionalTensor(torch::stable::contiguous(*term));
+}
+
+ScoreTerm score_term(const OptionalTensor& term, int64_t rank) {
+  if (!term) return {};
+  ScoreTerm result;
+  result.data = term->const_data_ptr();
+  result.strides = score_strides(*term, rank, false);
+  return result;
+}
+
+void check_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
+  checker.strided_like(name, t, like);
+  checker.rank(name, t, 1, "(integers)");
+  const ScalarType type = t.scalar_type();
+  checker.check(type == ScalarType::Long || type == ScalarType::Int, name, " is ", dtype_text(type),
+                ", takes int64 or int32");
+}
+
+std::vector<int64_t> read_head_map(const Checker& checker, const OptionalTensor& head_map, const Tensor& query,
+                                   int64_t heads, int64_t kv_heads, ReadIntegers read) {
+  std::vector<int64_t> map(heads);
+  if (!head_map) {
+    checker.check(kv_heads > 0 && heads % kv_heads == 0, "key has ", kv_heads, " heads, takes a divisor of query's ",
+                  heads, " (or a head_map)");
+    for (int64_t h = 0; h < heads; ++h) map[h] = h / (heads / kv_heads);
+    return map;
+  }
+  checker.defined("head_map", *head_map);
+  checker.shape("head_map", *head_map, {heads});
+  check_integers(checker, "head_map", *head_map, query);
+  if (!read) return {};
+  map = read(checker, *head_map);
+  for (int64_t h = 0; h < heads; ++h) {
+    checker.check(map[h] >= 0 && map[h] < kv_heads, "head_map[", h, "] is ", map[h], ", takes 0 to ", kv_heads - 1);
+  }
+  return map;
+}
+
+std::vector<int64_t> read_offsets(const Checker& checker, const char* name, const Tensor& t, int64_t tokens,
+                                  int64_t longest, ReadIntegers read) {
+  const std::vector<int64_t> offsets = read(checker, t);
+  checker.check(offsets[0] == 0, name, "[0] is ", offsets[0], ", takes 0");
+  for (size_t i = 1; i < offsets.size(); ++i) {
+    checker.check(offsets[i] >= offsets[i - 1] && offsets[i] <= tokens, name, "[", i, "] is ", offsets[i],
+                  ", takes at least its predecessor and at most the number of tokens ", tokens);
+    checker.check(offsets[i] - offsets[i - 1] <= longest, name, " gives sequence ", i - 1, " the length ",
+                  offsets[i] - offsets[i - 1], ", takes at most the largest length ", longest);
+  }
+  checker.check(offsets.back() == tokens, name, " ends with ", offsets.back(), ", takes the number of tokens ", tokens);
+  return offsets;
+}
+
+}  // namespace
+
+std::vector<int64_t> read_host_integers(const Checker&, const Tensor& t) {
+  std::vector<int64_t> values(t.size(0));
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int64_t at = int64_t(i) * t.stride(0);
+    values[i] = t.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(t.const_data_ptr())[at]
+                                                    : static_cast<const int32_t*>(t.const_data_ptr())[at];
+  }
+  return values;
+}
+
+AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key,
+                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
+                                       bool is_causal, const std::optional<Packing>& packing, ReadIntegers read)
+    : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
+  check_tokens(checker, packing.has_value());
+  if (packing) check_packing(checker, *packing, read);
+  heads_of = HeadMap(checker, head_map, query, heads, kv_heads, read);
+  if (head_map) this->head_map = torch::stable::contiguous(*head_map);
+  check_score(checker);
+  this->query = with_unit_last_stride(query);
+  this->key = with_unit_last_stride(key);
+  this->value = with_unit_last_stride(value);
+  for (OptionalTensor* term : {&this->score.bias, &this->score.multiplier, &this->score.key_bias}) {
+    *term = with_kernel_strides(*term);
+  }
+  if (read) count_tasks();
+}
+
+void AttentionArguments::count_tasks() {
+  AttentionParams params;
+  fill(params);
+  if (query_offsets.empty()) {
+    num_tasks = batch * heads * forward_query_blocks(params.pattern.axis[0]);
+    return;
+  }
+  first_task.push_back(0);
+  for (int64_t entry = 0; entry < batch; ++entry) {
+    first_task.push_back(first_task.back() + heads * forward_query_blocks(params.sequence(entry).axis));
+  }
+  num_tasks = first_task.back();
+}
+
+HeadMap::HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads,
+                 int64_t kv_heads, ReadIntegers read)
+    : kv_head_of(read_head_map(checker, head_map, query, heads, kv_heads, read)) {
+  if (!read) return;
+  // The query heads of each kv head, in order: a counting sort of kv_head_of.
+  first_head.assign(kv_heads + 1, 0);
+  for (const int64_t kv_head : kv_head_of) ++first_head[kv_head + 1];
+  for (int64_t g = 0; g < kv_heads; ++g) first_head[g + 1] += first_head[g];
+  head_list.resize(heads);
+  std::vector<int64_t> next(first_head);
+  for (int64_t h = 0; h < heads; ++h) head_list[next[kv_head_of[h]]++] = h;
+}
+
+void AttentionArguments::check_tokens(const Checker& checker, bool is_packed) {
+  const int64_t rank = is_packed ? 3 : 4, tokens = rank - 3;  // the axis of tokens; heads and dim follow
+  checker.rank("query", query, rank, is_packed ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
+  checker.rank("key", key, rank, is_packed ? "(tokens, kv_heads, d)" : "(B, Nk, kv_heads, d)");
+  checker.rank("value", value, rank, is_packed ? "(tokens, kv_heads, dv)" : "(B, Nk, kv_heads, dv)");
+  dtype = checker.element_type("query", query);
+  for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
+    checker.strided_like(name, *t, query);
+    checker.dtype(name, *t, query.scalar_type());
+  }
+  num_queries = query.size(tokens), heads = query.size(tokens + 1), head_dim = query.size(tokens + 2);
+  num_keys = key.size(tokens), kv_heads = key.size(tokens + 1), value_dim = value.size(tokens + 2);
+  checker.size("value", value, tokens, num_keys, "key's number of tokens");
+  checker.size("value", value, tokens + 1, kv_heads, "key's number of heads");
+  checker.size("key", key, tokens + 2, head_dim, "query's head dimension");
+  checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
+  checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
+  checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
+  checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
+  if (is_packed) return;
+  batch = query.size(0);
+  checker.size("key", key, 0, batch, "query's batch size");
+  checker.size("value", value, 0, batch, "query's batch size");
+}
+
+void AttentionArguments::check_packing(const Checker& checker, const Packing& packing, ReadIntegers read) {
+  for (const auto& [name, longest] :
+       {std::pair{"max_seqlen_q", packing.max_seqlen_q}, {"max_seqlen_k", packing.max_seqlen_k}}) {
+    checker.check(longest >= 0 && longest <= kMaxLength, name, " is ", longest, ", takes 0 to ", kMaxLength);
+  }
+  for (const auto& [name, offsets] :
+       {std::pair{"cu_seqlens_q", &packing.cu_seqlens_q}, {"cu_seqlens_k", &packing.cu_seqlens_k}}) {
+    check_integers(checker, name, *offsets, query);
+    checker.check(offsets->size(0) > 0, name, " is empty, takes 0 and the end of each sequence");
+  }
+  cu_seqlens_q = torch::stable::contiguous(packing.cu_seqlens_q);
+  cu_seqlens_k = torch::stable::contiguous(packing.cu_seqlens_k);
+  checker.check(cu_seqlens_q->size(0) == cu_seqlens_k->size(0), "cu_seqlens_k has ", cu_seqlens_k->size(0),
+                " elements, takes as many as cu_seqlens_q (", cu_seqlens_q->size(0), ")");
+  if (read) {
+    query_offsets = read_offsets(checker, "cu_seqlens_q", *cu_seqlens_q, num_queries, packing.max_seqlen_q, read);
+    key_offsets = read_offsets(checker, "cu_seqlens_k", *cu_seqlens_k, num_keys, packing.max_seqlen_k, read);
+  }
+  batch = cu_seqlens_q->size(0) - 1;
+  num_queries = packing.max_seqlen_q, num_keys = packing.max_seqlen_k;
+}
+
+void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type) {
+  checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
+  if (!score.head_scale) return;
+  checker.strided_like("scale", *score.head_scale, query);
+  checker.dtype("scale", *score.head_scale, type);
+  checker.shape("scale", *score.head_scale, {heads});
+  score.head_scale = torch::stable::contiguous(*score.head_scale);
+}
+
+void AttentionArguments::check_score(const Checker& checker) {
+  const ScalarType type = statistics_type(dtype);
+  check_scale(checker, score, query, heads, type);
+  const std::vector<int64_t> full{batch, heads, num_queries, num_keys};
+  check_score_term(checker, "bias", score.bias, query, type, full, "(B, heads, Nq, Nk)");
+  check_score_term(checker, "multiplier", score.multiplier, query, type, full, "(B, heads, Nq, Nk)");
+  check_score_term(checker, "key_bias", score.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
+  on_grid = GridScore(checker, score.on_grid, query, key, type);
+}
+
+std::vector<int64_t> AttentionArguments::out_sizes() const {
+  std::vector<int64_t> sizes = sizes_of(query);
+  sizes.back() = value_dim;
+  return sizes;
+}
+
+std::vector<int64_t> AttentionArguments::lse_sizes() const {
+  std::vector<int64_t> sizes = sizes_of(query);
+  sizes.pop_back();
+  return sizes;
+}
+
+void AttentionArguments::fill(AttentionParams& params) const {
+  params.dtype = dtype;
+  params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
+  params.head_dim = head_dim, params.value_dim = value_dim;
+  params.kv_head_of = heads_of.kv_head_of.data();
+  params.first_head = heads_of.first_head.data();
+  params.head_list = heads_of.head_list.data();
+  params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
+  params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
+  params.first_task = first_task.empty() ? nullptr : first_task.data();
+  params.pattern.axis[0] = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
+  params.score = {.scale = score.scale,
+                  .head_scale = score.head_scale ? score.head_scale->const_data_ptr() : nullptr,
+                  .multiplier = score_term(score.multiplier, 4),
+                  .bias = score_term(score.bias, 4),
+                  .key_bias = score_term(score.key_bias, 3)};
+  on_grid.fill(params.score.on_grid);
+  params.query = token_tensor(query);
+  params.key = token_tensor(key);
+  params.value = token_tensor(value);
+}
+
+TokenTensor token_tensor(const Tensor& t) {
+  constexpr int64_t kAlignment = 16;
+  // In elements: a stride that no token is reached by may be too large to be counted in bytes.
+  const int64_t tokens = t.dim() - 3, elements = kAlignment / t.element_size();
+  bool is_aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0;
+  for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && t.stride(i) % elements == 0;
+  return {.data = const_cast<void*>(t.const_data_ptr()),
+          .batch_stride = tokens ? t.stride(0) : 0,
+          .token_stride = t.stride(tokens),
+          .head_stride = t.stride(tokens + 1),
+          .is_aligned = is_aligned && t.size(t.dim() - 1) % elements == 0};
+}
+
+Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params) {
+  const ScoreStrides strides = score_strides(tensor, rank, true);
+  term.grad_strides = strides;
+  term.grad_is_double = (strides.batch == 0 && params.batch > 1) || (strides.head == 0 && params.heads > 1) ||
+                        (strides.query == 0 && params.num_queries() > 1) || (strides.key == 0 && params.num_keys() > 1);
+  Tensor grad = zeros_as(tensor, sizes_of(tensor), term.grad_is_double ? ScalarType::Double : tensor.scalar_type());
+  term.grad = grad.mutable_data_ptr();
+  return grad;
+}
+
+}  // namespace vitkernels

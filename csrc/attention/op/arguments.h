@@ -1,0 +1,84 @@
+// From the tensors of an attention operator to the Params of its kernels, with all checks.
+#pragma once
+
+#include "attention/dense.h"
+#include "attention/op/offset_arguments.h"
+#include "common/check.h"
+
+namespace vitkernels {
+
+struct ScoreArguments {
+  double scale;
+  OptionalTensor head_scale, bias, key_bias, multiplier;
+  GridArguments on_grid = {};
+};
+
+// Sequences packed one after another: where each begins, and the longest ones' lengths.
+struct Packing {
+  Tensor cu_seqlens_q, cu_seqlens_k;  // [sequences + 1], int32 or int64
+  int64_t max_seqlen_q, max_seqlen_k;
+};
+
+// The values of an int64 or int32 vector (head_map, cu_seqlens), to be checked up front. Null: they are not read, and
+// kernels check them.
+using ReadIntegers = std::vector<int64_t> (*)(const Checker& checker, const Tensor& t);
+std::vector<int64_t> read_host_integers(const Checker& checker, const Tensor& t);
+
+inline constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
+
+// Which kv head a query head reads, and the inverse (dense.h). Empty where the values stay on a device.
+struct HeadMap {
+  HeadMap() = default;
+  HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads, int64_t kv_heads,
+          ReadIntegers read = read_host_integers);
+
+  std::vector<int64_t> kv_head_of, first_head, head_list;
+};
+
+// Checks the scale, and the scale of each head, which becomes contiguous.
+void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type);
+
+// Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
+class AttentionArguments {
+ public:
+  AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key, const Tensor& value,
+                     ScoreArguments score, const OptionalTensor& head_map, bool is_causal,
+                     const std::optional<Packing>& packing = std::nullopt, ReadIntegers read = read_host_integers);
+
+  void fill(AttentionParams& params) const;
+  std::vector<int64_t> out_sizes() const;
+  std::vector<int64_t> lse_sizes() const;
+
+  Tensor query, key, value;
+  OptionalTensor head_map, cu_seqlens_q, cu_seqlens_k;  // contiguous
+  ScoreArguments score;
+  GridScore on_grid;
+  DType dtype;
+  bool is_causal;
+  int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry
+  int64_t num_tasks;                                                           // of the forward on the CPU
+
+ private:
+  void check_tokens(const Checker& checker, bool is_packed);
+  void check_packing(const Checker& checker, const Packing& packing, ReadIntegers read);
+  void check_score(const Checker& checker);
+  void count_tasks();
+
+  HeadMap heads_of;
+  std::vector<int64_t> query_offsets, key_offsets, first_task;
+};
+
+TokenTensor token_tensor(const Tensor& t);
+
+// Strides of a tensor that is broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
+// `contiguous`: as if it were.
+ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous);
+
+// That a term broadcasts to `target`, which `takes` names.
+void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
+                      ScalarType type, const std::vector<int64_t>& target, const char* takes);
+
+// The gradient of a score term: zero, in the term's own shape. Sums over batch, heads or tokens are float64.
+Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params);
+
+}  // namespace vitkernels

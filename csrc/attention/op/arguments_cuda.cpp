@@ -1,0 +1,65 @@
+#include "attention/op/arguments_cuda.h"
+
+#include <cstdlib>
+#include <string_view>
+#include <utility>
+
+#include "cuda/device.h"
+
+namespace vitkernels {
+namespace {
+
+bool values_are_checked() {
+  static const bool checked = [] {
+    const char* option = std::getenv("VITKERNELS_CHECK");
+    return option && std::string_view(option) == "1";
+  }();
+  return checked;
+}
+
+std::vector<int64_t> read_device_integers(const Checker& checker, const Tensor& t) {
+  const Tensor values = torch::stable::contiguous(t);
+  const OnDevice device(t);
+  const auto read = [&]<class T>(T) {
+    std::vector<T> copy(t.numel());
+    check_cuda(checker, cudaMemcpyAsync(copy.data(), values.const_data_ptr(), copy.size() * sizeof(T),
+                                        cudaMemcpyDeviceToHost, device.stream()));
+    check_cuda(checker, cudaStreamSynchronize(device.stream()));
+    return std::vector<int64_t>(copy.begin(), copy.end());
+  };
+  return t.scalar_type() == ScalarType::Long ? read(int64_t{}) : read(int32_t{});
+}
+
+DeviceIntegers integers(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long}; }
+
+}  // namespace
+
+AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
+                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
+                                       bool is_causal, const std::optional<Packing>& packing) {
+  const GridArguments on_grid = std::exchange(score.on_grid, {});  // those of a CPU are reversed
+  AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, packing,
+                          values_are_checked() ? read_device_integers : nullptr);
+  args.on_grid = GridScore(checker, on_grid, query, key, statistics_type(args.dtype), TablesAs::kGiven);
+  checker.check(args.dtype != DType::kFloat64, "query is float64, takes float32, bfloat16 or float16 on a GPU");
+  checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",
+                kMaxCudaHeadDim, " on a GPU");
+  return args;
+}
+
+void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params) {
+  args.fill(params);
+  // Those are on the host.
+  params.kv_head_of = params.first_head = params.head_list = nullptr;
+  params.query_offsets = params.key_offsets = params.first_task = nullptr;
+  params.out = token_tensor(out);
+  params.lse = const_cast<void*>(lse.const_data_ptr());
+  if (args.head_map) params.head_map = integers(*args.head_map);
+  if (!args.cu_seqlens_q) return;
+  params.cu_seqlens_q = integers(*args.cu_seqlens_q);
+  params.cu_seqlens_k = integers(*args.cu_seqlens_k);
+  params.packed_queries = args.query.size(0);
+  params.packed_keys = args.key.size(0);
+}
+
+}  // namespace vitkernels

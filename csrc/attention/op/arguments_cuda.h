@@ -1,0 +1,17 @@
+// The arguments of attention operators on a GPU: what the kernels take, and the Params that they are told.
+#pragma once
+
+#include "attention/cuda/launches.h"
+#include "attention/op/arguments.h"
+
+namespace vitkernels {
+
+// Values of integer tensors stay on the device, where kernels read and check them. With VITKERNELS_CHECK=1 in the
+// environment, they are also copied to the host, which waits for them, and checked as on a CPU.
+AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
+                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
+                                       bool is_causal, const std::optional<Packing>& packing = std::nullopt);
+
+void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params);
+
+}  // namespace vitkernels

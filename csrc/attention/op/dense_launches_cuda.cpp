@@ -1,0 +1,65 @@
+// Forward and backward of softmax attention: which dtype's launchers take a call, and the splits of the forward's keys.
+
+#include "attention/cuda/launches.h"
+#include "attention/cuda/tile_sizes.h"
+
+namespace vitkernels {
+namespace {
+
+// Calls f(the launchers of a dtype).
+template <class Function>
+auto dispatch_launches(DType dtype, Function&& f) {
+  if (dtype == DType::kFloat32) return f(AttentionLaunches<DType::kFloat32>{});
+  if (dtype == DType::kBFloat16) return f(AttentionLaunches<DType::kBFloat16>{});
+  return f(AttentionLaunches<DType::kFloat16>{});
+}
+
+cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
+  const int64_t rows = p.num_rows() * p.heads;
+  const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
+  for (int64_t split = 0; split < p.splits; ++split) {
+    outs[split] = p.split_out + split * rows * p.value_dim;
+    lses[split] = p.split_max + split * rows;
+  }
+  return launch_merge_attentions({.out_dtype = p.dtype,
+                                  .parts = p.splits,
+                                  .rows = rows,
+                                  .dim = p.value_dim,
+                                  .outs = outs,
+                                  .lses = lses,
+                                  .sums = p.split_sum,
+                                  .out = p.out.data,
+                                  .lse = p.lse},
+                                 stream);
+}
+
+}  // namespace
+
+int64_t attention_key_splits(const AttentionCudaParams& p) {
+  const int64_t blocks =
+      dispatch_launches(p.dtype, [&]<class Launches>(Launches) { return Launches::forward_blocks(p); });
+  return std::min(splits_of(blocks, p.key_tiles(1)), kMaxMergeParts);
+}
+
+cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
+  const cudaError_t error =
+      dispatch_launches(p.dtype, [&]<class Launches>(Launches) { return Launches::forward(p, stream); });
+  return error != cudaSuccess || p.splits == 1 ? error : join_splits(p, stream);
+}
+
+int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner) {
+  return dispatch_launches(p.dtype,
+                           [&]<class Launches>(Launches) { return Launches::backward_splits(p, sums, owner); });
+}
+
+int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
+  return dispatch_launches(p.dtype, [&]<class Launches>(Launches) { return Launches::backward_dot_parts(p, sums); });
+}
+
+cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
+                                      cudaStream_t stream) {
+  return dispatch_launches(p.dtype,
+                           [&]<class Launches>(Launches) { return Launches::backward(p, sums, owner, stream); });
+}
+
+}  // namespace vitkernels

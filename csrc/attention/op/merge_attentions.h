@@ -1,0 +1,100 @@
+// What the operators vitkernels::merge_attentions and vitkernels::merge_attentions_backward do on every device: check,
+// allocate, and hand the kernels their Params.
+#pragma once
+
+#include <limits>
+#include <tuple>
+
+#include "attention/dense.h"
+#include "common/check.h"
+
+namespace vitkernels {
+
+// Checked, contiguous parts; owns what Params points to.
+struct MergeArguments {
+  std::vector<Tensor> outs, lses;
+  std::vector<const void*> out_data, lse_data;
+  MergeParams params;
+
+  MergeArguments(const Checker& checker, const std::vector<Tensor>& outs_in, const std::vector<Tensor>& lses_in,
+                 int64_t max_parts) {
+    checker.check(!outs_in.empty(), "outs is empty, takes at least one tensor");
+    checker.check(int64_t(outs_in.size()) <= max_parts, "outs has ", outs_in.size(), " tensors, takes at most ",
+                  max_parts, " on this device");
+    checker.check(outs_in.size() == lses_in.size(), "lses has ", lses_in.size(), " tensors, takes as many as outs (",
+                  outs_in.size(), ")");
+    const Tensor& first = outs_in[0];
+    checker.defined("outs[0]", first);
+    checker.check(first.dim() >= 2, "outs[0] has shape ", shape_text(first), ", takes (B, *spatial, heads, dv)");
+    params.dtype = params.out_dtype = checker.element_type("outs", first);
+    const std::vector<int64_t> out_sizes = sizes_of(first);
+    const std::vector<int64_t> lse_sizes(out_sizes.begin(), out_sizes.end() - 1);
+    for (size_t i = 0; i < outs_in.size(); ++i) {
+      checker.strided_like("outs", outs_in[i], first);
+      checker.strided_like("lses", lses_in[i], first);
+      checker.dtype("outs", outs_in[i], first.scalar_type());
+      checker.dtype("lses", lses_in[i], statistics_type(params.dtype));
+      checker.shape("outs", outs_in[i], out_sizes);
+      checker.shape("lses", lses_in[i], lse_sizes);
+    }
+    for (size_t i = 0; i < outs_in.size(); ++i) {
+      outs.push_back(torch::stable::contiguous(outs_in[i]));
+      lses.push_back(torch::stable::contiguous(lses_in[i]));
+      out_data.push_back(outs[i].const_data_ptr());
+      lse_data.push_back(lses[i].const_data_ptr());
+    }
+    params.parts = int64_t(outs.size());
+    params.rows = lses[0].numel();
+    params.dim = out_sizes.back();
+    params.outs = out_data.data();
+    params.lses = lse_data.data();
+  }
+};
+
+inline constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
+
+// `run(checker, params)` computes what Params asks for.
+template <class Run>
+std::tuple<Tensor, Tensor> merge_attentions(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+                                            int64_t max_parts, Run&& run) {
+  const Checker checker("merge_attentions");
+  MergeArguments args(checker, outs, lses, max_parts);
+  Tensor out = empty_as(outs[0], sizes_of(outs[0]), outs[0].scalar_type());
+  Tensor lse = empty_as(lses[0], sizes_of(lses[0]), lses[0].scalar_type());
+  args.params.out = out.mutable_data_ptr();
+  args.params.lse = lse.mutable_data_ptr();
+  run(checker, args.params);
+  return {out, lse};
+}
+
+template <class Run>
+std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                                              const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
+                                              int64_t max_parts, Run&& run) {
+  const Checker checker("merge_attentions_backward");
+  MergeArguments args(checker, outs, lses, max_parts);
+  checker.strided_like("grad_out", grad_out, outs[0]);
+  checker.dtype("grad_out", grad_out, outs[0].scalar_type());
+  checker.shape("grad_out", grad_out, sizes_of(outs[0]));
+  if (grad_lse) {
+    checker.strided_like("grad_lse", *grad_lse, outs[0]);
+    checker.dtype("grad_lse", *grad_lse, lses[0].scalar_type());
+    checker.shape("grad_lse", *grad_lse, sizes_of(lses[0]));
+  }
+  std::vector<Tensor> grads;
+  for (const Tensor& t : outs) grads.push_back(empty_as(t, sizes_of(t), t.scalar_type()));
+  for (const Tensor& t : lses) grads.push_back(empty_as(t, sizes_of(t), t.scalar_type()));
+  std::vector<void*> grad_data;
+  for (const Tensor& t : grads) grad_data.push_back(t.mutable_data_ptr());
+
+  const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
+  const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
+  args.params.grad_out = grad_out_rows.const_data_ptr();
+  args.params.grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr;
+  args.params.grad_outs = grad_data.data();
+  args.params.grad_lses = grad_data.data() + outs.size();
+  run(checker, args.params);
+  return grads;
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,72 @@
+#include "attention/op/offset_launches_cuda.h"
+
+#include "attention/op/sums_in_parts_cuda.h"
+
+namespace vitkernels {
+
+using Start = SumsInParts::Start;
+
+OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArguments& args,
+                                      AttentionCudaParams& params, cudaStream_t stream) {
+  const GridTerms& terms = params.score.on_grid;
+  if (!terms.has_rel_pos()) return {};
+  RelativeLogits relative;
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    relative.first[axis] = relative.width;
+    if (terms.rel_pos[axis].data) relative.width += int(terms.grid.size[axis]);
+  }
+  relative.head_stride = terms.grid.num_tokens() * relative.width;
+  relative.batch_stride = args.heads * relative.head_stride;
+  const Tensor logits = empty_as(args.query, {args.batch, relative.batch_stride}, ScalarType::Float);
+  relative.data = static_cast<const float*>(logits.const_data_ptr());
+  params.score.on_grid.relative = relative;
+  check_cuda(checker, launch_relative_logits(params, static_cast<float*>(logits.mutable_data_ptr()), stream));
+  return logits;
+}
+
+GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
+                                             const WantedOnGrid& wanted, AttentionBackwardCudaParams& params)
+    : launches_(launches), args_(args), wanted_(wanted) {
+  const GridTerms& terms = params.score.on_grid;
+  if (!terms.has_rel_pos() || launches.is_empty()) return;
+  relative_grads_ = zeros_as(args.query, {args.batch, terms.relative.batch_stride}, ScalarType::Float);
+  relative_grad_query_ =
+      empty_as(args.query, {args.batch, args.heads, terms.grid.num_tokens(), args.head_dim}, ScalarType::Float);
+  float* grads = static_cast<float*>(relative_grads_->mutable_data_ptr());
+  float* grad_query = static_cast<float*>(relative_grad_query_->mutable_data_ptr());
+  launches.check(launch_relative_logits_backward(params, grads, launches.stream()));
+  launches.check(launch_relative_grad_query(params, grads, grad_query, launches.stream()));
+  params.relative_grad_query = grad_query;
+}
+
+std::array<Tensor, 2 + kMaxAxes> GridGradientsOnDevice::compute(const AttentionBackwardCudaParams& params) const {
+  const GridArguments& from = args_.on_grid.from;
+  return {table(params, 0, from.bias_table, TermFactor::kBias),
+          table(params, 1, from.multiplier_table, TermFactor::kMultiplierTable), embedding(params, 0),
+          embedding(params, 1), embedding(params, 2)};
+}
+
+Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, int index, const OptionalTensor& given,
+                                    TermFactor factor) const {
+  if (!given || !wanted_[index]) return launches_.none();
+  if (launches_.is_empty()) return launches_.gradient_of(*given);
+  const SumsInParts sums(*given, parts_of_table(params), args_.heads * params.score.on_grid.grid.num_entries(),
+                         Start::kZero);
+  launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));
+  launches_.check(sums.add(launches_.stream()));
+  return sums.gradient();
+}
+
+Tensor GridGradientsOnDevice::embedding(const AttentionBackwardCudaParams& params, int axis) const {
+  const OptionalTensor& given = args_.on_grid.from.rel_pos[axis];
+  if (!given || !wanted_[2 + axis]) return launches_.none();
+  if (launches_.is_empty()) return launches_.gradient_of(*given);
+  const SumsInParts sums(*given, parts_of_embedding(params, axis),
+                         args_.heads * params.score.on_grid.grid.num_offsets(axis) * args_.head_dim, Start::kAnything);
+  const float* grads = static_cast<const float*>(relative_grads_->const_data_ptr());
+  launches_.check(launch_relative_grad_embedding(params, {axis, grads, sums.sums()}, launches_.stream()));
+  launches_.check(sums.add(launches_.stream()));
+  return sums.gradient();
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,33 @@
+// The terms by place on a grid on a GPU: the kernels that an operator launches for them, with the memory that these need.
+#pragma once
+
+#include "attention/op/backward_launches_cuda.h"
+
+namespace vitkernels {
+
+// Computes the relative logits, if there are embeddings, and tells `params` of them. The tensor holds them.
+OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArguments& args,
+                                      AttentionCudaParams& params, cudaStream_t stream);
+
+// The gradients of these terms. The other backward kernels' `delta` must be there.
+class GridGradientsOnDevice {
+ public:
+  // Tells `params` of what reaches the queries.
+  GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args, const WantedOnGrid& wanted,
+                        AttentionBackwardCudaParams& params);
+
+  // In the order of the arguments; empty where not wanted.
+  std::array<Tensor, 2 + kMaxAxes> compute(const AttentionBackwardCudaParams& params) const;
+
+ private:
+  Tensor table(const AttentionBackwardCudaParams& params, int index, const OptionalTensor& given,
+               TermFactor factor) const;
+  Tensor embedding(const AttentionBackwardCudaParams& params, int axis) const;
+
+  const BackwardLaunches& launches_;
+  const AttentionArguments& args_;
+  WantedOnGrid wanted_;
+  OptionalTensor relative_grads_, relative_grad_query_;
+};
+
+}  // namespace vitkernels

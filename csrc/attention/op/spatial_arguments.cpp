@@ -1,0 +1,225 @@
+#include "attention/op/spatial_arguments.h"
+
+#include <cmath>
+
+namespace vitkernels {
+namespace {
+
+constexpr int64_t kIntegersPerAxis = 8;
+constexpr int64_t kMostKeys = 1 << 22;  // of a tile, unless they are all on the map
+constexpr int64_t kMostExtent = 4096;   // of a block or a window, unless the axis is longer
+constexpr int64_t kMostTokens = int64_t(1) << 31;
+
+std::vector<int64_t> map_sizes(const Tensor& t) {
+  const std::vector<int64_t> sizes = sizes_of(t);
+  return {sizes.begin() + 1, sizes.end() - 2};
+}
+
+}  // namespace
+
+MapTensor map_tensor(const Tensor& t, int axes) {
+  MapTensor result{const_cast<void*>(t.const_data_ptr()), t.stride(0), {}, t.stride(1 + axes)};
+  for (int axis = 0; axis < axes; ++axis) result.axis_stride[kMaxAxes - axes + axis] = t.stride(1 + axis);
+  return result;
+}
+
+MapTensor key_bias_tensor(const Tensor& term, int axes) {
+  int64_t strides[2 + kMaxAxes] = {};  // (B, heads, *map), of which the term has the last ones
+  const int64_t rank = 2 + axes;
+  for (int64_t i = 0; i < term.dim(); ++i) {
+    strides[rank - term.dim() + i] = term.size(i) == 1 ? 0 : term.stride(i);
+  }
+  MapTensor result{const_cast<void*>(term.const_data_ptr()), strides[0], {}, strides[1]};
+  for (int axis = 0; axis < axes; ++axis) result.axis_stride[kMaxAxes - axes + axis] = strides[2 + axis];
+  return result;
+}
+
+SpatialArguments::SpatialArguments(const Checker& checker, const SpatialInput& input)
+    : query(input.query),
+      key(input.key),
+      value(input.value),
+      key_fill(input.key_fill),
+      value_fill(input.value_fill),
+      score(input.score),
+      has_outside(input.has_outside),
+      is_shared_query(input.is_shared_query) {
+  check_tokens(checker);
+  const ScalarType statistics = statistics_type(dtype);
+  pattern.radius = input.radius;
+  checker.check(pattern.radius >= 0 && std::isfinite(pattern.radius), "radius is ", pattern.radius,
+                ", takes a positive number of tokens, or 0 for none");
+  check_axes(checker, input.axes);
+  if (is_shared_query) check_shared_query(checker);
+  check_fill(checker, "key_fill", key_fill, head_dim);
+  check_fill(checker, "value_fill", value_fill, value_dim);
+  heads_of = HeadMap(checker, input.head_map, query, heads, kv_heads);
+  if (input.head_map) head_map = torch::stable::contiguous(*input.head_map);
+  check_scale(checker, score, query, heads, statistics);
+  std::vector<int64_t> of_keys{batch, heads};
+  of_keys.insert(of_keys.end(), key_map.begin(), key_map.end());
+  check_score_term(checker, "key_bias", score.key_bias, query, statistics, of_keys, "(B, heads, *key_map)");
+  tile(checker);
+  std::array<int64_t, kMaxAxes> largest_offset{};
+  for (size_t axis = 0; axis < tiled_axes.size(); ++axis) largest_offset[axis] = tiled_axes[axis].largest_offset;
+  tables = GridScore(checker, score.on_grid, query, axes, largest_offset, statistics);
+  query = with_unit_last_stride(query);
+  key = with_unit_last_stride(key);
+  value = with_unit_last_stride(value);
+}
+
+void SpatialArguments::check_tokens(const Checker& checker) {
+  constexpr const char* kTakes = ", takes 4 to 6 dimensions (B, one to three axes, heads, d)";
+  checker.defined("query", query);
+  checker.check(query.dim() >= 4 && query.dim() <= 3 + kMaxAxes, "query has shape ", shape_text(query), kTakes);
+  axes = int(query.dim()) - 3;
+  checker.rank("key", key, query.dim(), "(B, *map, kv_heads, d), as query");
+  checker.rank("value", value, query.dim(), "(B, *map, kv_heads, dv), as query");
+  dtype = checker.element_type("query", query);
+  for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
+    checker.strided_like(name, *t, query);
+    checker.dtype(name, *t, query.scalar_type());
+  }
+  batch = query.size(0), heads = query.size(axes + 1), head_dim = query.size(axes + 2);
+  kv_heads = key.size(axes + 1), value_dim = value.size(axes + 2);
+  checker.size("key", key, 0, batch, "query's batch size");
+  checker.size("value", value, 0, batch, "query's batch size");
+  for (int axis = 0; axis < axes; ++axis) checker.size("value", value, 1 + axis, key.size(1 + axis), "key's map");
+  checker.size("value", value, axes + 1, kv_heads, "key's number of heads");
+  checker.size("key", key, axes + 2, head_dim, "query's head dimension");
+  checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
+  checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
+  checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
+  checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
+  key_map = map_sizes(key);
+  query_map = is_shared_query ? key_map : map_sizes(query);
+  for (int axis = 0; axis < axes; ++axis) {
+    const int64_t most = std::max(query_map[axis], key_map[axis]);
+    checker.check(most < kMostTokens, "query or key has ", most, " tokens on an axis, takes less than ", kMostTokens);
+  }
+}
+
+void SpatialArguments::check_axes(const Checker& checker, const std::vector<int64_t>& integers) {
+  checker.check(int64_t(integers.size()) == axes * kIntegersPerAxis, "axes has ", integers.size(), " integers, takes ",
+                axes * kIntegersPerAxis, " = 8 for each axis of query's map");
+  for (int axis = 0; axis < axes; ++axis) {
+    const int64_t* of_axis = integers.data() + axis * kIntegersPerAxis;
+    checker.check(of_axis[0] >= 0 && of_axis[0] <= int64_t(Rule::kSliding), "axes gives axis ", axis, " the rule ",
+                  of_axis[0], ", takes 0 (full), 1 (block), 2 (neighborhood) or 3 (sliding)");
+    checker.check(of_axis[7] == 0 || of_axis[7] == 1, "axes gives axis ", axis, " the is_causal ", of_axis[7],
+                  ", takes 0 or 1");
+    const AxisRule rule{.rule = Rule(of_axis[0]),
+                        .num_queries = query_map[axis],
+                        .num_keys = key_map[axis],
+                        .step = of_axis[1],
+                        .size = of_axis[2],
+                        .key_size = of_axis[3],
+                        .shift = of_axis[4],
+                        .halo = of_axis[5],
+                        .stride = of_axis[6],
+                        .is_causal = of_axis[7] == 1,
+                        .has_outside = has_outside};
+    check_rule(checker, axis, rule);
+    pattern.axis[kMaxAxes - axes + axis] = rule;
+  }
+}
+
+void SpatialArguments::check_rule(const Checker& checker, int axis, const AxisRule& rule) const {
+  const auto check = [&](const char* what, int64_t value, int64_t least, int64_t most) {
+    checker.check(value >= least && value <= most, "axes gives axis ", axis, " the ", what, " ", value, ", takes ",
+                  least, " to ", most);
+  };
+  const int64_t longest = std::max<int64_t>({rule.num_queries, rule.num_keys, 1});
+  const int64_t most = std::max(kMostExtent, 2 * longest);
+  check("step", rule.step, 1, longest);
+  if (rule.rule == Rule::kNeighborhood) {
+    const int64_t classes = std::min(rule.step, std::max<int64_t>(rule.num_queries, 1));
+    const int64_t fewest = rule.of_class(classes - 1).num_keys;
+    checker.check(rule.size <= fewest, "axes gives axis ", axis, " the size ", rule.size, ", which exceeds its ",
+                  fewest, " keys", rule.step > 1 ? " of a residue class" : "");
+  }
+  check("size", rule.size, 1, most);
+  check("key_size", rule.key_size, 1, most);
+  check("shift", rule.shift, 0, rule.size - 1);
+  check("halo", rule.halo, 0, most);
+  check("stride", rule.stride, 1, rule.size);
+}
+
+void SpatialArguments::check_shared_query(const Checker& checker) const {
+  for (int axis = 0; axis < axes; ++axis) {
+    const AxisRule& rule = pattern.axis[kMaxAxes - axes + axis];
+    checker.check(rule.rule == Rule::kBlock && rule.shift == 0 && rule.step == 1 && rule.key_size == rule.size &&
+                      rule.num_keys % rule.size == 0,
+                  "axes gives axis ", axis, " another rule than blocks that divide key's ", rule.num_keys,
+                  " tokens, takes these with a shared query");
+    checker.size("query", query, 1 + axis, rule.size, "the size of a block, with a shared query");
+  }
+}
+
+void SpatialArguments::check_fill(const Checker& checker, const char* name, OptionalTensor& fill, int64_t dim) const {
+  if (!fill) return;
+  checker.strided_like(name, *fill, query);
+  checker.check(has_outside, name, " is given, takes None unless there are keys outside the map");
+  checker.dtype(name, *fill, query.scalar_type());
+  checker.shape(name, *fill, {kv_heads, dim});
+  fill = torch::stable::contiguous(*fill);
+}
+
+void SpatialArguments::tile(const Checker& checker) {
+  if (is_empty()) return;
+  const std::array<int64_t, kMaxAxes> extents = tile_extents(pattern);
+  double keys = 1, on_map = 1;
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    tiled_axes.emplace_back(pattern.axis[axis], extents[axis]);
+    keys *= double(tiled_axes.back().view().most_keys);
+    on_map *= double(pattern.axis[axis].num_keys);
+  }
+  checker.check(keys <= std::max(on_map, double(kMostKeys)), "axes gives a query ", keys, " keys, takes at most ",
+                kMostKeys, " or those of the map");
+}
+
+bool SpatialArguments::is_empty() const {
+  return batch == 0 || std::find(query_map.begin(), query_map.end(), 0) != query_map.end();
+}
+
+std::vector<int64_t> SpatialArguments::lse_sizes() const {
+  std::vector<int64_t> sizes{batch};
+  sizes.insert(sizes.end(), query_map.begin(), query_map.end());
+  sizes.push_back(heads);
+  return sizes;
+}
+
+std::vector<int64_t> SpatialArguments::out_sizes() const {
+  std::vector<int64_t> sizes = lse_sizes();
+  sizes.push_back(value_dim);
+  return sizes;
+}
+
+void SpatialArguments::fill(SpatialParams& params) const {
+  params.dtype = dtype;
+  params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
+  params.head_dim = head_dim, params.value_dim = value_dim;
+  params.kv_head_of = heads_of.kv_head_of.data();
+  params.first_head = heads_of.first_head.data();
+  params.head_list = heads_of.head_list.data();
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    params.query_size[axis] = pattern.axis[axis].num_queries;
+    params.key_size[axis] = pattern.axis[axis].num_keys;
+    if (!tiled_axes.empty()) params.axis[axis] = tiled_axes[axis].view();
+  }
+  params.radius = pattern.radius;
+  params.is_shared_query = is_shared_query;
+  params.score = {.scale = score.scale,
+                  .head_scale = score.head_scale ? score.head_scale->const_data_ptr() : nullptr,
+                  .multiplier = {},
+                  .bias = {},
+                  .key_bias = {}};
+  tables.fill(params.score.on_grid);
+  params.query = map_tensor(query, axes);
+  params.key = map_tensor(key, axes);
+  params.value = map_tensor(value, axes);
+  if (score.key_bias) params.key_bias = key_bias_tensor(*score.key_bias, axes);
+  params.key_fill = key_fill ? key_fill->const_data_ptr() : nullptr;
+  params.value_fill = value_fill ? value_fill->const_data_ptr() : nullptr;
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,58 @@
+// From the tensors of an attention over maps to the Params of its kernels, with all checks.
+#pragma once
+
+#include "attention/op/arguments.h"
+#include "attention/spatial_tiles.h"
+
+namespace vitkernels {
+
+// In the order of the schema.
+struct SpatialInput {
+  const Tensor &query, &key, &value;
+  const std::vector<int64_t>& axes;
+  double radius;
+  bool has_outside, is_shared_query;
+  OptionalTensor key_fill, value_fill;
+  ScoreArguments score;  // without bias and multiplier
+  OptionalTensor head_map;
+};
+
+MapTensor map_tensor(const Tensor& t, int axes);
+
+// A tensor that is broadcast to (B, heads, *map).
+MapTensor key_bias_tensor(const Tensor& term, int axes);
+
+// Owns what Params points to.
+class SpatialArguments {
+ public:
+  SpatialArguments(const Checker& checker, const SpatialInput& input);
+
+  void fill(SpatialParams& params) const;
+  std::vector<int64_t> out_sizes() const;  // [B, *map, heads, dv]
+  std::vector<int64_t> lse_sizes() const;
+  bool is_empty() const;  // there are no queries
+
+  int axes;
+  Tensor query, key, value;
+  OptionalTensor key_fill, value_fill, head_map;
+  ScoreArguments score;
+  GridScore tables;
+  DType dtype;
+  bool has_outside, is_shared_query;
+  int64_t batch, heads, kv_heads, head_dim, value_dim;
+  SpatialPattern pattern;
+  std::vector<TiledAxis> tiled_axes;  // of all axes, those that the map lacks as well
+
+ private:
+  void check_tokens(const Checker& checker);
+  void check_axes(const Checker& checker, const std::vector<int64_t>& integers);
+  void check_rule(const Checker& checker, int axis, const AxisRule& rule) const;
+  void check_shared_query(const Checker& checker) const;
+  void check_fill(const Checker& checker, const char* name, OptionalTensor& fill, int64_t dim) const;
+  void tile(const Checker& checker);
+
+  std::vector<int64_t> query_map, key_map;  // the map's sizes
+  HeadMap heads_of;
+};
+
+}  // namespace vitkernels

@@ -1,0 +1,30 @@
+// The gradients of an attention over maps: their tensors, and the sums that its tasks leave apart.
+#pragma once
+
+#include "attention/op/spatial_sums.h"
+
+namespace vitkernels {
+
+struct NeededSpatialGradients {
+  bool key_fill, value_fill, head_scale, key_bias;
+  WantedOnGrid on_grid;
+};
+
+class SpatialGradients {
+ public:
+  // Attaches them to `params`, which `args` has filled; the order of the work follows from them.
+  SpatialGradients(const SpatialArguments& args, const NeededSpatialGradients& needed, SpatialBackwardParams& params);
+
+  // After the kernel. What is not needed is empty.
+  void finish(const SpatialArguments& args, const SpatialBackwardParams& params);
+
+  Tensor query, key, value, key_fill, value_fill, head_scale, key_bias;
+  std::vector<Tensor> on_grid;  // in the order of the arguments
+
+ private:
+  GridGradients grid_gradients;
+  SpatialSums key_sums, value_sums, query_sums;
+  OptionalTensor key_fill_sums, value_fill_sums, head_scale_sums, key_bias_sums;
+};
+
+}  // namespace vitkernels

@@ -1,0 +1,105 @@
+#include "attention/op/spatial_sums.h"
+
+#include "attention/cpu/tile_sizes.h"
+#include "cpu/isa.h"
+
+namespace vitkernels {
+namespace {
+
+// A range with all keys that a split's tiles see.
+Range keys_of_split(const SpatialBackwardParams& p, int64_t split) {
+  Range any{p.num_keys(), 0};
+  const int64_t num_tiles = p.num_tiles();
+  for (int64_t t = num_tiles * split / p.splits; t < num_tiles * (split + 1) / p.splits; ++t) {
+    int64_t index = t, first = 0, last = 0, inner = 1;
+    for (int axis = kMaxAxes - 1; axis >= 0; --axis) {
+      const AxisTile& tile = p.axis[axis].tile[index % p.axis[axis].count];
+      index /= p.axis[axis].count;
+      const int64_t end = tile.first_key + (tile.num_keys - 1) * p.axis[axis].step;
+      first += inner * std::max<int64_t>(tile.first_key, 0), last += inner * std::min(end, p.key_size[axis] - 1);
+      inner *= p.key_size[axis];
+    }
+    any = {std::min(any.begin, first), std::max(any.end, last + 1)};
+  }
+  return any.empty() ? Range{0, 0} : any;
+}
+
+std::vector<SplitTokens> keys_of_splits(const SpatialBackwardParams& p) {
+  std::vector<SplitTokens> result;
+  int64_t end = 0, row = 0;
+  for (int64_t split = 0; split < p.splits; ++split) {
+    const Range keys = keys_of_split(p, split), shared = intersect(keys, {0, end});
+    SplitTokens tokens{{end, std::max(end, keys.end)}, shared.empty() ? Range{0, 0} : shared, row};
+    if (split == p.splits - 1) tokens.owned.end = p.num_keys();  // also what no query sees
+    end = tokens.owned.end, row += tokens.shared.end - tokens.shared.begin;
+    result.push_back(tokens);
+  }
+  return result;
+}
+
+std::vector<SplitTokens> window_of_splits(const SpatialBackwardParams& p) {
+  const int64_t window = p.most_queries();
+  std::vector<SplitTokens> result{{{0, window}, {0, 0}, 0}};
+  for (int64_t split = 1; split < p.splits; ++split) result.push_back({{0, 0}, {0, window}, (split - 1) * window});
+  return result;
+}
+
+// Rows of `width`, those of a head next to each other.
+MapTensor packed(const Tensor& t, int64_t heads, const int64_t (&size)[kMaxAxes], int64_t width) {
+  const int64_t line = size[2] * width, plane = size[1] * line, head = size[0] * plane;
+  return {t.mutable_data_ptr(), heads * head, {plane, line, width}, head};
+}
+
+}  // namespace
+
+void SpatialSums::attach_keys(const SpatialArguments& args, const SpatialBackwardParams& params,
+                              const Tensor& gradient) {
+  of_split = keys_of_splits(params);
+  allocate(args, gradient, params.key_size, false);
+}
+
+void SpatialSums::attach_window(const SpatialArguments& args, const SpatialBackwardParams& params,
+                                const Tensor& gradient) {
+  of_split = window_of_splits(params);
+  allocate(args, gradient, {params.axis[0].most_queries, params.axis[1].most_queries, params.axis[2].most_queries},
+           true);
+}
+
+void SpatialSums::allocate(const SpatialArguments& args, const Tensor& gradient, const int64_t (&size)[kMaxAxes],
+                           bool is_zero) {
+  const int64_t heads = gradient.size(args.axes + 1), dim = gradient.size(args.axes + 2);
+  sum = {.dtype = args.dtype,
+         .target = map_tensor(gradient, args.axes),
+         .from = {},
+         .splits = int64_t(of_split.size()),
+         .batch = args.batch,
+         .heads = heads,
+         .dim = dim};
+  std::copy_n(size, kMaxAxes, sum.size);
+
+  const ScalarType type = statistics_type(args.dtype);
+  const auto tensor = [&](const std::vector<int64_t>& sizes) {
+    return is_zero ? zeros_as(gradient, sizes, type) : empty_as(gradient, sizes, type);
+  };
+  const int64_t lanes = kernels().vector_bytes / (args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+  const int64_t width = (dim + lanes - 1) / lanes * lanes;
+  // The gradient itself, where it has such rows: less memory, and nothing to be copied.
+  const bool is_in_place = !is_zero && gradient.scalar_type() == type && width == dim;
+  if (!is_in_place) sums = tensor({args.batch, heads, size[0] * size[1] * size[2], width});
+  sum.from.owned = is_in_place ? sum.target : packed(*sums, heads, size, width);
+
+  const SplitTokens& last = of_split.back();
+  const int64_t shared = last.first_row + last.shared.end - last.shared.begin;
+  if (shared > 0) parts = tensor({shared, args.batch, heads, width});
+  sum.from.parts = parts ? parts->mutable_data_ptr() : nullptr;
+  sum.from.of_split = of_split.data();
+}
+
+void SpatialSums::finish() const {
+  const bool is_done = !sums && !parts;  // or nothing was attached
+  if (is_done) return;
+  torch::stable::parallel_for(0, sum.num_lines(), 1,
+                              [&](int64_t begin, int64_t end) { kernels().sum_spatial_parts(sum, begin, end); });
+}
+
+}  // namespace vitkernels

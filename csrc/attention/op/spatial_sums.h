@@ -1,0 +1,29 @@
+// Gradients that several tasks of an attention over maps add to: of keys that several tiles or heads see, and of a query
+// window that all windows share.
+#pragma once
+
+#include "attention/op/spatial_arguments.h"
+
+namespace vitkernels {
+
+class SpatialSums {
+ public:
+  // Of `gradient`, for a kernel that clears the sums, and of which each split sees a range of the tokens of its map.
+  void attach_keys(const SpatialArguments& args, const SpatialBackwardParams& params, const Tensor& gradient);
+  // Of a query window, which every split sees. The sums are zero.
+  void attach_window(const SpatialArguments& args, const SpatialBackwardParams& params, const Tensor& gradient);
+
+  const SplitSums& view() const { return sum.from; }
+
+  // After the kernel: the gradient is made of the sums.
+  void finish() const;
+
+ private:
+  void allocate(const SpatialArguments& args, const Tensor& gradient, const int64_t (&size)[kMaxAxes], bool is_zero);
+
+  SpatialSum sum;
+  std::vector<SplitTokens> of_split;
+  OptionalTensor sums, parts;
+};
+
+}  // namespace vitkernels

@@ -1,0 +1,58 @@
+// From the tensors of attention_transposed to the Params of its kernels, with all checks.
+#pragma once
+
+#include "attention/op/arguments.h"
+
+namespace vitkernels {
+
+// Owns what Params points to, beside those of an attention, in which the key passes for the value that is missing: there
+// is a value for each query instead of each key.
+class TransposedArguments {
+ public:
+  TransposedArguments(const Checker& checker, AttentionArguments of_map, const Tensor& value_q,
+                      const Tensor& lse_of_rows, const OptionalTensor& weight)
+      : attention(std::move(of_map)), query_weight(weight) {
+    const std::vector<int64_t> rows = attention.lse_sizes();
+    const ScalarType statistics = statistics_type(attention.dtype);
+    checker.rank("value_q", value_q, 4, "(B, Nq, heads, dv)");
+    checker.strided_like("value_q", value_q, attention.query);
+    checker.dtype("value_q", value_q, attention.query.scalar_type());
+    checker.size("value_q", value_q, 0, rows[0], "query's batch size");
+    checker.size("value_q", value_q, 1, rows[1], "query's number of tokens");
+    checker.size("value_q", value_q, 2, rows[2], "query's number of heads");
+    checker.check(value_q.size(3) > 0, "value_q has head dimension 0, takes at least 1");
+    checker.strided_like("lse", lse_of_rows, attention.query);
+    checker.dtype("lse", lse_of_rows, statistics);
+    checker.shape("lse", lse_of_rows, rows);
+    check_score_term(checker, "query_weight", query_weight, attention.query, statistics, rows, "(B, Nq, heads)");
+    value = with_unit_last_stride(value_q);
+    lse = torch::stable::contiguous(lse_of_rows);
+  }
+
+  void check_grad_out(const Checker& checker, const Tensor& grad_out) const {
+    checker.strided_like("grad_out", grad_out, attention.query);
+    checker.dtype("grad_out", grad_out, attention.query.scalar_type());
+    checker.shape("grad_out", grad_out, out_sizes());
+  }
+
+  std::vector<int64_t> out_sizes() const {
+    return {attention.batch, attention.num_keys, attention.heads, value.size(3)};
+  }
+
+  AttentionArguments attention;
+  Tensor value, lse;
+  OptionalTensor query_weight;
+};
+
+// Strides of a tensor broadcast to (batch, query, head).
+inline ScoreStrides weight_strides(const Tensor& t, bool contiguous) {
+  int64_t strides[3] = {};
+  int64_t running = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    strides[3 - t.dim() + i] = t.size(i) == 1 ? 0 : contiguous ? running : t.stride(i);
+    running *= t.size(i);
+  }
+  return {.batch = strides[0], .head = strides[2], .query = strides[1]};
+}
+
+}  // namespace vitkernels
