@@ -19,7 +19,7 @@ from torch import Tensor
 from vitkernels.ops.registration import refusals
 
 #: What ``make emulator`` builds.
-DIRECTORY = Path(os.environ.get("VITKERNELS_EMULATOR", ROOT / "build" / "emulator" / "tests" / "emulator"))
+DIRECTORY = Path(os.environ.get("VITKERNELS_EMULATOR", ROOT / "build" / "Release" / "tests" / "emulator"))
 
 KERNELS = TESTS / "emulator" / "kernels"
 LANES = range(32)
