@@ -35,6 +35,50 @@ struct Sequence {
   VK_HOST_DEVICE Range key_tokens(Range keys) const { return relative_to(keys, -first_key); }
 };
 
+// What is attended to, on either device: sizes, tensors and score. The batch may be packed, and the axis is then that of
+// its longest sequence.
+struct Problem {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  Axis axis;
+  Score score;
+  TokenTensor query, key, value;  // heads / kv_heads / kv_heads
+
+  VK_HOST_DEVICE int64_t num_queries() const { return axis.num_queries; }
+  VK_HOST_DEVICE int64_t num_keys() const { return axis.num_keys; }
+};
+
+// Which heads share keys, in memory of the host.
+struct HostHeadGroups {
+  const int64_t* kv_head_of = nullptr;  // [heads]: the kv head that a query head reads
+  const int64_t* first_head = nullptr;  // [kv_heads + 1], [heads]: the inverse of kv_head_of, the query heads of
+  const int64_t* head_list = nullptr;   // kv head g are head_list[first_head[g]] to head_list[first_head[g + 1] - 1]
+};
+
+// A packed batch: the tokens of all sequences follow one another along the token axis, and batch strides are zero.
+struct HostPacking {
+  const int64_t* query_offsets = nullptr;  // [batch + 1], or null: the batch is not packed
+  const int64_t* key_offsets = nullptr;
+  const int64_t* first_task = nullptr;  // [batch + 1]: the forward's tasks before each sequence
+
+  explicit operator bool() const { return query_offsets; }
+
+  int64_t num_rows(const Problem& p) const {
+    return query_offsets ? query_offsets[p.batch] : p.batch * p.num_queries();
+  }
+
+  Sequence sequence(const Problem& p, int64_t batch) const {
+    Sequence s{.axis = p.axis, .first_row = batch * p.num_queries()};
+    if (query_offsets) {
+      s.first_row = s.first_query = query_offsets[batch];
+      s.first_key = key_offsets[batch];
+      s.axis.num_queries = query_offsets[batch + 1] - s.first_query;
+      s.axis.num_keys = key_offsets[batch + 1] - s.first_key;
+    }
+    return s;
+  }
+};
+
 // In a packed batch the tokens of all entries follow one another along the token axis (and batch strides are zero);
 // the pattern then holds the largest entry's sizes.
 struct AttentionParams {
