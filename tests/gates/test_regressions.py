@@ -122,3 +122,17 @@ def test_out_of_memory_names_the_shape():
         RuntimeError, match=r"vitkernels: cannot allocate a tensor of shape \(17592186044416, 2, 1, 4\)"
     ):
         vk.attention(q, q, q)
+
+
+TOO_SHORT = [
+    (vk.Neighborhood(1425), None, 2849), (vk.Block(900), None, 1799), (vk.Full(2), None, 1961),
+    (vk.Halo(600, 200), "zero", 1599),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("axis", "outside", "offsets"), TOO_SHORT, ids=[repr(row[0]) for row in TOO_SHORT])
+def test_embeddings_without_a_table_are_long_enough(axis, outside, offsets):
+    """One that was shorter than its axis was read, and its gradient written, beyond its end."""
+    x = torch.randn(1, 1962, 3, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"rel_pos_width has 3 offsets on axis 0, takes at least {offsets}"):
+        vk.spatial_attention(x, x, x, [axis], rel_pos=[torch.randn(3, 16, requires_grad=True)], outside=outside)

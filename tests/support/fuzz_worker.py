@@ -26,6 +26,7 @@ from support.calls import Call, differentiate, operator_calls, replace
 from support.devices import DEVICE, ON_CPU, why_not
 from support.layouts import LAYOUTS
 from support.samples import SMALL_SAMPLES, Sample
+from support.samples_spatial import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -46,6 +47,8 @@ class Target(NamedTuple):
     is_operator: bool
     types: dict[str, str]
     required: frozenset[str]
+    loose: tuple[str, ...]
+    """Arguments that this call has longer than it needs them."""
 
 
 class Slot(NamedTuple):
@@ -60,6 +63,14 @@ class NotApplicable(Exception):
     """The call has nothing that can be spoiled this way."""
 
 
+def as_list(argument: Any) -> list[Any]:
+    return argument if isinstance(argument, list) else [argument]
+
+
+def is_wider(made: Any) -> bool:
+    return isinstance(made, Table) and made.wider > 0
+
+
 @cache
 def targets(sample: Sample, dtype: torch.dtype) -> list[tuple[Target, Call]]:
     sizes = {a: SIZES.get(a, n) if n else 0 for a, n in sample.sizes.items()}
@@ -67,12 +78,13 @@ def targets(sample: Sample, dtype: torch.dtype) -> list[tuple[Target, Call]]:
     parameters = inspect.signature(sample.function).parameters
     types = {p.name: str(p.annotation) for p in parameters.values()}
     required = frozenset(p.name for p in parameters.values() if p.default is p.empty)
-    found = [(Target(sample.operator, sample.function, False, types, required), call)]
+    loose = tuple(name for name, made in sample.arguments.items() if any(map(is_wider, as_list(made))))
+    found = [(Target(sample.operator, sample.function, False, types, required, loose), call)]
     for op, args in operator_calls(sample.function, call):
         declared = op._schema.arguments
         types = {a.name: str(a.type) for a in declared}
         required = frozenset(a.name for a in declared if not str(a.type).startswith("Optional"))
-        target = Target(op._schema.name, op, True, types, required)
+        target = Target(op._schema.name, op, True, types, required, loose)
         found.append((target, dict(zip(types, args, strict=True))))
     return found
 
@@ -194,8 +206,52 @@ def spoil_arguments(rng: random.Random, target: Target, call: Call) -> Call:
     return {name: argument for name, argument in call.items() if name != dropped}
 
 
+def decided(target: Target, call: Call, slot: Slot) -> list[int]:
+    """The dimensions of a tensor, counted from the end, whose length other arguments decide."""
+    name, count, is_backward = slot.argument, slot.tensor.dim(), "grad_out" in call
+    free: set[int] = set()
+    if any(other.tensor.numel() == 0 for other in slots(call)):
+        return []  # nothing is read
+    if name == "query" and not is_backward and "value_q" not in call:
+        free |= set(range(-3 if "cu_seqlens_q" in call else 1 - count, -2))  # any number of queries, on any map
+    if name == "query" and call["key"].size(-2) < slot.tensor.size(-2):
+        free.add(-2)  # a kv head for more or fewer heads
+    if name == "key" and "value_q" in call:
+        free |= {-2} if is_backward else {-3, -2}
+    if name in ("value", "value_q", "outs") and not is_backward:
+        others = {"value": ("outside", "value_fill", "additional_values"), "outs": ("outs",)}.get(name, ())
+        if not any(other.argument in others and other.tensor is not slot.tensor for other in slots(call)):
+            free.add(-1)
+    if any(name.startswith(loose) for loose in target.loose):
+        free |= set(range(-count, 0))
+    return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]
+
+
+def is_for_all(argument: str) -> bool:
+    """Whether the first dimension may be 1: one query for the whole batch, one table for all heads."""
+    return argument == "query" or argument.endswith("_table") or argument.startswith("rel_pos")
+
+
+def shorter(rng: random.Random, call: Call, slot: Slot, dim: int) -> Call:
+    length, count = slot.tensor.size(dim), slot.tensor.dim()
+    lengths = {0, 1, length // 2, max(length - 2, 0), length - 1}
+    # What broadcasts, what may be the same for all heads, and a query for the whole batch.
+    is_first = dim == -count and (count > 2 or not slot.argument.startswith("rel_pos"))
+    if slot.argument.endswith(("bias", "multiplier", "query_weight")) or (is_first and is_for_all(slot.argument)):
+        lengths.discard(1)
+    shape = list(slot.tensor.shape)
+    shape[dim] = rng.choice(sorted(lengths))
+    return put(call, slot, torch.zeros(shape, dtype=slot.tensor.dtype, device=DEVICE))
+
+
+def spoil_short(rng: random.Random, target: Target, call: Call) -> Call:
+    """An argument is shorter than another one needs it: who reads on reads foreign memory."""
+    slot = choose(rng, slots(call))
+    return shorter(rng, call, slot, choose(rng, decided(target, call, slot)))
+
+
 SPOIL = [
-    spoil_rank, spoil_length, spoil_dtype, spoil_device, spoil_layout, spoil_type, spoil_list, spoil_index,
+    spoil_rank, spoil_length, spoil_short, spoil_dtype, spoil_device, spoil_layout, spoil_type, spoil_list, spoil_index,
     spoil_option, spoil_arguments,
 ]  # fmt: skip
 if not ON_CPU:
@@ -239,14 +295,34 @@ def bad_calls(rng: random.Random, count: int) -> tuple[Counter[str], list[str]]:
         except NotApplicable:
             continue
         done[f"{'operator' if target.is_operator else 'function'} {target.name} {spoil.__name__}"] += 1
-        try:
-            target.function(**spoiled)
-            outcome = "was accepted"
-        except Exception as error:
-            if is_clear(error, target):
-                continue
-            outcome = f"raised {type(error).__name__}: {str(error)[:300]}"
-        wrong.append(f"{target.name} {spoil.__name__} {outcome}\n    {describe(spoiled)}")
+        wrong += [f"{spoil.__name__} {fault}" for fault in faults(target, spoiled)]
+    return done, wrong
+
+
+def faults(target: Target, spoiled: Call) -> list[str]:
+    """What is wrong with the answer to a bad call: nothing, or one line."""
+    try:
+        target.function(**spoiled)
+        outcome = "was accepted"
+    except Exception as error:
+        if is_clear(error, target):
+            return []
+        outcome = f"raised {type(error).__name__}: {str(error)[:300]}"
+    return [f"{target.name} {outcome}\n    {describe(spoiled)}"]
+
+
+def short_calls(rng: random.Random) -> tuple[Counter[str], list[str]]:
+    """Every argument of every sample, forward and backward, in every dimension that others decide."""
+    done: Counter[str] = Counter()
+    wrong: list[str] = []
+    for sample in SMALL_SAMPLES:
+        if why_not(sample):
+            continue
+        for target, call in targets(sample, rng.choice([d for d in CALL_DTYPES if not why_not(sample, d)])):
+            for slot in slots(call):
+                for dim in decided(target, call, slot):
+                    done[f"{target.name} {slot.argument}"] += 1
+                    wrong += [f"{sample} {slot.argument} {f}" for f in faults(target, shorter(rng, call, slot, dim))]
     return done, wrong
 
 
@@ -272,5 +348,6 @@ if __name__ == "__main__":
     torch.manual_seed(seed)
     rng = random.Random(seed)
     done, wrong = bad_calls(rng, bad)
-    wrong += good_calls(rng, good)
-    print(json.dumps({"bad": done, "good": good, "wrong": wrong}))
+    short, accepted = short_calls(rng)
+    wrong += accepted + good_calls(rng, good)
+    print(json.dumps({"bad": done, "short": short, "good": good, "wrong": wrong}))

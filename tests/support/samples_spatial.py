@@ -149,6 +149,7 @@ SPATIAL_SAMPLES = [
     spatial("halo-zero", [halo(4, 3)] * 2, (12, 16), rel_pos="", outside="zero", tags="core"),
     spatial("halo-fill", [halo(3, 2), halo(4, 1)], (10, 9), rel_pos="h", bias="1", outside=FILL, qk_norm="l2",
             tags="mixed"),
+    spatial("halo-3d", [halo(2, 1), halo(3, 1), halo(4, 2)], (3, 5, 7), rel_pos="h", outside="zero", h=2),
     spatial("halo-shifted", [halo(4, 1, shift=2), halo(5, 2, shift=1)], (13, 15), outside="zero"),
     spatial("halo-causal", [halo(4, 3, causal=True), halo(4, 2)], (11, 12), bias="h", outside="zero"),
     spatial("radius", [full(), full()], (9, 12), radius=3.2, tags="core"),
