@@ -11,11 +11,15 @@ FIRST = {s.operator: s for s in reversed(SAMPLES) if s.operator != "merge_attent
 each_operator = pytest.mark.parametrize("sample", FIRST.values(), ids=str)
 
 
+def flag(op, args):
+    return args[[a.name for a in op._schema.arguments].index("allow_tf32")]
+
+
 def flags(function, call):
     """``allow_tf32`` of each operator that forward and backward call."""
     with Recorder() as recorder:
         differentiate(function, call)
-    return [args[[a.name for a in op._schema.arguments].index("allow_tf32")] for op, args in recorder.calls]
+    return [flag(op, args) for op, args in recorder.calls]
 
 
 @each_operator
@@ -43,7 +47,7 @@ def test_compiled_code_follows_the_setting(sample, precision):
     run = []
 
     def backend(graph, inputs):
-        allowed = [node.args[-1] for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        allowed = [flag(n.target, n.args) for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
         return lambda *args: run.append(allowed) or graph(*args)
 
     torch._dynamo.reset()
@@ -71,7 +75,7 @@ def test_exported_code_keeps_the_setting(sample, strict, precision):
     precision("highest")
     with Recorder() as recorder:
         program.module()(inputs)
-    assert [args[-1] for _, args in recorder.calls] == [True]
+    assert [flag(op, args) for op, args in recorder.calls] == [True]
 
 
 @pytest.mark.parametrize("name", ["attention", "window_attention"])

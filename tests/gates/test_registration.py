@@ -1,5 +1,7 @@
 """What PyTorch must know of every operator that a sample reaches: schema, fake, autograd."""
 
+import re
+
 import pytest
 import torch
 import vitkernels as vk
@@ -7,7 +9,7 @@ from support.calls import NAMESPACE, defined_operators, outputs_of
 from support.devices import DEVICE, dtype_of, why_not
 from support.gates import registration as gates
 from support.gates.registration import small_calls
-from support.samples import SMALL_SAMPLES, each_small_sample, each_tagged
+from support.samples import SMALL_SAMPLES, each_covering, each_small_sample, each_tagged
 from torch.utils import _pytree as pytree
 from vitkernels._library import why_no_kernel
 
@@ -17,7 +19,7 @@ def test_opcheck(sample):
     gates.opcheck(sample)
 
 
-@each_tagged("core")
+@each_covering
 def test_opcheck_traced(sample):
     gates.opcheck_traced(sample)
 
@@ -28,12 +30,19 @@ def test_every_operator_has_a_sample():
     assert called == {n for n in names if not why_no_kernel(n.removeprefix(f"{NAMESPACE}::"), DEVICE.type)}
 
 
+def fixed_sizes(schema):
+    """The integers among the arguments that a compiler takes for constants; the others are ``SymInt``."""
+    return re.findall(r"\bint(?:\[\d*\])?\??(?= \w+)", str(schema).partition("->")[0])
+
+
 def test_schemas():
     """No keyword-only arguments, which the stable ABI cannot call; every size symbolic."""
-    for schema in defined_operators():
-        for argument in schema.arguments:
-            assert not argument.kwarg_only, schema
-            assert argument.type.kind() != "IntType" or "SymInt" in str(schema), schema
+    assert fixed_sizes(torch._C.parse_schema("f(int[2] a, SymInt b, int? c, SymInt[] d) -> int")) == ["int[2]", "int?"]
+    schemas = defined_operators()
+    assert any("SymInt" in str(schema) for schema in schemas)
+    for schema in schemas:
+        assert not any(argument.kwarg_only for argument in schema.arguments), schema
+        assert not fixed_sizes(schema), schema
 
 
 @each_tagged("core")

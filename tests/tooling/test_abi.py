@@ -3,10 +3,10 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from importlib import metadata
 
 import pytest
-from support import emulation
 from support.paths import ROOT, SUPPORT
 from vitkernels import _library
 
@@ -81,17 +81,31 @@ def test_code_stays_in_its_instruction_set(isa):
     assert not [line for line in weak if f"vitkernels::{isa}::" not in line and runtime not in line]
 
 
+DTYPES = ("double", "float", "BFloat16", "Float16")
+
+
+def prefetches(objects):
+    """How many are in the functions of each dtype."""
+    counts, dtype = Counter(), None
+    for line in lines("objdump", "--disassemble", "--demangle", "--no-show-raw-insn", *map(str, objects)):
+        if function := re.match(r"[0-9a-f]+ <(.*)>:", line):
+            found = re.search(rf"<(?:vitkernels::)?({'|'.join(DTYPES)})>", function[1])
+            dtype = found and found[1]
+        elif re.search(r"\s(prefetch|prfm)", line):
+            counts[dtype] += 1
+    return counts
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed")
-@pytest.mark.parametrize(("name", "tensors"), [("spatial_forward_cpu", 4), ("spatial_backward_cpu", 8)])
+@pytest.mark.parametrize(("name", "tensors"), [("spatial_forward", 4), ("spatial_backward", 8)])
 @pytest.mark.parametrize("isa", _library.isas_built())
 def test_maps_are_fetched_ahead(isa, name, tensors):
     """A compiler that takes a fetch for nothing leaves it out, which no result would show."""
-    objects = sorted((OBJECTS / f"kernels_{isa}.dir").rglob(f"{name}.cpp.o"))
+    objects = sorted((OBJECTS / f"kernels_{isa}.dir").rglob(f"{name}*.cpp.o"))
     if not objects:
         pytest.skip(f"no objects in {OBJECTS}")
-    code = [line for o in objects for line in lines("objdump", "--disassemble", "--no-show-raw-insn", str(o))]
-    dtypes = 4
-    assert len([line for line in code if re.search(r"\s(prefetch|prfm)", line)]) >= dtypes * tensors
+    counts = prefetches(objects)
+    assert all(counts[dtype] >= tensors for dtype in DTYPES), counts
 
 
 def test_wheel_is_for_every_python():
@@ -101,26 +115,3 @@ def test_wheel_is_for_every_python():
         pytest.skip("not installed as a package")
     tags = re.findall(r"^Tag: (.+)$", wheel or "", re.MULTILINE)
     assert tags and all(tag.startswith("py3-none-") for tag in tags)
-
-
-# In the names of what a translation unit has to itself: hashes, and the number of a process.
-OF_BUILD = r"\d*_(GLOBAL__N|INTERNAL)_+[0-9a-f]{8}_\d+_\w+?_cu_[0-9a-f]{8}(_\d+?(?=\d[a-zA-Z]))?"
-
-
-def ptx_instructions(library):
-    """The PTX in a library without what a build may change: source lines, and parts of names."""
-
-    def instructions(text):
-        code = re.split(r"^\s*\.section", text, flags=re.MULTILINE)[0]
-        lines = [line.strip() for line in re.sub(OF_BUILD, "", code).splitlines()]
-        return [line for line in lines if line and not re.match(r"\.loc|\.file|\.target|//|\$L__tmp", line)]
-
-    return sorted(instructions(text.decode()) for text in re.findall(rb"\.version [^\0]+", library.read_bytes()))
-
-
-@emulation.needs_emulator
-@pytest.mark.skipif(not _library.cuda_library_paths(), reason="built without CUDA")
-def test_the_emulated_code_is_the_shipped_code():
-    shipped = ptx_instructions(_library.cuda_library_paths()[0])
-    assert sum(map(len, shipped)) > 1000
-    assert shipped == ptx_instructions(emulation.DIRECTORY / "libvitkernels_cuda_emulated.so")
