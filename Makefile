@@ -15,6 +15,8 @@ ARGS ?=
 GPU_PYTHON ?= python3
 OUT ?= gpu-out
 STAGES ?=
+# Of tests at a time.
+JOBS ?= $(shell nproc)
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
@@ -27,12 +29,19 @@ ifeq ($(shell nproc),2)
 PINNED := GOMP_CPU_AFFINITY="0 1"
 endif
 
+# Tests run beside each other, with a thread each; those that need more follow. (5: ARGS selects none of them.)
+define PYTEST
+export VITKERNELS_TEST_PEERS="natten timm torchvision transformers"; \
+OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist worksteal -m "$(1) and not serial" $(ARGS) || [ $$? -eq 5 ]; \
+$(RUN) -m pytest tests -m "$(1) and serial" $(ARGS) || [ $$? -eq 5 ]
+endef
+
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 
 .DEFAULT_GOAL := help
-.PHONY: help env build emulator emulate-all demo test bench gpu cuda-report sanitize lint format docs wheel clean
+.PHONY: help env build emulator emulate-all demo test test-all bench gpu cuda-report sanitize lint format docs wheel clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,13 +64,16 @@ else
 endif
 
 emulate-all: build emulator $(VENV)/.test  ## pass the gates of CUDA kernels on every sample at its own size
-	$(RUN) -m pytest tests/cuda/test_emulator_gates.py -m "emulate_all or not emulate_all" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/cuda/test_emulator_gates.py -n $(JOBS) --dist worksteal -m "" $(ARGS)
 
 demo: build $(VENV)/.demo $(VENV)/.models  ## run a trained vision transformer on photographs, before and after
 	$(RUN) -m examples.demo $(ARGS)
 
-test: build emulator $(VENV)/.test $(VENV)/.models  ## run the tests; ARGS="-k merge" selects
-	$(RUN) -m pytest tests $(ARGS)
+test: build emulator $(VENV)/.test $(VENV)/.models  ## run the tests, the short rows of long gates; ARGS="-k merge" selects
+	$(call PYTEST,not full and not emulate_all)
+
+test-all: build emulator $(VENV)/.test $(VENV)/.models  ## run all tests
+	$(call PYTEST,not emulate_all)
 
 bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch offers; ARGS=--help for options
 	$(PINNED) $(RUN) -m benchmarks.run $(ARGS)
@@ -117,6 +129,12 @@ $(VENV)/.cutlass: $(VENV)/.base
 
 $(VENV)/.%: pyproject.toml $(VENV)/.base
 	$(call EXTRA,$*)
+	touch $@
+
+# A peer of the tests, whose build asks for the torch that is installed. (On a CPU it compiles nothing.)
+$(VENV)/.test: pyproject.toml $(VENV)/.base
+	$(call EXTRA,test)
+	$(INSTALL) --no-build-isolation natten==0.21.7
 	touch $@
 
 # The requirements of these two name packages that nothing here uses, or builds of torch that are not wanted.

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from support import emulation
+from support.costs import pytest_runtest_makereport, pytest_runtest_protocol, pytest_terminal_summary  # noqa: F401  hooks
 from support.devices import DEVICE, ON_CPU, why_not
 from support.emulation import cuda_kernels, emulator  # noqa: F401  fixtures
+from support.error_policy import STORE
 from vitkernels import _library
 
 # What cuBLAS asks for where PyTorch is to be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder that the processes of this run share, for what one of them computes for all."""
+    if STORE not in os.environ:
+        os.environ[STORE] = folder = tempfile.mkdtemp(prefix="vitkernels-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_report_header() -> list[str]:

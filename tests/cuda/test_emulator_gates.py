@@ -15,7 +15,6 @@ from support.gates import autocast, compilers, errors, registration
 from support.gates import layout as layout_gates
 from support.gates.gradcheck import gradients_match_differences
 from support.hostile import check_head_map_out_of_range
-from support.layouts import LAYOUTS
 from vitkernels import reference
 
 pytestmark = needs_emulator
@@ -42,11 +41,11 @@ def last_dtype_of(sample):
     return dtypes_of(sample)[-1:]
 
 
-def each_sized(calls, dtypes_of=dtypes_of, is_spared=lambda sample, dtype: False):
+def each_sized(calls, dtypes_of=dtypes_of, is_spared=lambda sample, dtype: False, short=None):
     """Samples with the sizes to take, ``None`` for their own, and a dtype.
 
     Every sample at its own sizes is too much for an interpreter: those that are missing, or spared in a dtype, wait for
-    ``make emulate-all``.
+    ``make emulate-all``; those that are not ``short``, if that is given, for ``make test-all``.
     """
     taken = [
         (s, dtype, sizes)
@@ -57,11 +56,16 @@ def each_sized(calls, dtypes_of=dtypes_of, is_spared=lambda sample, dtype: False
     present = {(str(s), dtype) for s, dtype, sizes in taken if sizes is None}
     all_calls = [(s, dtype, None) for s in chosen(samples.SAMPLES) for dtype in dtypes_of(s)]
     rest = [call for call in all_calls if (str(call[0]), call[1]) not in present]
+    long = [] if short is None else [call for call in taken if call[0] not in short]
     found = [
         pytest.param(
             *call, id=f"{call[0]}-{str(call[1]).removeprefix('torch.')}{'-small' if call[2] else ''}", marks=marks
         )
-        for group, marks in ((taken, ()), (rest, pytest.mark.emulate_all))
+        for group, marks in (
+            ([call for call in taken if call not in long], ()),
+            (long, pytest.mark.full),
+            (rest, pytest.mark.emulate_all),
+        )
         for call in group
     ]
     return pytest.mark.parametrize(("sample", "dtype", "sizes"), found)
@@ -73,12 +77,25 @@ def some_tiles(sample):
 
 
 CORE = chosen(samples.SAMPLES, tag="core")
+COVERING = chosen(samples.COVERING)
+FEW = [s for s in CORE if s.id.startswith("few")]  # the other side is split
 DIMS = ("dims-1-1", "dims-16-130", "dims-33-300", "dims-64-64", "dims-80-7", "dims-111-111", "dims-256-256")
 FEW_QUERIES = ("tokens-1-801", "lowest-rows-few-queries")
+# Rows of many tiles, which most of the time would go to: as many as it takes, with a last one that is not full.
+SOME_TILES = {
+    "causal-long": {"b": 1, "q": 330, "k": 330}, "bias-table": {"b": 2}, "bias-grouped-long": {"k": 330},
+    "key-bias-long": {"k": 330}, "query-weight-long": {"q": 250}, "column-sums": {"b": 1}, "all-terms": {"k": 203},
+}  # fmt: skip
+
+
+def sizes_of(sample):
+    return {**sample.sizes, **SOME_TILES[sample.id]} if sample.id in SOME_TILES else None
+
+
 # At their own sizes those that cover every argument, every tile size, and few queries for many keys; all at small ones.
 REFERENCE = [
     *(
-        (s, None)
+        (s, sizes_of(s))
         for s in chosen(samples.SAMPLES)
         if s.operator not in SOME_DTYPES or "core" in s.tags or s.id in (*DIMS, *FEW_QUERIES)
     ),
@@ -197,10 +214,9 @@ def test_compiler_gate(gate, sample, cuda_kernels):
     assert cuda_kernels.launches()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @each_sized([(s, s.small() if s.operator in SOME_DTYPES else None) for s in CORE], lambda sample: [torch.bfloat16])
-def test_layout_gate(sample, dtype, sizes, layout, cuda_kernels):
-    layout_gates.strides_and_padding(sample, dtype, layout, sizes=sizes)
+def test_layout_gate(sample, dtype, sizes, cuda_kernels):
+    layout_gates.strides_and_padding(sample, dtype, sizes=sizes)
 
 
 @errors.each_error([row for row in errors.ERRORS if row[0].__name__ in FUNCTIONS])
@@ -209,17 +225,22 @@ def test_errors_gate(function, call, text, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
+@pytest.mark.parametrize(
+    "rows", [pytest.param(COVERING, id="short"), pytest.param(None, id="all", marks=pytest.mark.full)]
+)
 @pytest.mark.parametrize(("name", "bad", "good"), [("merge_attentions", 400, 40), *((f, 60, 4) for f in SOME_DTYPES)])
-def test_fuzz_gate(name, bad, good, cuda_kernels, monkeypatch):
-    monkeypatch.setattr(fuzz_worker, "SMALL_SAMPLES", chosen(samples.SMALL_SAMPLES, functions=(name,)))
-    monkeypatch.setattr(fuzz_worker, "CALL_DTYPES", FUNCTIONS[name])
+def test_fuzz_gate(name, bad, good, rows, cuda_kernels, monkeypatch):
+    fuzz = fuzz_worker
+    monkeypatch.setattr(fuzz, "SMALL_SAMPLES", chosen(rows, functions=(name,)))
+    monkeypatch.setattr(fuzz, "CALL_DTYPES", FUNCTIONS[name])
     # Indices are not read on the host.
-    monkeypatch.setattr(fuzz_worker, "SPOIL", [s for s in fuzz_worker.SPOIL if s is not fuzz_worker.spoil_index])
+    monkeypatch.setattr(fuzz, "SPOIL", [s for s in fuzz.SPOIL if s is not fuzz.spoil_index])
     generator = random.Random(20261121)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, wrong = fuzz_worker.bad_calls(generator, bad)
-        wrong += fuzz_worker.good_calls(generator, good)
+        _, short = fuzz.short_calls(generator)
+        _, wrong = fuzz.bad_calls(generator, bad)
+        wrong += short + fuzz.good_calls(generator, good)
     assert not wrong, "\n".join(wrong[:20])
 
 
@@ -231,12 +252,14 @@ def test_number_of_parts_is_limited(cuda_kernels):
         vk.merge_attentions([out] * 65, [lse] * 65)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@each_sized([(s, some_tiles(s)) for s in CORE], last_dtype_of)
-def test_same_bits_in_any_order_of_warps(sample, dtype, sizes, seed, cuda_kernels):
+@each_sized(
+    [(s, some_tiles(s)) for s in CORE], last_dtype_of, short=[*COVERING, *(s for s in CORE if s.id.startswith("few"))]
+)
+def test_same_bits_in_any_order_of_warps(sample, dtype, sizes, cuda_kernels):
     call = sample.call(dtype, sizes=sizes)
     expected = differentiate(sample.function, call)
-    cuda_kernels.configure(seed=seed + 1)
-    found = differentiate(sample.function, call)
-    for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
-        assert torch.equal(a, b)
+    for seed in (1, 2):
+        cuda_kernels.configure(seed=seed)
+        found = differentiate(sample.function, call)
+        for a, b in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+            assert torch.equal(a, b), seed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.gates import compilers as gates
-from support.samples import each_tagged
+from support.samples import each_covering, each_tagged
 
 
 @pytest.fixture(autouse=True)
@@ -13,12 +13,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@each_tagged("core")
+@each_covering
 def test_compile_recompiles_once_per_change(sample):
     gates.recompiles_once_per_change(sample)
 
 
-@each_tagged("core")
+@each_covering
 def test_compile_dynamic_never_recompiles(sample):
     gates.dynamic_never_recompiles(sample)
 
@@ -30,12 +30,11 @@ def test_compile_inductor(sample):
         gates.check_same(compiled, sample, call)
 
 
-@each_tagged("core")
+@each_covering
 def test_export(sample):
     gates.exports(sample)
 
 
-@pytest.mark.slow
 @each_tagged("deploy")
 def test_aot_inductor(sample, tmp_path):
     # AOTInductor takes no integers as inputs: the largest bounds stay fixed.

@@ -9,6 +9,8 @@ from support.calls import differentiate
 from support.samples import each_sample
 from torch.utils import _pytree as pytree
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def threads():
@@ -23,7 +25,7 @@ def test_same_bits(sample, dtype, threads):
     call = sample.call(dtype)
     threads(1)
     expected = pytree.tree_leaves(differentiate(sample.function, call))
-    for count in (1, 2, 3, 5, 8):
+    for count in (1, 2, 5):
         threads(count)
         for found, wanted in zip(pytree.tree_leaves(differentiate(sample.function, call)), expected, strict=True):
             assert torch.equal(found, wanted), f"{count} threads"

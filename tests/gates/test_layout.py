@@ -5,16 +5,14 @@ import torch
 from support.calls import differentiate
 from support.devices import DEVICE, ON_CPU
 from support.gates import layout as gates
-from support.layouts import LAYOUTS
 from support.samples import each_sample
 from torch.utils import _pytree as pytree
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @each_sample
-def test_strides_and_padding(sample, dtype, layout):
-    gates.strides_and_padding(sample, dtype, layout)
+def test_strides_and_padding(sample, dtype):
+    gates.strides_and_padding(sample, dtype)
 
 
 @each_sample

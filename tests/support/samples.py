@@ -278,16 +278,32 @@ def _unique_when_small() -> list[Sample]:
     return list(seen.values())
 
 
-def _each(samples: list[Sample]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("sample", samples, ids=str)
+def _features(sample: Sample) -> set[tuple[str, str, str]]:
+    """The arguments of a call, and of what kind each is."""
+
+    def kind(argument: Any) -> str:
+        return str(argument) if isinstance(argument, bool | str) else type(argument).__name__
+
+    return {(sample.operator, name, kind(argument)) for name, argument in sample.arguments.items()}
 
 
-SMALL_SAMPLES = _unique_when_small()
-each_sample = _each(SAMPLES)
-each_small_sample = _each(SMALL_SAMPLES)
+def _covering(samples: list[Sample]) -> list[Sample]:
+    """Few rows that have between them what all have: operators are registered by the names of arguments."""
+    left, chosen = set().union(*map(_features, samples)), []
+    while left:
+        best = max(samples, key=lambda s: len(_features(s) & left))
+        chosen.append(best)
+        left -= _features(best)
+    return chosen
 
 
-def each_tagged(tag: str) -> pytest.MarkDecorator:
+def each_of(samples: list[Sample], short: list[Sample] | None = None) -> pytest.MarkDecorator:
+    """One test for each; those that are not ``short``, if that is given, wait for ``make test-all``."""
+    rows = [pytest.param(s, id=str(s), marks=() if short is None or s in short else pytest.mark.full) for s in samples]
+    return pytest.mark.parametrize("sample", rows)
+
+
+def tagged(tag: str) -> list[Sample]:
     """Rows for a gate that takes long, or that is not for all.
 
     ``core`` covers every argument, ``deploy`` every operator; ``linear-memory`` must do without an N x N matrix, and of
@@ -295,4 +311,18 @@ def each_tagged(tag: str) -> pytest.MarkDecorator:
     """
     chosen = [s for s in SAMPLES if tag in s.tags]
     assert chosen, f"no sample has the tag {tag}"
-    return _each(chosen)
+    return chosen
+
+
+SMALL_SAMPLES = _unique_when_small()
+CORE = tagged("core")
+COVERING = _covering(CORE)
+each_sample = each_of(SAMPLES)
+each_small_sample = each_of(SMALL_SAMPLES)
+COVERING_SMALL = _covering(SMALL_SAMPLES)
+#: For what sees no more of a call than its arguments, as a compiler does.
+each_covering = each_of(CORE, short=COVERING)
+
+
+def each_tagged(tag: str) -> pytest.MarkDecorator:
+    return each_of(tagged(tag))

@@ -3,19 +3,20 @@
 import torch
 from support.calls import differentiate, replace
 from support.devices import dtype_of
-from support.layouts import spread
+from support.layouts import LAYOUTS, spread
 from torch.utils import _pytree as pytree
 
 
-def strides_and_padding(sample, dtype, layout, sizes=None):
+def strides_and_padding(sample, dtype, sizes=None):
     call = replace(sample.call(dtype, sizes=sizes), torch.clone)
-    expected = differentiate(sample.function, call)
-    found = differentiate(sample.function, replace(call, layout), change=layout)
-    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
-        if layout is spread and "mixed" in sample.tags:
-            torch.testing.assert_close(a, b)  # PyTorch's own part rounds as the strides have it
-        else:
-            assert torch.equal(a, b)
+    expected = pytree.tree_leaves(differentiate(sample.function, call))
+    for layout in LAYOUTS:
+        found = pytree.tree_leaves(differentiate(sample.function, replace(call, layout), change=layout))
+        for a, b in zip(found, expected, strict=True):
+            if layout is spread and "mixed" in sample.tags:
+                torch.testing.assert_close(a, b)  # PyTorch's own part rounds as the strides have it
+            else:
+                assert torch.equal(a, b), layout.__name__
 
 
 def expanded_gradients(sample, dtype=torch.float32, sizes=None):
