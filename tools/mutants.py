@@ -1,0 +1,147 @@
+"""Faults put into kernels, one after the other: tests must find each of them.
+
+    python -m tools.mutants [--all] [NAME ...]
+
+A fault is built into the library of the build folder, or of the emulator; the short tests that ought to see it run
+until the first failure (with ``--all`` also the rows of ``make test-all``); and the file is restored. The exit status
+is 1 if a fault survived. Nothing else may build or test meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "Release"
+GATES, EMULATED = "tests/gates", "tests/cuda/test_emulator_gates.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One place in one file, and the tests that go red: what pytest is given to select them."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def is_cuda(self) -> bool:
+        return "/cuda/" in self.file
+
+
+MUTANTS = (
+    Mutant(
+        "stale keys: a tile counts as packed for the next one, too", "csrc/attention/cpu/forward.cpp",
+        "packed_head == kv_head && packed_tile == tile", "packed_head == kv_head",
+        (f"{GATES}/test_reference.py", "-k", "attention-"),
+    ),
+    Mutant(
+        "wrong sign of an lse's gradient", "csrc/attention/cpu/spatial_backward.cpp",
+        "deltas[row] -= static_cast", "deltas[row] += static_cast", (f"{GATES}/test_gradcheck.py", "-k", "spatial"),
+    ),
+    Mutant(
+        "partial sums not cleared", "csrc/attention/cpu/spatial_backward.cpp",
+        "std::fill_n(part_of(sums, width), (tokens.shared.end - tokens.shared.begin) * width, T(0));", "",
+        (f"{GATES}/test_layout.py", "-k", "uninitialised and spatial"),
+    ),
+    Mutant(
+        "missing mask: probabilities beyond what a query sees", "csrc/attention/cpu/transposed.cpp",
+        "clear_outside<T>(prob, visible, round_up(width, kWidth<T>));", "",
+        (f"{GATES}/test_reference.py", "-k", "transposed"),
+    ),
+    Mutant(
+        "a part without keys has a share", "csrc/attention/cpu/merge_attentions.cpp",
+        "lse_of(part) == kMinusInfinity<T> ? T(0) : std::exp", "std::exp",
+        (f"{GATES}/test_reference.py", "-k", "merge"),
+    ),
+    Mutant(
+        "dropped barrier", "csrc/attention/cuda/sum_parts.cu", "  __syncthreads();\n", "",
+        (EMULATED, "-k", "test_reference_gate"),
+    ),
+    Mutant(
+        "skipped partial sum", "csrc/attention/cuda/sum_parts.cu",
+        "later < kLanes; ++later", "later < kLanes - 1; ++later", (EMULATED, "-k", "test_reference_gate"),
+    ),
+    Mutant(
+        "wrong stride of the splits' sums", "csrc/attention/cuda/merge_attentions.cu",
+        "sums[part * rows + row]", "sums[row]", (EMULATED, "-k", "test_reference_gate and (few or tokens)"),
+    ),
+    Mutant(
+        "shifted index of a row", "csrc/attention/cuda/backward_rows.cu",
+        "row = (b * s.queries + q) * s.heads + h;", "row = (b * s.queries + q) * s.heads + (h + 1) % s.heads;",
+        (EMULATED, "-k", "test_reference_gate"),
+    ),
+    Mutant(
+        "embeddings of offsets that do not exist", "csrc/attention/cuda/rel_pos.cu",
+        "embedding >= 2 * size - 1) return -1", "embedding >= 2 * size) return -1",
+        (EMULATED, "-k", "rel-pos or all-terms-on-grid"),
+    ),
+)  # fmt: skip
+
+
+@contextmanager
+def mutated(mutant: Mutant) -> Iterator[None]:
+    path = ROOT / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.name}: {mutant.file} has {text.count(mutant.old)} x {mutant.old!r}, takes 1")
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        yield
+    finally:
+        path.write_text(text)
+
+
+def build(target: str) -> None:
+    ran = subprocess.run(["cmake", "--build", str(BUILD), "--target", target], capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(ran.stdout + ran.stderr)
+
+
+def failures(mutant: Mutant, with_all: bool) -> list[str]:
+    """The tests that failed: one, or one for each process."""
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-n", str(os.cpu_count()), "--dist", "worksteal"]
+    if with_all:
+        options += ["-m", "not emulate_all"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", *options, *mutant.tests]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if ran.returncode not in (0, 1, 2):  # 2: stopped after a failure
+        raise SystemExit(ran.stdout + ran.stderr)
+    return re.findall(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="part of a mutant's name; default: all")
+    parser.add_argument("--all", action="store_true", help="the rows of make test-all, too")
+    arguments = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if not arguments.names or any(n in m.name for n in arguments.names)]
+    survivors = 0
+    for mutant in chosen:
+        start = time.monotonic()
+        target = "emulator" if mutant.is_cuda else "vitkernels_cpu"
+        with mutated(mutant):
+            build(target)
+            found = failures(mutant, arguments.all)
+        build(target)
+        survivors += not found
+        place = f"{Path(mutant.file).relative_to('csrc/attention')}: {mutant.name}"
+        print(f"{place}\n    {found[0] if found else 'SURVIVED'}, {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} found")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
