@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.calls import NAMESPACE, defined_operators
-from support.devices import DEVICE
+from support.devices import DEVICE, why_not
+from support.gates.registration import small_calls
 from support.paths import TESTS
+from support.samples import CORE
 from vitkernels._library import why_no_kernel
 
 BAD_CALLS, GOOD_CALLS = 4000, 400
@@ -36,13 +39,15 @@ def test_bad_calls_are_refused(report):
 
 
 def test_every_argument_was_too_short(report):
-    """Tensors whose length others decide: all but what an operator may have in any length."""
-    for schema in defined_operators():
-        if why_no_kernel(schema.name.removeprefix(f"{NAMESPACE}::"), DEVICE.type):
-            continue
-        tensors = {a.name for a in schema.arguments if "Tensor" in str(a.type)}
-        missing = {name for name in tensors if not report["short"].get(f"{schema.name} {name}")}
-        assert not missing, f"{schema.name}: {missing}"
+    """Or it is refused whatever its length."""
+    calls = {op._schema.name: (op, args) for sample in CORE if not why_not(sample) for op, args in small_calls(sample)}
+    for name, (op, args) in calls.items():
+        declared = [a.name for a in op._schema.arguments]
+        for argument in op._schema.arguments:
+            if "Tensor" in str(argument.type) and not report["short"].get(f"{name} {argument.name}"):
+                given = dict(zip(declared, args, strict=True)) | {argument.name: torch.ones(1, device=DEVICE)}
+                with pytest.raises(RuntimeError, match=f"{argument.name} .*takes None"):
+                    op(**given)
 
 
 def test_every_operator_was_called(report):
