@@ -95,6 +95,7 @@ struct AttentionParams {
   TokenTensor query, key, value, out;  // heads / kv_heads / kv_heads / heads
   void* lse = nullptr;                 // [rows, heads], contiguous, in the type of the arithmetic
 
+  DType element_type() const { return dtype; }
   VK_HOST_DEVICE int64_t num_queries() const { return pattern.num_queries(); }
   VK_HOST_DEVICE int64_t num_keys() const { return pattern.num_keys(); }
   VK_HOST_DEVICE int64_t num_rows() const { return query_offsets ? query_offsets[batch] : batch * num_queries(); }
@@ -138,7 +139,9 @@ struct AttentionBackwardParams : AttentionParams {
 struct AttentionTransposedParams : AttentionBackwardParams {
   const void* query_weight = nullptr;  // w, in the type of the arithmetic, or null
   ScoreStrides weight_strides;         // its key stride is 0
-  // Backward only.
+};
+
+struct AttentionTransposedBackwardParams : AttentionTransposedParams {
   void* grad_value_parts = nullptr;  // [splits, heads, rows, padded value_dim]: P dO, zero at first
   void* grad_row_weight = nullptr;   // [rows, heads]: of w, before it is summed to w's own shape
   void* grad_row_lse = nullptr;      // [rows, heads]
@@ -153,11 +156,18 @@ struct MergeParams {
   const float* sums = nullptr;           // [parts, rows], or null: lses hold maxima, these sums of exp(logit - maximum)
   void* out = nullptr;
   void* lse = nullptr;
-  // Backward only.
+
+  DType element_type() const { return dtype; }
+};
+
+struct MergeBackwardParams {
+  MergeParams forward;  // without results
   const void* grad_out = nullptr;
   const void* grad_lse = nullptr;  // may be null
   void* const* grad_outs = nullptr;
   void* const* grad_lses = nullptr;
+
+  DType element_type() const { return forward.dtype; }
 };
 
 }  // namespace vitkernels

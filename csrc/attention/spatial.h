@@ -67,6 +67,7 @@ struct SpatialParams {
   void* key_bias_sums = nullptr;  // [splits, batch, heads, keys]: its gradient, zero at first, or null
   void* lse = nullptr;            // [batch, *map, heads], contiguous
 
+  DType element_type() const { return dtype; }
   VK_HOST_DEVICE int64_t num_queries() const { return query_size[0] * query_size[1] * query_size[2]; }
   VK_HOST_DEVICE int64_t num_keys() const { return key_size[0] * key_size[1] * key_size[2]; }
   VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].count * axis[1].count * axis[2].count; }
@@ -129,6 +130,7 @@ struct SpatialSum {
   SplitSums from;
   int64_t splits = 1, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
 
+  DType element_type() const { return dtype; }
   VK_HOST_DEVICE int64_t num_lines() const { return batch * heads * size[0] * size[1]; }  // along the last axis
 };
 

@@ -33,4 +33,11 @@ void parallel_ranges(int64_t tasks, int64_t unit, const Function& f) {
   });
 }
 
+// All tasks of a kernel (cpu/kernel.h), in ranges as above.
+template <class Kernel, class Params>
+void run_kernel(const Kernel& kernel, const Params& params, int64_t tasks, int64_t unit, const Tensor& like) {
+  const ThreadScratch scratch(like, kernel.scratch(params), tasks);
+  parallel_ranges(tasks, unit, [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, scratch.mine()); });
+}
+
 }  // namespace vitkernels

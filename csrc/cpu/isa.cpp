@@ -17,31 +17,11 @@
 extern "C" __attribute__((weak)) void vitkernels_emulates_amx();
 
 namespace vitkernels {
-
-namespace baseline {
-extern const Kernels kernels;
-}
-#if defined(VITKERNELS_HAS_AVX2)
-namespace avx2 {
-extern const Kernels kernels;
-}
-#endif
-#if defined(VITKERNELS_HAS_AVX512)
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
-namespace amx_bf16 {
-extern const Kernels kernels;
-}
-#endif
-
 namespace {
 
 struct Candidate {
-  const Kernels* kernels;
+  Isa isa;
+  const char* name;
   bool supported;
 };
 
@@ -72,15 +52,15 @@ bool has_amx_bf16() {
 const Candidate* candidates(int* count) {
   static const Candidate list[] = {
 #if defined(VITKERNELS_HAS_AVX512)
-      {&amx_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx_bf16()},
-      {&avx512_bf16::kernels, has_avx512() && __builtin_cpu_supports("avx512bf16")},
-      {&avx512::kernels, has_avx512()},
+      {Isa::amx_bf16, "amx_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx_bf16()},
+      {Isa::avx512_bf16, "avx512_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16")},
+      {Isa::avx512, "avx512", has_avx512()},
 #endif
 #if defined(VITKERNELS_HAS_AVX2)
-      {&avx2::kernels,
+      {Isa::avx2, "avx2",
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
-      {&baseline::kernels, true},
+      {Isa::baseline, "baseline", true},
   };
   *count = int(sizeof(list) / sizeof(list[0]));
   return list;
@@ -92,29 +72,31 @@ std::string names(bool supported_only) {
   std::string joined;
   for (int i = count - 1; i >= 0; --i) {
     if (supported_only && !list[i].supported) continue;
-    joined += (joined.empty() ? "" : " ") + std::string(list[i].kernels->isa);
+    joined += (joined.empty() ? "" : " ") + std::string(list[i].name);
   }
   return joined;
 }
 
-const Kernels& choose() {
+const Candidate& choose() {
   int count;
   const Candidate* list = candidates(&count);
   const char* wanted = std::getenv("VITKERNELS_ISA");
   for (int i = 0; i < count; ++i) {
     const bool named = wanted && *wanted;
-    if (list[i].supported && (!named || std::strcmp(wanted, list[i].kernels->isa) == 0)) return *list[i].kernels;
+    if (list[i].supported && (!named || std::strcmp(wanted, list[i].name) == 0)) return list[i];
   }
   throw std::runtime_error("vitkernels: VITKERNELS_ISA is '" + std::string(wanted) + "', this CPU takes " +
                            names(true));
 }
 
+const Candidate& chosen() {
+  static const Candidate& candidate = choose();
+  return candidate;
+}
+
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
-}
+Isa isa() { return chosen().isa; }
 
 }  // namespace vitkernels
 
@@ -123,7 +105,7 @@ extern "C" {
 
 __attribute__((visibility("default"))) const char* vitkernels_isa() {
   try {
-    return vitkernels::kernels().isa;
+    return vitkernels::chosen().name;
   } catch (const std::exception&) {
     return "none";
   }

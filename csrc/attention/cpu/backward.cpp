@@ -6,7 +6,7 @@
 
 #include "attention/cpu/backward_tile.h"
 #include "attention/cpu/differentiate.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 
 namespace vitkernels::VK_ISA {
 namespace {
@@ -139,25 +139,6 @@ class Backward {
 };
 
 }  // namespace
-
-int64_t attention_backward_scratch(const AttentionBackwardParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Backward<S>(params, nullptr).scratch_size(); });
-  return size;
-}
-
-int64_t attention_backward_parts(const AttentionBackwardParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Backward<S>(params, nullptr).parts_size(); });
-  return size;
-}
-
-void attention_backward(const AttentionBackwardParams& params, int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { Backward<S>(params, scratch).run(begin, end); });
-}
-
-void finish_query_gradient(const AttentionBackwardParams& params, int64_t begin, int64_t end) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { Backward<S>(params, nullptr).finish(begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(Backward, AttentionBackwardParams);

@@ -10,7 +10,7 @@
 #include "attention/cpu/offset_grid.h"
 #include "attention/cpu/tile_sizes.h"
 #include "attention/dense.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 #include "cpu/scratch.h"
 
 namespace vitkernels::VK_ISA {
@@ -137,15 +137,6 @@ class Forward {
 };
 
 }  // namespace
-
-int64_t attention_scratch(const AttentionParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Forward<S>(params, nullptr).scratch_size(); });
-  return size;
-}
-
-void attention(const AttentionParams& params, int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { Forward<S>(params, scratch).run(begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(Forward, AttentionParams);

@@ -6,7 +6,7 @@
 #include "attention/cpu/softmax.h"
 #include "attention/dense.h"
 #include "cpu/convert.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 
 namespace vitkernels::VK_ISA {
 namespace {
@@ -45,66 +45,78 @@ class PartWeights {
 
 // out = sum_p w_p out_p.
 template <class S>
-void merge(const MergeParams& p, int64_t begin, int64_t end) {
+class Merge {
   using T = Compute<S>;
-  for (int64_t row = begin; row < end; ++row) {
-    const PartWeights<T> weights(p, row);
-    static_cast<T*>(p.lse)[row] = weights.lse();
-    // A block of columns for all parts, so that a weight is computed once a block.
-    constexpr int64_t kBlock = 16 * kWidth<T>;
-    for (int64_t first = 0; first < p.dim; first += kBlock) {
-      const Range columns{0, std::min(p.dim - first, kBlock)};
-      T sum[kBlock] = {};
-      for (int64_t part = 0; part < p.parts; ++part) {
-        const T weight = weights[part];
-        if (weight == T(0)) continue;
+
+ public:
+  Merge(const MergeParams& params, void*) : p(params) {}
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const PartWeights<T> weights(p, row);
+      static_cast<T*>(p.lse)[row] = weights.lse();
+      // A block of columns for all parts, so that a weight is computed once a block.
+      constexpr int64_t kBlock = 16 * kWidth<T>;
+      for (int64_t first = 0; first < p.dim; first += kBlock) {
+        const Range columns{0, std::min(p.dim - first, kBlock)};
+        T sum[kBlock] = {};
+        for (int64_t part = 0; part < p.parts; ++part) {
+          const T weight = weights[part];
+          if (weight == T(0)) continue;
+          for_each_vector<T>(columns, [&](int64_t c, Range lanes) {
+            store(sum + c, load(sum + c) + part_of<T, S>(p.outs[part], row * p.dim + first + c, lanes.end) * weight);
+          });
+        }
         for_each_vector<T>(columns, [&](int64_t c, Range lanes) {
-          store(sum + c, load(sum + c) + part_of<T, S>(p.outs[part], row * p.dim + first + c, lanes.end) * weight);
+          store_narrowed<T>(static_cast<S*>(p.out) + row * p.dim + first + c, load(sum + c), lanes.end);
         });
       }
-      for_each_vector<T>(columns, [&](int64_t c, Range lanes) {
-        store_narrowed<T>(static_cast<S*>(p.out) + row * p.dim + first + c, load(sum + c), lanes.end);
-      });
     }
   }
-}
+
+ private:
+  const MergeParams& p;
+};
 
 // dout_p = w_p dout, dlse_p = w_p (d_p - sum_q w_q d_q + dlse) with d_p = dout . out_p.
 template <class S>
-void merge_backward(const MergeParams& p, int64_t begin, int64_t end) {
+class MergeBackward {
   using T = Compute<S>;
-  for (int64_t row = begin; row < end; ++row) {
-    const PartWeights<T> weights(p, row);
-    const auto grad_of_part = [&](int64_t part) -> T& { return static_cast<T*>(p.grad_lses[part])[row]; };
-    T mean = 0;
-    for (int64_t part = 0; part < p.parts; ++part) {
-      const T weight = weights[part];
-      Vec<T> dot{};
-      for_each_vector<T>({0, p.dim}, [&](int64_t c, Range lanes) {
-        const int64_t offset = row * p.dim + c;
-        const Vec<T> grad = part_of<T, S>(p.grad_out, offset, lanes.end);
-        dot += grad * part_of<T, S>(p.outs[part], offset, lanes.end);
-        store_narrowed<T>(static_cast<S*>(p.grad_outs[part]) + offset, grad * weight, lanes.end);
-      });
-      grad_of_part(part) = reduce_add<T>(dot);
-      if (weight != T(0)) mean += weight * grad_of_part(part);
-    }
-    const T grad_lse = p.grad_lse ? static_cast<const T*>(p.grad_lse)[row] : T(0);
-    for (int64_t part = 0; part < p.parts; ++part) {
-      const T weight = weights[part];
-      grad_of_part(part) = weight == T(0) ? T(0) : weight * (grad_of_part(part) - mean + grad_lse);
+
+ public:
+  MergeBackward(const MergeBackwardParams& params, void*) : p(params) {}
+
+  void run(int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const PartWeights<T> weights(p.forward, row);
+      const auto grad_of_part = [&](int64_t part) -> T& { return static_cast<T*>(p.grad_lses[part])[row]; };
+      T mean = 0;
+      for (int64_t part = 0; part < p.forward.parts; ++part) {
+        const T weight = weights[part];
+        Vec<T> dot{};
+        for_each_vector<T>({0, p.forward.dim}, [&](int64_t c, Range lanes) {
+          const int64_t offset = row * p.forward.dim + c;
+          const Vec<T> grad = part_of<T, S>(p.grad_out, offset, lanes.end);
+          dot += grad * part_of<T, S>(p.forward.outs[part], offset, lanes.end);
+          store_narrowed<T>(static_cast<S*>(p.grad_outs[part]) + offset, grad * weight, lanes.end);
+        });
+        grad_of_part(part) = reduce_add<T>(dot);
+        if (weight != T(0)) mean += weight * grad_of_part(part);
+      }
+      const T grad_lse = p.grad_lse ? static_cast<const T*>(p.grad_lse)[row] : T(0);
+      for (int64_t part = 0; part < p.forward.parts; ++part) {
+        const T weight = weights[part];
+        grad_of_part(part) = weight == T(0) ? T(0) : weight * (grad_of_part(part) - mean + grad_lse);
+      }
     }
   }
-}
+
+ private:
+  const MergeBackwardParams& p;
+};
 
 }  // namespace
-
-void merge_attentions(const MergeParams& params, int64_t begin, int64_t end) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { merge<S>(params, begin, end); });
-}
-
-void merge_attentions_backward(const MergeParams& params, int64_t begin, int64_t end) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { merge_backward<S>(params, begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(Merge, MergeParams);
+VK_KERNEL(MergeBackward, MergeBackwardParams);

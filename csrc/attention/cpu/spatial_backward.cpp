@@ -7,7 +7,7 @@
 #include "attention/cpu/differentiate.h"
 #include "attention/cpu/spatial_terms.h"
 #include "attention/cpu/tile_tokens.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 
 namespace vitkernels::VK_ISA {
 namespace {
@@ -305,48 +305,45 @@ class SpatialBackward {
 
 // Where the sums are the gradient itself, the tokens that no other split sees are done.
 template <class S>
-void sum_parts(const SpatialSum& p, int64_t begin, int64_t end) {
+class SumParts {
   using T = Compute<S>;
-  const int64_t width = round_up(p.dim, kWidth<T>), lines = p.size[0] * p.size[1];
-  const bool is_in_place = p.from.owned.data == p.target.data;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t entry = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
-    const Place place{{line / p.size[1], line % p.size[1], 0}};
-    S* to = p.target.at<S>(entry, place, head);
-    const T* from = p.from.owned.at<const T>(entry, place, head);
-    for (int64_t i = 0; i < p.size[2]; ++i) {
-      const int64_t token = line * p.size[2] + i;
-      const auto is_shared = [&](int64_t split) { return p.from.of_split[split].shared.contains(token); };
-      bool is_done = is_in_place;
-      for (int64_t split = 1; split < p.splits; ++split) is_done = is_done && !is_shared(split);
-      for (int64_t c = 0; c < p.dim && !is_done; c += kWidth<T>) {
-        Vec<T> sum = load(from + c);
-        for (int64_t split = 1; split < p.splits; ++split) {
-          if (!is_shared(split)) continue;
-          const T* part = p.from.part<T>(split, p.batch, p.heads, entry, head, width);
-          sum += load(part + (token - p.from.of_split[split].shared.begin) * width + c);
+
+ public:
+  SumParts(const SpatialSum& params, void*) : p(params) {}
+
+  void run(int64_t begin, int64_t end) {
+    const int64_t width = round_up(p.dim, kWidth<T>), lines = p.size[0] * p.size[1];
+    const bool is_in_place = p.from.owned.data == p.target.data;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t entry = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
+      const Place place{{line / p.size[1], line % p.size[1], 0}};
+      S* to = p.target.at<S>(entry, place, head);
+      const T* from = p.from.owned.at<const T>(entry, place, head);
+      for (int64_t i = 0; i < p.size[2]; ++i) {
+        const int64_t token = line * p.size[2] + i;
+        const auto is_shared = [&](int64_t split) { return p.from.of_split[split].shared.contains(token); };
+        bool is_done = is_in_place;
+        for (int64_t split = 1; split < p.splits; ++split) is_done = is_done && !is_shared(split);
+        for (int64_t c = 0; c < p.dim && !is_done; c += kWidth<T>) {
+          Vec<T> sum = load(from + c);
+          for (int64_t split = 1; split < p.splits; ++split) {
+            if (!is_shared(split)) continue;
+            const T* part = p.from.part<T>(split, p.batch, p.heads, entry, head, width);
+            sum += load(part + (token - p.from.of_split[split].shared.begin) * width + c);
+          }
+          store_narrowed<T>(to + c, sum, std::min<int64_t>(p.dim - c, kWidth<T>));
         }
-        store_narrowed<T>(to + c, sum, std::min<int64_t>(p.dim - c, kWidth<T>));
+        to += p.target.axis_stride[kMaxAxes - 1], from += p.from.owned.axis_stride[kMaxAxes - 1];
       }
-      to += p.target.axis_stride[kMaxAxes - 1], from += p.from.owned.axis_stride[kMaxAxes - 1];
     }
   }
-}
+
+ private:
+  const SpatialSum& p;
+};
 
 }  // namespace
-
-int64_t spatial_attention_backward_scratch(const SpatialBackwardParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = SpatialBackward<S>(params, nullptr).scratch_size(); });
-  return size;
-}
-
-void spatial_attention_backward(const SpatialBackwardParams& params, int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { SpatialBackward<S>(params, scratch).run(begin, end); });
-}
-
-void sum_spatial_parts(const SpatialSum& params, int64_t begin, int64_t end) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { sum_parts<S>(params, begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(SpatialBackward, SpatialBackwardParams);
+VK_KERNEL(SumParts, SpatialSum);

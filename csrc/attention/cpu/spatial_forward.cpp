@@ -6,7 +6,7 @@
 #include "attention/cpu/spatial_terms.h"
 #include "attention/cpu/tile_sizes.h"
 #include "attention/cpu/tile_tokens.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 
 namespace vitkernels::VK_ISA {
 namespace {
@@ -157,15 +157,6 @@ class SpatialForward {
 };
 
 }  // namespace
-
-int64_t spatial_attention_scratch(const SpatialParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = SpatialForward<S>(params, nullptr).scratch_size(); });
-  return size;
-}
-
-void spatial_attention(const SpatialParams& params, int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { SpatialForward<S>(params, scratch).run(begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(SpatialForward, SpatialParams);

@@ -10,7 +10,7 @@
 #include "attention/cpu/softmax.h"
 #include "attention/cpu/tile_sizes.h"
 #include "attention/cpu/transposed.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 #include "cpu/scratch.h"
 
 namespace vitkernels::VK_ISA {
@@ -166,15 +166,6 @@ class Transposed {
 };
 
 }  // namespace
-
-int64_t attention_transposed_scratch(const AttentionTransposedParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = Transposed<S>(params, nullptr).scratch_size(); });
-  return size;
-}
-
-void attention_transposed(const AttentionTransposedParams& params, int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { Transposed<S>(params, scratch).run(begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(Transposed, AttentionTransposedParams);

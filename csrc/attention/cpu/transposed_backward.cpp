@@ -12,7 +12,7 @@
 #include "attention/cpu/differentiate.h"
 #include "attention/cpu/logits.h"
 #include "attention/cpu/transposed.h"
-#include "cpu/kernels.h"
+#include "cpu/make_kernel.h"
 #include "cpu/scratch.h"
 
 namespace vitkernels::VK_ISA {
@@ -23,7 +23,7 @@ class TransposedBackward {
   using T = Compute<S>;
 
  public:
-  TransposedBackward(const AttentionTransposedParams& params, void* memory) : p(params), scratch(memory) {}
+  TransposedBackward(const AttentionTransposedBackwardParams& params, void* memory) : p(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
 
@@ -111,7 +111,7 @@ class TransposedBackward {
     return static_cast<T*>(parts) + row * width;
   }
 
-  const AttentionTransposedParams& p;
+  const AttentionTransposedBackwardParams& p;
   Scratch scratch;
   const Axis axis = p.pattern.axis[0];
   const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
@@ -134,25 +134,6 @@ class TransposedBackward {
 };
 
 }  // namespace
-
-int64_t attention_transposed_backward_scratch(const AttentionTransposedParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = TransposedBackward<S>(params, nullptr).scratch_size(); });
-  return size;
-}
-
-int64_t attention_transposed_backward_parts(const AttentionTransposedParams& params) {
-  int64_t size = 0;
-  dispatch_dtype(params.dtype, [&]<class S>(S) { size = TransposedBackward<S>(params, nullptr).parts_size(); });
-  return size;
-}
-
-void attention_transposed_backward(const AttentionTransposedParams& params, int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { TransposedBackward<S>(params, scratch).run(begin, end); });
-}
-
-void finish_value_gradient(const AttentionTransposedParams& params, int64_t begin, int64_t end) {
-  dispatch_dtype(params.dtype, [&]<class S>(S) { TransposedBackward<S>(params, nullptr).finish(begin, end); });
-}
-
 }  // namespace vitkernels::VK_ISA
+
+VK_KERNEL(TransposedBackward, AttentionTransposedBackwardParams);

@@ -1,5 +1,6 @@
 // Joining attention results over disjoint sets of keys on a GPU: a warp takes a row, its lanes the columns.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -22,25 +23,20 @@ struct MergeKernelParams {
   const void* lses[kMaxMergeParts];  // [rows] each
   const float* sums;                 // [parts, rows] or null
   void *out, *lse;
-  const void *grad_out, *grad_lse;
-  void* grad_outs[kMaxMergeParts];
-  void* grad_lses[kMaxMergeParts];
+  const void *grad_out = nullptr, *grad_lse = nullptr;
+  void* grad_outs[kMaxMergeParts] = {};
+  void* grad_lses[kMaxMergeParts] = {};
 
   explicit MergeKernelParams(const MergeParams& p)
-      : parts(int32_t(p.parts)),
-        rows(p.rows),
-        dim(p.dim),
-        sums(p.sums),
-        out(p.out),
-        lse(p.lse),
-        grad_out(p.grad_out),
-        grad_lse(p.grad_lse) {
-    for (int part = 0; part < parts; ++part) {
-      outs[part] = p.outs[part];
-      lses[part] = p.lses[part];
-      grad_outs[part] = p.grad_outs ? p.grad_outs[part] : nullptr;
-      grad_lses[part] = p.grad_lses ? p.grad_lses[part] : nullptr;
-    }
+      : parts(int32_t(p.parts)), rows(p.rows), dim(p.dim), sums(p.sums), out(p.out), lse(p.lse) {
+    std::copy_n(p.outs, parts, outs);
+    std::copy_n(p.lses, parts, lses);
+  }
+
+  explicit MergeKernelParams(const MergeBackwardParams& p) : MergeKernelParams(p.forward) {
+    grad_out = p.grad_out, grad_lse = p.grad_lse;
+    std::copy_n(p.grad_outs, parts, grad_outs);
+    std::copy_n(p.grad_lses, parts, grad_lses);
   }
 
   template <class T>
@@ -179,10 +175,10 @@ cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stre
   return can_merge ? cudaGetLastError() : cudaErrorInvalidValue;
 }
 
-cudaError_t launch_merge_attentions_backward(const MergeParams& params, cudaStream_t stream) {
-  if (params.rows == 0) return cudaSuccess;
+cudaError_t launch_merge_attentions_backward(const MergeBackwardParams& params, cudaStream_t stream) {
+  if (params.forward.rows == 0) return cudaSuccess;
   const MergeKernelParams p(params);
-  dispatch_dtype(params.dtype, [&]<class S>(S) {
+  dispatch_dtype(params.forward.dtype, [&]<class S>(S) {
     rows_are_aligned<S>(p) ? launch_backward<S, kVectorBytes / sizeof(S)>(p, stream) : launch_backward<S, 1>(p, stream);
   });
   return cudaGetLastError();

@@ -3,7 +3,7 @@
 #include "attention/op/backward_arguments.h"
 #include "attention/op/logit_gradients.h"
 #include "common/parallel.h"
-#include "cpu/isa.h"
+#include "cpu/kernel.h"
 
 namespace vitkernels {
 namespace {
@@ -18,12 +18,9 @@ Forward run_forward(const AttentionArguments& args) {
   params.out = token_tensor(out);
   params.lse = lse.mutable_data_ptr();
 
-  const Kernels& kernels = vitkernels::kernels();
   if (args.num_tasks > 0) {
-    const ThreadScratch scratch(args.query, kernels.attention_scratch(params), args.num_tasks);
     const int64_t of_head = params.first_task ? 1 : args.num_tasks / (params.batch * params.heads);
-    parallel_ranges(args.num_tasks, of_head,
-                    [&](int64_t begin, int64_t end) { kernels.attention(params, begin, end, scratch.mine()); });
+    run_kernel(kernel<AttentionParams>(), params, args.num_tasks, of_head, args.query);
   }
   return {out, lse};
 }
@@ -47,11 +44,7 @@ Backward run_backward(const AttentionArguments& args, const BackwardArguments& f
   // An empty tensor may claim any batch size.
   const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;
   if (params.num_tasks() > 0 && !is_empty) {
-    const Kernels& kernels = vitkernels::kernels();
-    const ThreadScratch scratch(args.query, kernels.attention_backward_scratch(params), params.num_tasks());
-    parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-      kernels.attention_backward(params, begin, end, scratch.mine());
-    });
+    run_kernel(kernel<AttentionBackwardParams>(), params, params.num_tasks(), 1, args.query);
   }
   grads.finish(args, params);
   return {grads.query,      grads.key,        grad_value,       grads.head_scale, grads.bias,       grads.key_bias,

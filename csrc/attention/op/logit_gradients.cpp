@@ -55,7 +55,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients n
   grid_gradients.allocate(params.score.on_grid, params.heads, params.batch_groups() * params.splits, none());
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  const int64_t part_elements = kernels().attention_backward_parts(params) / element_size;
+  const int64_t part_elements = kernel<AttentionBackwardParams>().parts(params) / element_size;
   query_parts = zeros_as(args.query, {part_elements}, statistics);
   if (params.score.on_grid.has_rel_pos()) {
     relative_query_parts = zeros_as(args.query, {part_elements}, statistics);
@@ -69,7 +69,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients n
 void LogitGradients::finish(const AttentionArguments& args, const AttentionBackwardParams& params) {
   if (args.query.numel() > 0) {
     torch::stable::parallel_for(0, args.batch * args.heads, 1, [&](int64_t begin, int64_t end) {
-      kernels().finish_query_gradient(params, begin, end);
+      kernel<AttentionBackwardParams>().finish(params, begin, end);
     });
   }
   const ScalarType statistics = statistics_type(args.dtype);

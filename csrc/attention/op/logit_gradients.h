@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention/op/backward_arguments.h"
-#include "cpu/isa.h"
+#include "cpu/kernel.h"
 
 namespace vitkernels {
 

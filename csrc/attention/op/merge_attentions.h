@@ -89,11 +89,11 @@ std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const Opti
 
   const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
   const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
-  args.params.grad_out = grad_out_rows.const_data_ptr();
-  args.params.grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr;
-  args.params.grad_outs = grad_data.data();
-  args.params.grad_lses = grad_data.data() + outs.size();
-  run(checker, args.params);
+  run(checker, MergeBackwardParams{.forward = args.params,
+                                   .grad_out = grad_out_rows.const_data_ptr(),
+                                   .grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr,
+                                   .grad_outs = grad_data.data(),
+                                   .grad_lses = grad_data.data() + outs.size()});
   return grads;
 }
 

@@ -1,28 +1,30 @@
 // The operators vitkernels::merge_attentions and vitkernels::merge_attentions_backward on the CPU.
 #include "attention/op/merge_attentions.h"
-#include "cpu/isa.h"
+#include "cpu/kernel.h"
 
 namespace vitkernels {
 namespace {
 
 constexpr int64_t kRowsPerTask = 256;
 
-// `kernel` on all rows, in tasks.
-void run(void (*kernel)(const MergeParams&, int64_t, int64_t), const MergeParams& params) {
-  torch::stable::parallel_for(0, params.rows, kRowsPerTask,
-                              [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+// The kernel of these params on all rows, in tasks.
+template <class Params>
+void run(const Params& params, int64_t rows) {
+  const Kernel<Params>& kernel = vitkernels::kernel<Params>();
+  torch::stable::parallel_for(0, rows, kRowsPerTask,
+                              [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, nullptr); });
 }
 
 std::tuple<Tensor, Tensor> merge_attentions_cpu(std::vector<Tensor> outs, std::vector<Tensor> lses) {
   return merge_attentions(outs, lses, kAnyNumber,
-                          [](const Checker&, const MergeParams& params) { run(kernels().merge_attentions, params); });
+                          [](const Checker&, const MergeParams& params) { run(params, params.rows); });
 }
 
 std::vector<Tensor> merge_attentions_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
                                                   std::vector<Tensor> outs, std::vector<Tensor> lses) {
   return merge_attentions_backward(
       grad_out, grad_lse, outs, lses, kAnyNumber,
-      [](const Checker&, const MergeParams& params) { run(kernels().merge_attentions_backward, params); });
+      [](const Checker&, const MergeBackwardParams& params) { run(params, params.forward.rows); });
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> merge_attentions_cuda(std::vector<Tensor> outs, std::
 std::vector<Tensor> merge_attentions_backward_cuda(const Tensor& grad_out, OptionalTensor grad_lse,
                                                    std::vector<Tensor> outs, std::vector<Tensor> lses) {
   return merge_attentions_backward(grad_out, grad_lse, outs, lses, kMaxMergeParts,
-                                   [&](const Checker& checker, const MergeParams& params) {
+                                   [&](const Checker& checker, const MergeBackwardParams& params) {
                                      const OnDevice device(outs[0]);
                                      check_cuda(checker, launch_merge_attentions_backward(params, device.stream()));
                                    });

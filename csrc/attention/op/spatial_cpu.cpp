@@ -2,7 +2,7 @@
 #include "attention/cpu/tile_sizes.h"
 #include "attention/op/spatial_gradients.h"
 #include "common/parallel.h"
-#include "cpu/isa.h"
+#include "cpu/kernel.h"
 
 namespace vitkernels {
 namespace {
@@ -37,12 +37,8 @@ Forward spatial_attention_cpu(const Tensor& query, const Tensor& key, const Tens
   args.fill(params);
   params.out = map_tensor(out, args.axes);
   params.lse = lse.mutable_data_ptr();
-  const Kernels& kernels = vitkernels::kernels();
-  const int64_t of_head = params.batch * params.num_tiles() * spatial_row_blocks(params),
-                tasks = params.heads * of_head;
-  const ThreadScratch scratch(query, kernels.spatial_attention_scratch(params), tasks);
-  parallel_ranges(tasks, of_head,
-                  [&](int64_t begin, int64_t end) { kernels.spatial_attention(params, begin, end, scratch.mine()); });
+  const int64_t of_head = params.batch * params.num_tiles() * spatial_row_blocks(params);
+  run_kernel(kernel<SpatialParams>(), params, params.heads * of_head, of_head, query);
   return {out, lse};
 }
 
@@ -102,13 +98,7 @@ Backward spatial_attention_backward_cpu(
        need_key_bias,
        {need_bias_table, need_multiplier_table, need_rel_pos_depth, need_rel_pos_height, need_rel_pos_width}},
       params);
-  if (!args.is_empty()) {
-    const Kernels& kernels = vitkernels::kernels();
-    const ThreadScratch scratch(query, kernels.spatial_attention_backward_scratch(params), params.num_tasks());
-    parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-      kernels.spatial_attention_backward(params, begin, end, scratch.mine());
-    });
-  }
+  if (!args.is_empty()) run_kernel(kernel<SpatialBackwardParams>(), params, params.num_tasks(), 1, query);
   grads.finish(args, params);
   return {grads.query,    grads.key,        grads.value,      grads.key_fill,   grads.value_fill, grads.head_scale,
           grads.key_bias, grads.on_grid[0], grads.on_grid[1], grads.on_grid[2], grads.on_grid[3], grads.on_grid[4]};

@@ -1,7 +1,7 @@
 #include "attention/op/spatial_sums.h"
 
 #include "attention/cpu/tile_sizes.h"
-#include "cpu/isa.h"
+#include "cpu/kernel.h"
 
 namespace vitkernels {
 namespace {
@@ -81,7 +81,7 @@ void SpatialSums::allocate(const SpatialArguments& args, const Tensor& gradient,
   const auto tensor = [&](const std::vector<int64_t>& sizes) {
     return is_zero ? zeros_as(gradient, sizes, type) : empty_as(gradient, sizes, type);
   };
-  const int64_t lanes = kernels().vector_bytes / (args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+  const int64_t lanes = vector_bytes(isa()) / (args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
   const int64_t width = (dim + lanes - 1) / lanes * lanes;
   // The gradient itself, where it has such rows: less memory, and nothing to be copied.
   const bool is_in_place = !is_zero && gradient.scalar_type() == type && width == dim;
@@ -99,7 +99,7 @@ void SpatialSums::finish() const {
   const bool is_done = !sums && !parts;  // or nothing was attached
   if (is_done) return;
   torch::stable::parallel_for(0, sum.num_lines(), 1,
-                              [&](int64_t begin, int64_t end) { kernels().sum_spatial_parts(sum, begin, end); });
+                              [&](int64_t begin, int64_t end) { kernel<SpatialSum>().run(sum, begin, end, nullptr); });
 }
 
 }  // namespace vitkernels

@@ -4,7 +4,7 @@
 #include "attention/op/logit_gradients.h"
 #include "attention/op/transposed_arguments.h"
 #include "common/parallel.h"
-#include "cpu/isa.h"
+#include "cpu/kernel.h"
 
 namespace vitkernels {
 namespace {
@@ -36,13 +36,9 @@ Tensor attention_transposed_cpu(const Tensor& query, const Tensor& key, const Te
   AttentionTransposedParams params;
   fill(args, params);
   params.out = token_tensor(out);
-  const Kernels& kernels = vitkernels::kernels();
   const int64_t tasks = params.batch * params.heads * transposed_keys(params).count;
-  const ThreadScratch scratch(query, kernels.attention_transposed_scratch(params), tasks);
   const int64_t of_kv_head = std::max<int64_t>(params.heads / std::max<int64_t>(params.kv_heads, 1), 1);
-  parallel_ranges(tasks, of_kv_head, [&](int64_t begin, int64_t end) {
-    kernels.attention_transposed(params, begin, end, scratch.mine());
-  });
+  run_kernel(kernel<AttentionTransposedParams>(), params, tasks, of_kv_head, query);
   return out;
 }
 
@@ -84,29 +80,24 @@ Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor&
   const Tensor grad_value = empty_as(value_q, sizes_of(value_q), value_q.scalar_type());
   const Tensor grad_lse = empty_as(lse, sizes_of(lse), lse.scalar_type());
   const Tensor grad_row_weight = empty_as(lse, sizes_of(lse), lse.scalar_type());
-  AttentionTransposedParams params;
+  AttentionTransposedBackwardParams params;
   fill(args, params);
   params.grad_out = token_tensor(out_gradient);
   params.grad_value = token_tensor(grad_value);
   params.grad_row_lse = grad_lse.mutable_data_ptr();
   params.grad_row_weight = grad_row_weight.mutable_data_ptr();
   LogitGradients grads(args.attention, {need_head_scale, need_bias, need_key_bias, need_multiplier}, params);
-  const Kernels& kernels = vitkernels::kernels();
-  const int64_t part_elements = kernels.attention_transposed_backward_parts(params) / int64_t(lse.element_size());
+  const Kernel<AttentionTransposedBackwardParams>& kernel = vitkernels::kernel<AttentionTransposedBackwardParams>();
+  const int64_t part_elements = kernel.parts(params) / int64_t(lse.element_size());
   const Tensor value_parts = zeros_as(lse, {part_elements}, lse.scalar_type());
   params.grad_value_parts = value_parts.mutable_data_ptr();
 
   // An empty tensor may claim any batch size.
   const bool is_empty = query.numel() == 0 && key.numel() == 0;
-  if (params.num_tasks() > 0 && !is_empty) {
-    const ThreadScratch scratch(query, kernels.attention_transposed_backward_scratch(params), params.num_tasks());
-    parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) {
-      kernels.attention_transposed_backward(params, begin, end, scratch.mine());
-    });
-  }
+  if (params.num_tasks() > 0 && !is_empty) run_kernel(kernel, params, params.num_tasks(), 1, query);
   if (query.numel() > 0) {
     parallel_for(0, params.batch * params.heads, 1,
-                 [&](int64_t begin, int64_t end) { kernels.finish_value_gradient(params, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
   }
   grads.finish(args.attention, params);
   const Tensor grad_weight = need_query_weight && args.query_weight
