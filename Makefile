@@ -99,6 +99,7 @@ lint: $(VENV)/.lint  ## check the formatting, the types and the usual mistakes
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) tools/check_rooms.py
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 format: $(VENV)/.lint  ## rewrite the sources as lint wants them
