@@ -1,4 +1,4 @@
-// What the attention kernels are told. Plain data: no torch here or in anything that includes it.
+// Params of the dense attention kernels. Plain data, no torch.
 #pragma once
 
 #include <limits>
@@ -24,13 +24,13 @@ struct TokenTensor {
   }
 };
 
-// One entry of the batch: who sees whom in it, and where its tokens start.
+// One sequence of the batch: its sizes and mask, and where its tokens start.
 struct Sequence {
   Axis axis;
   int64_t first_query = 0, first_key = 0;
-  int64_t first_row = 0;  // of its queries among those of all entries
+  int64_t first_row = 0;  // of its queries among those of all sequences
 
-  // From tokens of the entry to those of a tensor.
+  // From tokens of the sequence to those of a tensor.
   VK_HOST_DEVICE Range query_tokens(Range queries) const { return relative_to(queries, -first_query); }
   VK_HOST_DEVICE Range key_tokens(Range keys) const { return relative_to(keys, -first_key); }
 };
@@ -121,14 +121,14 @@ struct AttentionBackwardParams : AttentionParams {
   const void* grad_lse = nullptr;  // as lse, or null
   bool batch_is_shared = false;    // a gradient is summed over the batch: one task goes through all of it
   bool heads_are_shared = false;   // likewise for the heads
-  int64_t most_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups where each costs memory
+  int64_t max_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups where each costs memory
   int64_t splits = 1;
   void* grad_query_parts = nullptr;      // [splits, heads, rows, padded head_dim], zero at first
   void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query has no scale; or null
   void* query_dot = nullptr;             // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 
   VK_HOST_DEVICE int64_t batch_groups() const {
-    return batch_is_shared ? 1 : batch < most_batch_groups ? batch : most_batch_groups;
+    return batch_is_shared ? 1 : batch < max_batch_groups ? batch : max_batch_groups;
   }
   VK_HOST_DEVICE int64_t head_groups() const { return heads_are_shared ? 1 : kv_heads; }
   VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups() * head_groups() * splits; }

@@ -1,8 +1,8 @@
-// Where tokens lie on a grid, and tables by the offset between two of them. Host and device, no torch.
+// Coordinates of tokens on a grid, and tables by the offset between two of them. Host and device, no torch.
 //
-// A table has an entry for every offset of a query from a key: (2 n0 - 1, 2 n1 - 1, 2 n2 - 1), and the pair of query i
-// and key j is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the entries in reverse order,
-// where keys that follow one another on the last axis have entries that do.
+// A table has an entry for every offset of a query from a key, (2 n0 - 1, 2 n1 - 1, 2 n2 - 1). That of query i and key j
+// is at (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the table in reverse
+// order, where consecutive keys on the last axis have consecutive entries.
 #pragma once
 
 #include "attention/pattern.h"
@@ -29,8 +29,8 @@ class Divisor {
 };
 
 struct Grid {
-  int64_t size[kMaxAxes] = {1, 1, 1};  // depth, height, width: a grid of fewer axes lacks the first ones
-  int64_t num_prefix = 0;              // tokens before those of the grid, without a place on it
+  int64_t size[kMaxAxes] = {1, 1, 1};  // depth, height, width; of fewer axes the last ones
+  int64_t num_prefix = 0;              // leading tokens outside the grid, such as a class token
 
   VK_HOST_DEVICE int64_t num_tokens() const { return size[0] * size[1] * size[2]; }
   VK_HOST_DEVICE int64_t num_offsets(int axis) const { return 2 * size[axis] - 1; }
@@ -50,7 +50,7 @@ struct Grid {
     return key_entry({{first_entry(0, query), first_entry(1, query), first_entry(2, query)}});
   }
 
-  // The coordinates on one axis that consecutive tokens have.
+  // The range of coordinates on one axis of consecutive tokens.
   VK_HOST_DEVICE Range coordinates(int axis, Range tokens) const {
     int64_t inner = 1;
     for (int later = axis + 1; later < kMaxAxes; ++later) inner *= size[later];
@@ -59,7 +59,7 @@ struct Grid {
     return {first % size[axis], last % size[axis] + 1};
   }
 
-  // The entries of one axis' reversed table that pairs of these tokens have. That of a pair is
+  // The entries of one axis' reversed table that pairs of these tokens use. That of a pair is
   // key.at[axis] + first_entry(axis, query).
   VK_HOST_DEVICE Range entries(int axis, Range queries, Range keys) const {
     const Range u = coordinates(axis, queries), v = coordinates(axis, keys);
@@ -67,7 +67,7 @@ struct Grid {
   }
   VK_HOST_DEVICE int64_t first_entry(int axis, const Place& query) const { return size[axis] - 1 - query.at[axis]; }
 
-  // Calls f(token, count, place) for the stretches of consecutive tokens that differ on the last axis only.
+  // Calls f(token, count, place) for runs of consecutive tokens that differ in the last coordinate only.
   template <class Function>
   VK_HOST_DEVICE void for_each_run(Range tokens, Function&& f) const {
     if (tokens.empty()) return;
@@ -85,7 +85,7 @@ struct Grid {
 // The same grid for GPUs, which have no instruction for divisions: 32 bits are enough for its tokens and entries. A
 // table is read as it was given: the entry of a query and a key is entry(query) - entry(key) + center().
 struct SmallGrid {
-  static constexpr int64_t kMostEntries = (int64_t(1) << 31) - 1;
+  static constexpr int64_t kMaxEntries = (int64_t(1) << 31) - 1;
 
   int size[kMaxAxes] = {1, 1, 1}, num_prefix = 0;
   Divisor height, width;

@@ -1,11 +1,11 @@
-// What is done to a logit: scale, multiplier, bias. Host and device, no torch.
+// The score terms: scale, multiplier, bias. Host and device, no torch.
 #pragma once
 
 #include "attention/offset_grid.h"
 
 namespace vitkernels {
 
-// Strides over (batch, head, query, key): 0 where one value serves all.
+// Strides over (batch, head, query, key): 0 on broadcast axes.
 struct ScoreStrides {
   int64_t batch = 0, head = 0, query = 0, key = 0;
 
@@ -14,22 +14,22 @@ struct ScoreStrides {
   }
 };
 
-// A tensor that is broadcast to (batch, heads, queries, keys). Its key stride is 0 or 1. The gradient is contiguous in
-// the tensor's own shape, so its strides differ where the tensor is itself an expanded view.
+// A tensor that broadcasts to (batch, heads, queries, keys). Its key stride is 0 or 1. The gradient is contiguous in the
+// tensor's own shape, so its strides differ if the tensor is an expanded view.
 struct ScoreTerm {
   const void* data = nullptr;  // null: the term is absent
   ScoreStrides strides;
   void* grad = nullptr;         // null: not wanted
-  bool grad_is_double = false;  // it sums many rows; else each element is written once
+  bool grad_is_double = false;  // it accumulates many rows; else each element is written once
   ScoreStrides grad_strides;
 };
 
-// A table by offset, for each head (or one for all). On the CPU its entries are reversed, and some follow that are read
-// but not used; so with the embeddings below, whose rows are padded with zeros there.
+// A table by offset, for each head (or one for all). On the CPU its entries are reversed and padded by a vector; so are
+// the embeddings below, whose rows are padded with zeros.
 struct TableTerm {
   const void* data = nullptr;
   int64_t head_stride = 0;
-  double* grad = nullptr;  // [parts, heads, entries and padding], reversed as well; every task has a part of its own
+  double* grad = nullptr;  // [parts, heads, entries and padding], reversed as well; a partial sum for each task
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
@@ -41,15 +41,14 @@ struct RelPosTerm {
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
-// The products of queries with embeddings by the coordinates of the keys, axis after axis: on a GPU, computed before the
-// kernels that read them.
+// Relative logits by the coordinates of the keys, axis after axis: on a GPU, computed before the kernels that read them.
 struct RelativeLogits {
   const float* data = nullptr;  // [batch, heads, tokens on the grid, width]
   int64_t batch_stride = 0, head_stride = 0;
   int width = 0, first[kMaxAxes] = {};  // of an axis' coordinates
 };
 
-// Terms by the places of query and key on a grid.
+// Terms by the offset of query and key on a grid.
 struct GridTerms {
   Grid grid;
   TableTerm multiplier, bias;
@@ -80,7 +79,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias; the grid's multiplier and bias join the others. V is a vector.
+// logit = (scale * q.k) * multiplier + bias + key_bias; the tables by offset join multiplier and bias. V is a vector.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;

@@ -1,7 +1,7 @@
-// What the kernels of attention over maps are told. Plain data, no torch.
+// Params of the kernels of attention over maps. Plain data, no torch.
 //
-// A task is a tile of queries: a box of one residue class, by the tiles of its axes. The keys that some query of it sees
-// are a box as well. Rows and columns of a tile count the tokens of these boxes in row-major order.
+// A task is a query tile: a box of tokens of one residue class, the product of a tile of each axis. The keys that any of
+// them sees are a box as well. Rows and columns of a tile number the tokens of these boxes in row-major order.
 #pragma once
 
 #include "attention/pattern.h"
@@ -15,7 +15,7 @@ struct MapTensor {
   void* data = nullptr;
   int64_t batch_stride = 0, axis_stride[kMaxAxes] = {}, head_stride = 0;
 
-  // Whether tokens lie as far apart as in another one.
+  // Whether the strides are those of another one.
   VK_HOST_DEVICE bool is_laid_out_as(const MapTensor& other) const {
     bool same = batch_stride == other.batch_stride && head_stride == other.head_stride;
     for (int axis = 0; axis < kMaxAxes; ++axis) same = same && axis_stride[axis] == other.axis_stride[axis];
@@ -29,23 +29,23 @@ struct MapTensor {
   }
 };
 
-// The keys of one query on one axis, and where it is itself, counted from the tile's first key.
+// The keys of one query on one axis, and its own coordinate, relative to the tile's first key.
 struct SeenKeys {
   Range keys;
   int64_t place;
 };
 
-// A tile of queries on one axis. Queries and keys are `step` apart on the map, beyond which keys may lie.
+// A tile of queries on one axis. Queries and keys are `step` apart; keys may lie outside the map.
 struct AxisTile {
   int64_t first_query, num_queries, first_key, num_keys;
-  int64_t geometry;      // tiles with the same one have equal `seen`
+  int64_t geometry;      // tiles of the same geometry have equal `seen`
   bool sees_all;         // every query sees every key
   const SeenKeys* seen;  // [num_queries]
 };
 
 struct AxisTiles {
   const AxisTile* tile = nullptr;
-  int64_t count = 0, num_geometries = 0, most_queries = 0, most_keys = 0, step = 1;
+  int64_t count = 0, num_geometries = 0, max_queries = 0, max_keys = 0, step = 1;
   bool see_all = true;
 };
 
@@ -71,23 +71,21 @@ struct SpatialParams {
   VK_HOST_DEVICE int64_t num_queries() const { return query_size[0] * query_size[1] * query_size[2]; }
   VK_HOST_DEVICE int64_t num_keys() const { return key_size[0] * key_size[1] * key_size[2]; }
   VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].count * axis[1].count * axis[2].count; }
-  VK_HOST_DEVICE int64_t most_queries() const {
-    return axis[0].most_queries * axis[1].most_queries * axis[2].most_queries;
-  }
-  VK_HOST_DEVICE int64_t most_keys() const { return axis[0].most_keys * axis[1].most_keys * axis[2].most_keys; }
+  VK_HOST_DEVICE int64_t max_queries() const { return axis[0].max_queries * axis[1].max_queries * axis[2].max_queries; }
+  VK_HOST_DEVICE int64_t max_keys() const { return axis[0].max_keys * axis[1].max_keys * axis[2].max_keys; }
   VK_HOST_DEVICE bool has_terms() const { return key_bias.data || score.on_grid.any(); }
 
-  // A query's place in [batch, *map].
-  VK_HOST_DEVICE int64_t row(int64_t entry, const Place& place) const {
-    return ((entry * query_size[0] + place.at[0]) * query_size[1] + place.at[1]) * query_size[2] + place.at[2];
+  // The index of a query in [batch, *map].
+  VK_HOST_DEVICE int64_t row(int64_t batch, const Place& place) const {
+    return ((batch * query_size[0] + place.at[0]) * query_size[1] + place.at[1]) * query_size[2] + place.at[2];
   }
 };
 
-// Which tokens of a gradient a split adds to. It owns those behind all that earlier splits own, up to the last one that
-// it adds to itself, and the last split the rest. Of those that an earlier one owns, it has sums of its own.
+// The tokens of a gradient that a split adds to. A split owns tokens from the previous split's end up to the last one that
+// it touches, the last split also the rest; what it adds to earlier tokens goes to a private partial sum.
 struct SplitTokens {
   Range owned, shared;
-  int64_t first_row = 0;  // of the shared ones, among the parts
+  int64_t first_row = 0;  // of the shared tokens among all parts
 };
 
 // The sums of a gradient, of float or double. Those of the owned tokens may be the gradient itself.
@@ -108,9 +106,9 @@ struct SplitSums {
   }
 };
 
-// The backward's work is cut by shapes alone: into groups of the batch, kv heads, and `splits` ranges of tiles. A task
-// writes the query gradients of its tiles. What several splits or tasks add to, keys and what all tiles share, has sums
-// for each of them, which are added in order.
+// The backward is partitioned by shapes alone: into groups of batches, kv heads, and `splits` ranges of query tiles. A
+// task writes the query gradients of its tiles. Gradients that several tasks add to have a partial sum for each, which are
+// added in order.
 struct SpatialBackwardParams : SpatialParams {
   MapTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null

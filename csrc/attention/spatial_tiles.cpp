@@ -10,7 +10,7 @@ bool moves_with_query(Rule rule) { return rule == Rule::kNeighborhood || rule ==
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// What a tile of so many queries on an axis has to do with its keys.
+// Sizes of a tile of so many queries on an axis.
 struct Extent {
   int64_t queries, tiles, keys, of_query;  // keys of the tile and of one query
 };
@@ -26,13 +26,13 @@ Extent extent(const AxisRule& rule, int64_t wanted) {
   return {queries, tiles, queries - 1 + rule.size, rule.size};
 }
 
-// In units of a pair of a query and a key. Groups of rows see one range of the columns.
+// The cost of a map, in logits. A group of rows computes one range of columns.
 double work(const std::array<Extent, kMaxAxes>& axis) {
   constexpr double kPerKey = 12.0, kPerTile = 400.0;
   constexpr int64_t kGroup = 14;
   int64_t rows = 1, keys = 1, tiles = 1;
   for (const Extent& e : axis) rows *= e.queries, keys *= e.keys, tiles *= e.tiles;
-  // Lines of the last axis, then planes, that a group of rows has queries in.
+  // Lines along the last axis, then planes, that the queries of a group of rows span.
   const int64_t group = std::min(rows, kGroup);
   const int64_t lines = std::min(divide_up(group, axis[2].queries), axis[0].queries * axis[1].queries);
   const int64_t planes = std::min(divide_up(lines, axis[1].queries), axis[0].queries);
@@ -45,9 +45,9 @@ double work(const std::array<Extent, kMaxAxes>& axis) {
 }  // namespace
 
 std::array<int64_t, kMaxAxes> tile_extents(const SpatialPattern& pattern) {
-  constexpr int64_t kChoices[] = {1, 2, 3, 4, 5, 7, 8, 14, 28, 56, 112}, kMostRows = 224, kMostKeys = 768;
+  constexpr int64_t kChoices[] = {1, 2, 3, 4, 5, 7, 8, 14, 28, 56, 112}, kMaxRows = 224, kMaxKeys = 768;
   std::array<int64_t, kMaxAxes> best{1, 1, 1};
-  double least = std::numeric_limits<double>::infinity();
+  double min_cost = std::numeric_limits<double>::infinity();
   const auto choices = [&](int axis) { return moves_with_query(pattern.axis[axis].rule) ? std::size(kChoices) : 1; };
   for (size_t i = 0; i < choices(0); ++i) {
     for (size_t j = 0; j < choices(1); ++j) {
@@ -60,18 +60,17 @@ std::array<int64_t, kMaxAxes> tile_extents(const SpatialPattern& pattern) {
           rows *= double(axis[a].queries), keys *= double(axis[a].keys);
         }
         const bool is_first = i + j + k == 0;
-        if (!is_first && (rows > kMostRows || keys > kMostKeys)) continue;
+        if (!is_first && (rows > kMaxRows || keys > kMaxKeys)) continue;
         const double cost = is_first ? std::numeric_limits<double>::max() : work(axis);
-        if (cost < least) least = cost, best = wanted;
+        if (cost < min_cost) min_cost = cost, best = wanted;
       }
     }
   }
   return best;
 }
 
-TiledAxis::TiledAxis(const AxisRule& rule, int64_t most_queries) : step(rule.step) {
-  for (int64_t r = 0; r < std::min(rule.step, rule.num_queries); ++r)
-    add_class(rule.of_class(r), r, step, most_queries);
+TiledAxis::TiledAxis(const AxisRule& rule, int64_t max_queries) : step(rule.step) {
+  for (int64_t r = 0; r < std::min(rule.step, rule.num_queries); ++r) add_class(rule.of_class(r), r, step, max_queries);
 
   std::vector<bool> is_covered(rule.num_keys);
   int64_t covered = 0;
@@ -87,7 +86,7 @@ TiledAxis::TiledAxis(const AxisRule& rule, int64_t most_queries) : step(rule.ste
   covers_keys_once = covers_keys_once && covered == rule.num_keys;
 }
 
-void TiledAxis::add_class(const AxisRule& rule, int64_t first, int64_t step, int64_t most_queries) {
+void TiledAxis::add_class(const AxisRule& rule, int64_t first, int64_t step, int64_t max_queries) {
   const int64_t length = rule.num_queries;
   if (length <= 0) return;
   if (rule.rule == Rule::kBlock) {
@@ -96,7 +95,7 @@ void TiledAxis::add_class(const AxisRule& rule, int64_t first, int64_t step, int
     }
     return;
   }
-  const int64_t count = moves_with_query(rule.rule) ? divide_up(length, most_queries) : 1;
+  const int64_t count = moves_with_query(rule.rule) ? divide_up(length, max_queries) : 1;
   for (int64_t i = 0; i < count; ++i) add_tile(rule, {length * i / count, length * (i + 1) / count}, first, step);
 }
 
@@ -133,8 +132,8 @@ AxisTiles TiledAxis::view() const {
   AxisTiles result{
       .tile = tiles.data(), .count = int64_t(tiles.size()), .num_geometries = int64_t(geometries.size()), .step = step};
   for (const AxisTile& tile : tiles) {
-    result.most_queries = std::max(result.most_queries, tile.num_queries);
-    result.most_keys = std::max(result.most_keys, tile.num_keys);
+    result.max_queries = std::max(result.max_queries, tile.num_queries);
+    result.max_keys = std::max(result.max_keys, tile.num_keys);
     result.see_all = result.see_all && tile.sees_all;
   }
   return result;

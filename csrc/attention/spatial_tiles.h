@@ -1,4 +1,4 @@
-// How a map is cut into tiles of queries. By shapes alone, so that results are the same for any number of threads.
+// Partitions a map into query tiles, by shapes alone: results are the same for any number of threads.
 #pragma once
 
 #include <array>
@@ -9,21 +9,21 @@
 
 namespace vitkernels {
 
-// The tiles of one axis, class by class.
+// The tiles of one axis, one residue class after the other.
 class TiledAxis {
  public:
-  // At most `most_queries` in a tile where the rule does not fix their number.
-  TiledAxis(const AxisRule& rule, int64_t most_queries);
+  // At most `max_queries` per tile, unless the rule fixes their number.
+  TiledAxis(const AxisRule& rule, int64_t max_queries);
   TiledAxis(const TiledAxis&) = delete;
   TiledAxis(TiledAxis&&) = default;
 
   AxisTiles view() const;
 
   int64_t largest_offset = 0;    // of a query from a key that it sees
-  bool covers_keys_once = true;  // every key of the map is in one tile's box and in no other
+  bool covers_keys_once = true;  // every key of the map is in exactly one tile's box
 
  private:
-  void add_class(const AxisRule& rule, int64_t first, int64_t step, int64_t most_queries);
+  void add_class(const AxisRule& rule, int64_t first, int64_t step, int64_t max_queries);
   void add_tile(const AxisRule& rule, Range queries, int64_t first, int64_t step);
 
   std::vector<AxisTile> tiles;
@@ -32,7 +32,7 @@ class TiledAxis {
   int64_t step;
 };
 
-// The number of queries on each axis of a tile for which there is least to do.
+// The extents of a query tile on each axis that minimize the estimated work.
 std::array<int64_t, kMaxAxes> tile_extents(const SpatialPattern& pattern);
 
 }  // namespace vitkernels

@@ -1,4 +1,4 @@
-// How the operands of a matrix product C (+)= A B lie in memory, and what they are padded to.
+// Layout and padding of the operands of a matrix product C (+)= A B.
 //
 // Groups of kGroup elements along the depth lie together (arithmetic.h). A is read through two strides, from row to row
 // and from group to group. B comes in panels: columns [p * kPanel, (p + 1) * kPanel) of B lie at b + p * panel_stride,
@@ -27,8 +27,8 @@ inline constexpr bool kHasTiles = true;
 inline constexpr bool kHasTiles = false;
 #endif
 
-// Products by tile registers (matmul_tiles.h) take whole tiles of the depth: operands are zero up to there. Rows of A up
-// to the next whole tile are read, whatever they hold.
+// Products by tile registers (matmul_tiles.h) take whole tiles of the depth: operands are padded with zeros. Rows of A up
+// to the next whole tile are read and may hold anything.
 inline constexpr int kTileSize = 16;
 
 template <class E>

@@ -116,11 +116,11 @@ inline void matmul_tiles(MatmulA<BFloat16> a, MatmulB<BFloat16> b, int64_t rows,
   constexpr int64_t kStep = kTileSize * 2, kTileElements = kTileSize * kStep;
   alignas(64) float staged[kStagedSteps * 2 * kTileElements / 2];
   const bool by_rows = a.depth_stride == 2;
-  const int64_t steps = depth / kStep, most_steps = by_rows ? steps : std::min(steps, kStagedSteps);
+  const int64_t steps = depth / kStep, max_steps = by_rows ? steps : std::min(steps, kStagedSteps);
   for (int64_t row = 0; row < rows; row += 2 * kTileSize) {
     const int64_t count = std::min<int64_t>(rows - row, 2 * kTileSize), row_tiles = divide_up(count, kTileSize);
-    for (int64_t first = 0; first < steps; first += most_steps) {
-      const int64_t part = std::min(steps - first, most_steps);
+    for (int64_t first = 0; first < steps; first += max_steps) {
+      const int64_t part = std::min(steps - first, max_steps);
       const BFloat16* a_part = a.data + row * a.row_stride + first * kTileSize * a.depth_stride;
       int64_t stride = a.row_stride, tile = kTileSize * a.row_stride, step = kStep;
       if (!by_rows) {

@@ -1,4 +1,4 @@
-// Copies of tensor rows into the layouts that the matrix products want.
+// Packs tensor rows into the layouts of the matrix products.
 #pragma once
 
 #include "cpu/convert.h"
@@ -65,7 +65,7 @@ void pack_groups(Rows source, int64_t rows, int64_t columns, E* target, int64_t 
   }
 }
 
-// One square of pack_transposed, from column `first` on. Rows that are missing repeat the last one: nobody reads what comes of them.
+// One square of pack_transposed, from column `first` on. Missing rows repeat the last one: their results are not read.
 template <bool kFullColumns, class E, class Rows>
 VK_INLINE void pack_transposed_square(Rows source, int64_t rows, int64_t first, int64_t columns, E* panel) {
   using T = Sum<E>;

@@ -1,4 +1,4 @@
-// Hands out aligned pieces of a task's scratch memory. With a null base it only measures.
+// Allocates aligned buffers from a task's scratch memory. With a null base it only measures.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@ class Scratch {
 
   template <class T>
   T* take(int64_t count) {
-    T* piece = base_ ? reinterpret_cast<T*>(base_ + size_) : nullptr;
-    // The odd number of cache lines keeps buffers of power-of-two size from sharing cache sets.
+    T* buffer = base_ ? reinterpret_cast<T*>(base_ + size_) : nullptr;
+    // An odd number of cache lines keeps buffers of power-of-two size in different cache sets.
     size_ += ((count * int64_t(sizeof(T)) + 63) / 64 | 1) * 64;
-    return piece;
+    return buffer;
   }
 
   int64_t size() const { return size_; }

@@ -1,8 +1,8 @@
 // Backward of softmax attention on the CPU. Compiled once per instruction set.
 //
-// A task is a range of keys (a split) of a group of heads that share a gradient. It alone writes their key and value
-// gradients and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order. To a
-// table by offset, all keys contribute: a task has a part of that gradient to itself.
+// A task is a range of keys (a split) of a group of heads that share a gradient. It owns their key and value gradients
+// and these keys' columns of the bias gradients; sums over batch and heads run inside it, in order. Every key contributes
+// to a table by offset, so each task adds to a partial sum of its own.
 
 #include "attention/cpu/backward_tile.h"
 #include "attention/cpu/differentiate.h"
@@ -32,7 +32,7 @@ class Backward {
     });
   }
 
-  // dQ of some (batch, head) pairs: the splits' parts, added in order, times the scale where the query had it.
+  // dQ of some (batch, head) pairs: adds the splits' partial sums in order, and applies the scale.
   void finish(int64_t begin, int64_t end) {
     const int64_t part_size = p.heads * p.num_rows() * query_width;
     for (int64_t pair = begin; pair < end; ++pair) {
@@ -127,11 +127,11 @@ class Backward {
 
   const AttentionBackwardParams& p;
   Scratch scratch;
-  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
+  const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
 
-  BackwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  BackwardTile<S> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t query_width = key_tile.query_width;
-  GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, most_keys, true}, scratch};
+  GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, max_keys, true}, scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   Sequence sequence;

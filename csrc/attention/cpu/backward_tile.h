@@ -1,4 +1,4 @@
-// A tile of keys and values, their gradients, and what blocks of queries add to these. The backward kernels share it.
+// A KV tile with its gradients, to which blocks of queries add. The backward kernels share it.
 //
 // Five products per tile of keys and block of queries:
 //   S = Q K^T, dP = dO V^T, then with P = exp(S - lse) and dS = P * (dP - delta):
@@ -17,10 +17,10 @@ class BackwardTile {
   using E = Operand<S>;
 
  public:
-  BackwardTile(int64_t head_dim, int64_t value_dim, int64_t most_keys, Scratch& scratch)
-      : head_dim(head_dim), value_dim(value_dim), most_keys(most_keys), scratch(scratch) {}
+  BackwardTile(int64_t head_dim, int64_t value_dim, int64_t max_keys, Scratch& scratch)
+      : head_dim(head_dim), value_dim(value_dim), max_keys(max_keys), scratch(scratch) {}
 
-  // Sets their gradients to zero.
+  // Also zeros the gradients of the tile.
   void pack(Source keys, Source values, int64_t count) {
     key_tile.pack(keys, count);
     pack_transposed(values, count, value_dim, value_panels);
@@ -35,47 +35,46 @@ class BackwardTile {
     T* query_gradient;  // [count, query_width], without the scale: dS K is added
   };
 
-  // Adds what the rows, of which there are at most kBackwardQueryBlock, see within `seen`. differentiate(r, first_key,
-  // width, logits, gradients) makes P of a row of S and dS of one of dP; columns are counted from first_key, and those
-  // below `width` that the row does not see become zero. meanwhile(turn) may fetch what will be needed later, in eight
-  // turns.
-  template <class Differentiate, class Meanwhile>
-  VK_INLINE void add(const Rows& rows, Range seen, T scale, Differentiate&& differentiate, Meanwhile&& meanwhile) {
+  // Adds the contribution of at most kBackwardQueryBlock rows, limited to the keys `seen`. differentiate(r, first_key,
+  // width, logits, gradients) turns a row of S into P and a row of dP into dS; columns are relative to first_key, and
+  // masked columns below `width` become zero. prefetch(turn) is called eight times and prefetches for a later tile.
+  template <class Differentiate, class Prefetch>
+  VK_INLINE void add(const Rows& rows, Range seen, T scale, Differentiate&& differentiate, Prefetch&& prefetch) {
     const int64_t count = rows.count, first_key = seen.begin / kPanel<E> * kPanel<E>, columns = seen.end - first_key;
     const int64_t depth = padded_depth<E>(count), key_depth = padded_depth<E>(columns);
     const int64_t value_depth = padded_depth<E>(value_dim);
 
     pack_queries(rows.queries, count, head_dim, scale, queries, operand_width);            // [count, d]
     pack_operands(rows.out_gradient, count, value_dim, out_gradient, out_gradient_width);  // [count, dv]
-    meanwhile(0);
+    prefetch(0);
     key_tile.multiply(queries, count, {first_key, seen.end}, logits, logits_stride);  // [count, columns]
-    meanwhile(1);
+    prefetch(1);
     matmul<E, false>({out_gradient, out_gradient_width, kGroup<E>},
                      {value_panels + first_key * value_depth, panel_stride, value_depth * kPanel<E>}, count,
                      round_up(columns, kWidth<T>), value_depth, gradients, logits_stride);  // [count, columns]
-    meanwhile(2);
+    prefetch(2);
     for (int64_t r = 0; r < count; ++r) {
       differentiate(r, first_key, key_depth, logits + r * logits_stride, gradients + r * logits_stride);
     }
-    meanwhile(3);
+    prefetch(3);
 
     const auto [probs, grads, grad_rows, out_gradient_groups, query_groups] = operands(rows, key_depth, scale);
-    meanwhile(4);
+    prefetch(4);
     // P^T and dS^T are read in place: the next row is the next group.
     matmul<E, true>({probs, kGroup<E>, group_stride}, {out_gradient_groups, value_width * kGroup<E>, panel_stride},
                     columns, value_width, depth, value_gradient + first_key * value_width, value_width);  // [keys, dv]
-    meanwhile(5);
+    prefetch(5);
     matmul<E, true>({grads, kGroup<E>, group_stride}, {query_groups, query_width * kGroup<E>, panel_stride}, columns,
                     query_width, depth, key_gradient + first_key * query_width, query_width);  // [keys, d]
-    meanwhile(6);
+    prefetch(6);
     matmul<E, true>({grad_rows, logits_stride, kGroup<E>},
                     {key_groups + first_key * query_width, query_width * kGroup<E>, panel_stride}, count, query_width,
                     key_depth, rows.query_gradient, query_width);  // [count, d]
-    meanwhile(7);
+    prefetch(7);
   }
 
  private:
-  const int64_t head_dim, value_dim, most_keys;
+  const int64_t head_dim, value_dim, max_keys;
   Scratch& scratch;
 
  public:
@@ -83,14 +82,14 @@ class BackwardTile {
   const int64_t value_width = round_up(value_dim, kWidth<T>);
 
  private:
-  // What the last three products multiply.
+  // Operands of the last three products.
   struct Operands {
     const E *probs, *grads;  // P, scale * dS as groups of rows: [count / kGroup, group_stride]
     const E* grad_rows;      // dS: [count, logits_stride]
     const E *out_gradient_groups, *query_groups;
   };
 
-  // Where operands are not of the type of the arithmetic: P and dS rounded and in groups, over what they were.
+  // If operands are narrower than accumulators, P and dS are rounded and grouped in place.
   Operands operands(const Rows& rows, int64_t columns, T scale) {
     if constexpr (kGroup<E> == 1) {
       return {logits, gradients, gradients, out_gradient, queries};  // the queries hold the scale
@@ -111,7 +110,7 @@ class BackwardTile {
     }
   }
 
-  const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
+  const int64_t logits_stride = (max_keys / kWidth<T> | 1) * kWidth<T>;
   const int64_t operand_width = round_up(head_dim, kOperandWidth<E>);
   const int64_t out_gradient_width = round_up(value_dim, kOperandWidth<E>);
   const int64_t group_stride = logits_stride * kGroup<E> * (sizeof(T) / sizeof(E));  // of P and dS
@@ -122,19 +121,19 @@ class BackwardTile {
   E* out_gradient = scratch.take<E>(block_rows * out_gradient_width);
   T* logits = scratch.take<T>(block_rows * logits_stride);     // then P
   T* gradients = scratch.take<T>(block_rows * logits_stride);  // dP, then dS
-  KeyTile<E> key_tile{scratch.take<E>(most_keys * padded_depth<E>(head_dim)),
-                      scratch.take<E>(kMostLastKeys* operand_width), head_dim, operand_width};
-  E* value_panels = scratch.take<E>(most_keys * padded_depth<E>(value_dim));
-  E* key_groups = scratch.take<E>(most_keys * query_width);
-  // Only where operands are pairs.
+  KeyTile<E> key_tile{scratch.take<E>(max_keys * padded_depth<E>(head_dim)),
+                      scratch.take<E>(kMaxLastKeys* operand_width), head_dim, operand_width};
+  E* value_panels = scratch.take<E>(max_keys * padded_depth<E>(value_dim));
+  E* key_groups = scratch.take<E>(max_keys * query_width);
+  // Used only if operands are pairs.
   static constexpr int64_t kPairRows = kGroup<E> == 1 ? 0 : block_rows;
   E* gradient_rows = scratch.take<E>(kPairRows * logits_stride);
   E* query_pairs = scratch.take<E>(kPairRows * query_width);
   E* out_gradient_pairs = scratch.take<E>(kPairRows * value_width);
 
  public:
-  T* key_gradient = scratch.take<T>(most_keys * query_width);
-  T* value_gradient = scratch.take<T>(most_keys * value_width);
+  T* key_gradient = scratch.take<T>(max_keys * query_width);
+  T* value_gradient = scratch.take<T>(max_keys * value_width);
 };
 
 }  // namespace vitkernels::VK_ISA

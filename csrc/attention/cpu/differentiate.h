@@ -1,5 +1,5 @@
-// What every backward pass through P = exp(S - lse) shares on the CPU: the order of the tasks, and the way from a row
-// of logits S and the gradient of P to P and the gradient of S.
+// Shared by the backward passes through P = exp(S - lse) on the CPU: the order of tasks, and the step from a row of S and
+// dP to P and dS.
 #pragma once
 
 #include "attention/cpu/offset_grid.h"
@@ -9,14 +9,14 @@
 
 namespace vitkernels::VK_ISA {
 
-// A tile of keys that some heads share. Every split of a group of batches has a part of the gradients to which all keys
-// contribute to itself.
+// A KV tile of the heads that share it. `part` is the partial sum that a task adds to, of gradients that every key
+// contributes to.
 struct KeyTileTask {
   int64_t batch, kv_head, split, part;
   Range tile;
 };
 
-// Calls f(KeyTileTask) for the tiles of keys of the tasks [begin, end), in order.
+// Calls f(KeyTileTask) for the KV tiles of the tasks [begin, end), in order.
 template <class Function>
 void for_each_key_tile(const AttentionBackwardParams& p, int64_t begin, int64_t end, Function&& f) {
   for (int64_t task = begin; task < end; ++task) {
@@ -43,11 +43,11 @@ void for_each_key_tile(const AttentionBackwardParams& p, int64_t begin, int64_t 
   }
 }
 
-// The gradient of a score term along one row of the logits.
+// The gradient of a score term along one row of logits.
 template <class T>
 struct TermGradRow {
   T* data = nullptr;
-  double* sums = nullptr;  // instead of data, where an element sums many rows
+  double* sums = nullptr;  // instead of data, if an element accumulates many rows
   int64_t stride;          // 0 or 1
 
   TermGradRow(const ScoreTerm& term, int64_t batch, int64_t head, int64_t query, int64_t first_key)
@@ -84,14 +84,14 @@ struct TermGradRow {
   }
 };
 
-// A row of a tile of logits: its query sees the columns `visible` of `width`, the first of which is key `first_key`.
+// A row of a logit tile: its query sees the columns `visible` out of `width`; column 0 is key `first_key`.
 struct LogitRow {
   int64_t batch, head, query, first_key;
   Range visible;
   int64_t width;
 };
 
-// The gradients of all terms but those of the grid along one row.
+// The gradients along one row of all terms but the tables and embeddings by offset.
 template <class T>
 struct ScoreGradRow {
   TermGradRow<T> multiplier, bias, key_bias;
@@ -108,13 +108,13 @@ struct ScoreGradRow {
   }
 };
 
-// The numbers of one row: products in S still lack the factor `scale`, exponents are relative to `offset`.
+// Scalars of one row: `scale` is not yet in S, P = exp(S - offset).
 template <class T>
 struct RowNumbers {
   T scale, offset, delta;
 };
 
-// Calls add_gradient(grad, product, column, lanes) with every vector of dS.
+// Calls add_gradient(grad, product, column, lanes) for every vector of dS.
 template <class T, class Row, class Function>
 VK_INLINE void differentiate_score(const Row& score, Range visible, RowNumbers<T> with, T* logits, T* gradients,
                                    Function&& add_gradient) {
@@ -158,8 +158,8 @@ VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers
   grid_row->add_gradient(part);
 }
 
-// S, dP -> P, dS = P * (dP - delta) of one row, in place; gradients of the score terms on the way, those of the grid
-// into their `part`.
+// S, dP -> P, dS = P * (dP - delta) for one row, in place. Adds the gradients of the score terms, those by offset to the
+// partial sum `part`.
 template <class T>
 VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
                                  GridRow<T>* grid_row = nullptr, int64_t part = 0) {
@@ -172,7 +172,7 @@ VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumb
   clear_outside<T>(gradients, at.visible, at.width);
 }
 
-// The product of two rows, each a tensor's or ours.
+// The dot product of two rows of any element type.
 template <class T, class A, class B>
 T dot_rows(const A* a, const B* b, int64_t count) {
   Vec<T> sum{};
@@ -182,7 +182,7 @@ T dot_rows(const A* a, const B* b, int64_t count) {
   return reduce_add<T>(sum);
 }
 
-// The first of the splits' rows, `part` apart, becomes the sum of all, in order.
+// Adds the rows of all splits, `part` apart, to that of the first, in order.
 template <class T>
 void sum_splits(T* sum, int64_t width, int64_t splits, int64_t part) {
   for (int64_t s = 1; s < splits; ++s) {

@@ -1,5 +1,5 @@
-// The mask and the tables of a tile, which depend on its geometry and its head alone. They are expanded once for all tiles
-// that have them in common; their gradients are gathered just so.
+// The mask and the tables of a tile, expanded to its logits. They depend on its geometry and head alone, so tiles that
+// agree in both share them; their gradients accumulate in the same layout.
 #pragma once
 
 #include "attention/cpu/offset_grid.h"
@@ -7,83 +7,83 @@
 
 namespace vitkernels::VK_ISA {
 
-// A block of rows and a range of columns of a tile.
-struct TilePiece {
+// A logit tile: a block of rows (queries) and a range of columns (keys) of a map tile.
+struct LogitTile {
   Range rows, columns;
-  int64_t index, count;  // among those of the tile
+  int64_t index, count;  // among the logit tiles of the map tile
 };
 
-// What is added to, and multiplied with, the logits of a piece: rows of queries, columns of keys.
+// The bias and the multiplier of a logit tile.
 template <class T>
 struct ExpandedTile {
-  int64_t geometry = -1, head = -1, piece = -1;
-  TilePiece of{};
+  int64_t geometry = -1, head = -1, logit_tile = -1;
+  LogitTile of{};
   TileView view{};
-  int64_t stride = 0;  // the piece's columns, up to a whole vector: what is behind them is anything
-  T *bias = nullptr, *multiplier = nullptr;  // [rows, stride]; a bias of minus infinity hides a key
+  int64_t stride = 0;                        // columns, rounded up to whole vectors; the padding holds any value
+  T *bias = nullptr, *multiplier = nullptr;  // [rows, stride]; a bias of minus infinity masks a key
   T *bias_gradient = nullptr, *multiplier_gradient = nullptr;
-  int64_t num_sums = 0;  // pieces that the gradients are the sum of
+  int64_t num_sums = 0;  // logit tiles accumulated in the gradients
 };
 
 template <class T>
 class ExpandedTiles {
  public:
-  ExpandedTiles(const SpatialParams& params, int64_t most_rows, int64_t most_columns, int64_t most_pieces,
+  ExpandedTiles(const SpatialParams& params, int64_t max_rows, int64_t max_columns, int64_t max_logit_tiles,
                 bool with_gradients, Scratch& scratch)
-      : p(params), grid(p.score.on_grid.grid), most_stride(round_up(most_columns, kWidth<T>)) {
+      : p(params), grid(p.score.on_grid.grid), max_stride(round_up(max_columns, kWidth<T>)) {
     constexpr int64_t kMemory = 768 << 10;
     const GridTerms& terms = p.score.on_grid;
     const bool has_multiplier = terms.multiplier.data;
     const bool has_gradients = with_gradients && (terms.bias.grad || terms.multiplier.grad);
-    const int64_t elements = most_rows * most_stride, arrays = (has_multiplier ? 2 : 1) * (has_gradients ? 2 : 1);
+    const int64_t elements = max_rows * max_stride, arrays = (has_multiplier ? 2 : 1) * (has_gradients ? 2 : 1);
     const int64_t fitting = kMemory / (elements * int64_t(sizeof(T)) * arrays + 1);
     const int64_t geometries = p.axis[0].num_geometries * p.axis[1].num_geometries * p.axis[2].num_geometries;
-    num_slots = std::clamp<int64_t>(std::min(geometries * most_pieces, fitting), 1, kMostSlots);
+    num_slots = std::clamp<int64_t>(std::min(geometries * max_logit_tiles, fitting), 1, kMaxSlots);
     for (int64_t i = 0; i < num_slots; ++i) {
       slots[i].bias = scratch.take<T>(elements);
       if (has_multiplier) slots[i].multiplier = scratch.take<T>(elements);
       if (has_gradients) slots[i].bias_gradient = scratch.take<T>(elements);
       if (has_gradients && has_multiplier) slots[i].multiplier_gradient = scratch.take<T>(elements);
     }
-    if ((terms.bias.data || has_multiplier) && p.most_keys() <= most_columns) {
-      const int64_t most_lines = p.axis[kMiddle].most_keys + p.axis[kMiddle].most_queries - 1;
-      lines = scratch.take<T>(most_lines * p.axis[kLast].most_keys + kWidth<T>);
+    if ((terms.bias.data || has_multiplier) && p.max_keys() <= max_columns) {
+      const int64_t max_lines = p.axis[kMiddle].max_keys + p.axis[kMiddle].max_queries - 1;
+      lines = scratch.take<T>(max_lines * p.axis[kLast].max_keys + kWidth<T>);
     }
   }
 
-  ExpandedTile<T>& at(const SpatialTile& tile, int64_t head, const TilePiece& piece, int64_t part) {
+  ExpandedTile<T>& at(const SpatialTile& tile, int64_t head, const LogitTile& logit_tile, int64_t part) {
     const GridTerms& terms = p.score.on_grid;
-    if (!terms.multiplier.data && !terms.bias.data) head = 0;  // the mask is every head's
-    ExpandedTile<T>& slot = slots[(tile.geometry * piece.count + piece.index) % num_slots];
-    const bool is_same = slot.geometry == tile.geometry && slot.head == head && slot.piece == piece.index;
-    // Sums of many numbers of one size lose bits.
-    constexpr int64_t kMostSums = 64;
-    if (!is_same || slot.num_sums == kMostSums) flush(slot, part);
+    if (!terms.multiplier.data && !terms.bias.data) head = 0;  // all heads share the mask
+    ExpandedTile<T>& slot = slots[(tile.geometry * logit_tile.count + logit_tile.index) % num_slots];
+    const bool is_same = slot.geometry == tile.geometry && slot.head == head && slot.logit_tile == logit_tile.index;
+    // Long float sums lose precision: flushed to double in time.
+    constexpr int64_t kMaxSums = 64;
+    if (!is_same || slot.num_sums == kMaxSums) flush(slot, part);
     if (!is_same) {
-      slot.geometry = tile.geometry, slot.head = head, slot.piece = piece.index, slot.of = piece;
-      slot.view = tile.view(), slot.stride = round_up(piece.columns.end - piece.columns.begin, kWidth<T>);
-      expand(slot, have_common_lines(tile, piece));
+      slot.geometry = tile.geometry, slot.head = head, slot.logit_tile = logit_tile.index, slot.of = logit_tile;
+      slot.view = tile.view(), slot.stride = round_up(logit_tile.columns.end - logit_tile.columns.begin, kWidth<T>);
+      expand(slot, have_common_lines(tile, logit_tile));
       clear_gradients(slot);
     }
     return slot;
   }
 
-  // Adds what is left of the gradients to the part of a task that is done.
+  // Adds the accumulated gradients to the partial sums of a task, at its end.
   void flush(int64_t part) {
     for (int64_t i = 0; i < num_slots; ++i) flush(slots[i], part);
   }
 
  private:
-  static constexpr int64_t kMostSlots = 64;
+  static constexpr int64_t kMaxSlots = 64;
   static constexpr int kMiddle = kMaxAxes - 2, kLast = kMaxAxes - 1;
 
-  // A stretch of keys that a row sees, by the first of them.
+  // A run of keys that a row sees, by its first key.
   struct Line {
     int64_t element, count, entry;  // in the expanded tile and in the tables
     Place query, key;
   };
 
-  // Calls f(line) for them. Rows that differ on the last axis only follow each other at every line of keys.
+  // Calls f(line) for all of them; the inner loop is over rows that differ in the last coordinate only.
   template <class Function>
   VK_INLINE void for_each_line(const ExpandedTile<T>& slot, Function&& f) const {
     const TileView& view = slot.view;
@@ -114,16 +114,16 @@ class ExpandedTiles {
     }
   }
 
-  // Whether copy_lines can be taken, and gains anything. Places next to each other bound what it gathers.
-  bool have_common_lines(const SpatialTile& tile, const TilePiece& piece) const {
+  // Whether copy_lines applies and pays off. Contiguous coordinates bound the number of lines it gathers.
+  bool have_common_lines(const SpatialTile& tile, const LogitTile& logit_tile) const {
     const Range places = tile.places(kMiddle);
     const bool are_neighbors = places.end - places.begin == tile.queries.size[kMiddle];
-    const bool is_all_keys = piece.columns.end - piece.columns.begin == tile.keys.count();
-    const bool is_several_lines = piece.rows.end - piece.rows.begin >= 2 * tile.queries.size[kLast];
+    const bool is_all_keys = logit_tile.columns.end - logit_tile.columns.begin == tile.keys.count();
+    const bool is_several_lines = logit_tile.rows.end - logit_tile.rows.begin >= 2 * tile.queries.size[kLast];
     return lines && tile.sees_all && are_neighbors && is_all_keys && is_several_lines;
   }
 
-  // A loop for each of the arrays: for both of them at once there are not enough registers.
+  // One loop per array: both at once would run out of registers.
   void expand(const ExpandedTile<T>& slot, bool has_common_lines) const {
     const int64_t elements = (slot.of.rows.end - slot.of.rows.begin) * slot.stride;
     const T* bias = table(p.score.on_grid.bias, slot.head);
@@ -157,7 +157,7 @@ class ExpandedTiles {
     count < kWidth<T> ? store_partial(to, v, count) : store(to, v);
   }
 
-  // Of a table, behind whose entries there are some more.
+  // From a table that is padded by a vector.
   void copy(const ExpandedTile<T>& slot, const T* from, T* to) const {
     for_each_line(slot, [=](const Line& line) VK_BODY {
       for (int64_t c = 0; c < line.count; c += kWidth<T>) {
@@ -166,8 +166,8 @@ class ExpandedTiles {
     });
   }
 
-  // Of a table, where every row sees all columns. The entries of a query are those of the query above it, moved by a line
-  // of keys. So the lines that a column of queries has are gathered once, and each of its rows is a stretch of them.
+  // From a table, if every row sees all columns. The entries of a query are those of the query above it, shifted by one
+  // line of keys: the lines of a column of queries are gathered once, and each row copies a contiguous run of them.
   void copy_lines(const ExpandedTile<T>& slot, const T* from, T* to) const {
     const TileView& view = slot.view;
     const int64_t width = view.keys[kLast], count = view.keys[kMiddle] * width;  // of a line; of a plane of keys
@@ -242,12 +242,12 @@ class ExpandedTiles {
   const Grid& grid;
 
  public:
-  const int64_t most_stride;
+  const int64_t max_stride;
 
  private:
   int64_t num_slots;
   T* lines = nullptr;  // [lines of a table, keys of the last axis] and a vector, or null
-  ExpandedTile<T> slots[kMostSlots];
+  ExpandedTile<T> slots[kMaxSlots];
 };
 
 }  // namespace vitkernels::VK_ISA

@@ -1,7 +1,7 @@
 // Forward of softmax attention on the CPU. Compiled once per instruction set.
 //
-// A task is a block of queries of one head. The keys come in tiles, packed once per head as long as the
-// task's thread stays with it; a row of up to kForwardKeyTile keys is one tile, and its softmax needs no rescaling.
+// A task is a query tile of one head. KV tiles are packed once per head while a thread stays with it; up to
+// kForwardKeyTile keys are a single tile, whose softmax needs no rescaling.
 
 #include <cmath>
 #include <limits>
@@ -29,7 +29,7 @@ class Forward {
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
     batch = p.first_task ? std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1
-                         : begin / tasks_of_entry;
+                         : begin / tasks_per_batch;
     start_sequence();
     for (int64_t task = begin; task < end; ++task) {
       if (task >= first_task(batch + 1)) {
@@ -45,7 +45,9 @@ class Forward {
   }
 
  private:
-  int64_t first_task(int64_t entry) const { return p.first_task ? p.first_task[entry] : entry * tasks_of_entry; }
+  int64_t first_task(int64_t of_batch) const {
+    return p.first_task ? p.first_task[of_batch] : of_batch * tasks_per_batch;
+  }
 
   void start_sequence() {
     sequence = p.sequence(batch);
@@ -57,7 +59,7 @@ class Forward {
   void block_of_queries(Range rows) {
     const int64_t count = rows.end - rows.begin;
     std::fill_n(states, count, RowState<T>{});
-    if (keys.count != 1) std::fill_n(sums, count * value_width, T(0));
+    if (keys.count != 1) std::fill_n(acc, count * value_width, T(0));
     for (int64_t tile = 0; tile < keys.count; ++tile) {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
       if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
@@ -82,7 +84,7 @@ class Forward {
                   {p.value.at<const S>(batch, first, kv_head), p.value.token_stride}, count);
   }
 
-  // Adds what the queries `rows` see in one tile of keys to their sums; `block` holds the sums' rows.
+  // Adds one KV tile to the accumulators of the queries `rows`, a part of `block`.
   void group_of_rows(Range block, Range rows, Range tile_keys) {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
@@ -90,7 +92,7 @@ class Forward {
     if (p.score.on_grid.any()) grid_row.start_rows(queries, rows, tile_keys);
     const int64_t first_row = rows.begin - block.begin;
     key_tile.add(
-        {queries, rows.end - rows.begin, sums + first_row * value_width, states + first_row, keys.count == 1},
+        {queries, rows.end - rows.begin, acc + first_row * value_width, states + first_row, keys.count == 1},
         {0, seen.end}, p.score.scale_of<T>(head), p.score.has_terms(),
         [&](int64_t r)
             VK_BODY { return relative_to(intersect(axis.keys(rows.begin + r), tile_keys), tile_keys.begin); },
@@ -110,7 +112,7 @@ class Forward {
     const int64_t count = rows.end - rows.begin;
     finish_rows(states, count, results);
     S* out = p.out.at<S>(batch, sequence.first_query + rows.begin, head);
-    key_tile.finish(results, sums, count,
+    key_tile.finish(results, acc, count,
                     [out, stride = p.out.token_stride](int64_t r) VK_BODY { return out + r * stride; });
     T* lse = static_cast<T*>(p.lse) + (sequence.first_row + rows.begin) * p.heads + head;
     for (int64_t r = 0; r < count; ++r) lse[r * p.heads] = results[r].lse;
@@ -118,16 +120,16 @@ class Forward {
 
   const AttentionParams& p;
   Scratch scratch;
-  const int64_t tasks_of_entry = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
-  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
-  const int64_t most_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
+  const int64_t tasks_per_batch = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
+  const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
+  const int64_t max_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
 
-  ForwardTile<S> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  ForwardTile<S> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t value_width = key_tile.value_width;
-  T* sums = scratch.take<T>(most_queries * value_width);
-  RowState<T>* states = scratch.take<RowState<T>>(round_up(most_queries, kWidth<T>));
-  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(most_queries, kWidth<T>));
-  GridRow<T> grid_row{p.score, {p.head_dim, most_queries, kRowGroup<E>, most_keys, false}, scratch};
+  T* acc = scratch.take<T>(max_queries * value_width);
+  RowState<T>* states = scratch.take<RowState<T>>(round_up(max_queries, kWidth<T>));
+  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(max_queries, kWidth<T>));
+  GridRow<T> grid_row{p.score, {p.head_dim, max_queries, kRowGroup<E>, max_keys, false}, scratch};
 
   int64_t batch = 0, head = 0;
   Sequence sequence;

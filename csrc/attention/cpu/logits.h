@@ -1,4 +1,4 @@
-// Logits of a tile of keys on the CPU: the first product of forward and backward, the same bits in both.
+// Logits of a KV tile on the CPU: the first product of forward and backward, with the same bits in both.
 #pragma once
 
 #include "attention/pattern.h"
@@ -6,11 +6,11 @@
 
 namespace vitkernels::VK_ISA {
 
-// A grid of patches and a class token are one key more than full vectors. So few keys are multiplied one by one instead
-// of as a vector that is nearly empty.
-inline constexpr int64_t kMostLastKeys = 2;
+// Patches and a class token are often one key more than full vectors. So few keys take dot products instead of a vector
+// that is nearly empty.
+inline constexpr int64_t kMaxLastKeys = 2;
 
-// A scale that is folded into the queries costs nothing; but bfloat16 operands keep the tensors' bits.
+// Folding the scale into the queries is free, but bfloat16 operands must keep the tensors' bits.
 template <class E>
 inline constexpr bool kFoldsScale = std::is_same_v<E, Sum<E>>;
 
@@ -30,21 +30,21 @@ struct KeyTile {
   using T = Sum<E>;
 
   E* panels;     // [keys / kPanel, d / kGroup, kPanel, kGroup]
-  E* last_rows;  // [kMostLastKeys, row_stride]
+  E* last_rows;  // [kMaxLastKeys, row_stride]
   int64_t head_dim, row_stride;
   int64_t count = 0, num_last = 0;
 
   template <class Rows>
   void pack(Rows keys, int64_t num_keys) {
     count = num_keys;
-    num_last = count % kWidth<T> <= kMostLastKeys ? count % kWidth<T> : 0;
+    num_last = count % kWidth<T> <= kMaxLastKeys ? count % kWidth<T> : 0;
     pack_transposed(keys, count - num_last, head_dim, panels);
     if (num_last == 0) return;
     pack_operands(keys.from(count - num_last), num_last, head_dim, last_rows, row_stride);
   }
 
-  // logits [rows, seen] = queries [rows, d] keys^T for the keys `seen`, which begin with a panel; the first column is that
-  // key's. The columns up to the next full vector are scratch.
+  // logits [rows, seen] = queries [rows, d] keys^T for the keys `seen`, which begin at a panel. Columns up to the next full
+  // vector are scratch.
   void multiply(const E* queries, int64_t rows, Range seen, T* logits, int64_t logits_stride) const {
     const int64_t seen_keys = seen.end - seen.begin, depth = padded_depth<E>(head_dim);
     const int64_t first_last = count - num_last;
@@ -54,7 +54,7 @@ struct KeyTile {
                      {panels + seen.begin * depth, kPanel<E> * kGroup<E>, depth * kPanel<E>}, rows, width, depth,
                      logits, logits_stride);
     if (width >= seen_keys) return;
-    // Stored as whole vectors: these are loaded soon, and a load of what was stored in pieces has to wait.
+    // Stored as whole vectors: a vector load soon after narrower stores would miss store forwarding.
     for (int64_t r = 0; r < rows; ++r) {
       const E* query = queries + r * row_stride;
       Vec<T> last = dot_in_all_lanes(query, last_rows, row_stride);

@@ -1,4 +1,4 @@
-// Joining attention results over disjoint sets of keys. Compiled once per instruction set.
+// Merges attention results over disjoint sets of keys. Compiled once per instruction set.
 
 #include <cmath>
 #include <limits>
@@ -33,7 +33,7 @@ class PartWeights {
  private:
   VK_INLINE T lse_of(int64_t part) const { return static_cast<const T*>(p_.lses[part])[row_]; }
 
-  // Of a part that saw no key zero.
+  // Zero for a part that saw no key.
   VK_INLINE T share(int64_t part) const {
     return lse_of(part) == kMinusInfinity<T> ? T(0) : std::exp(lse_of(part) - total_.max);
   }
@@ -55,7 +55,7 @@ class Merge {
     for (int64_t row = begin; row < end; ++row) {
       const PartWeights<T> weights(p, row);
       static_cast<T*>(p.lse)[row] = weights.lse();
-      // A block of columns for all parts, so that a weight is computed once a block.
+      // Parts are the inner loop of a block of columns: a weight is computed once per block.
       constexpr int64_t kBlock = 16 * kWidth<T>;
       for (int64_t first = 0; first < p.dim; first += kBlock) {
         const Range columns{0, std::min(p.dim - first, kBlock)};

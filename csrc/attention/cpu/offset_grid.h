@@ -1,4 +1,4 @@
-// Score terms by place on a grid, on the CPU: expanded along one row of the logits, and their gradients gathered from it.
+// Score terms by offset on the CPU: expanded along one row of logits, and the gradients scattered back from it.
 #pragma once
 
 #include "attention/cpu/rel_pos.h"
@@ -7,7 +7,7 @@
 
 namespace vitkernels::VK_ISA {
 
-// All score terms along one row, those of the grid among them.
+// All score terms along one row, including those by offset.
 template <class T>
 struct GridScoreRow {
   ScoreRow<T> others;
@@ -21,7 +21,7 @@ struct GridScoreRow {
   }
 };
 
-// sums[0, count) += values[0, count). Whole vectors: zeros are added behind.
+// sums[0, count) += values[0, count), in whole vectors: zeros are added to the rest of the last one.
 template <class Sum, class T>
 VK_INLINE void add_to_sums(Sum* sums, const T* values, int64_t count) {
   constexpr int64_t kN = kWidth<Sum>;
@@ -47,19 +47,19 @@ VK_INLINE T sum_of(const T* values, int64_t count) {
   return reduce_add<T>(sum);
 }
 
-// The grid's terms along one row at a time, in a thread's own memory.
+// Expands the terms by offset along one row at a time, in the memory of a thread.
 template <class T>
 class GridRow {
  public:
   struct Sizes {
-    int64_t head_dim, most_block, most_rows, most_keys;
+    int64_t head_dim, max_block, max_rows, max_keys;
     bool with_gradients;
   };
 
   GridRow(const Score& score, const Sizes& sizes, Scratch& scratch)
       : score(score), relative(score.on_grid, relative_sizes(score.on_grid.grid, sizes), scratch) {
     if (!terms.any()) return;
-    const int64_t columns = round_up(sizes.most_keys, kWidth<T>) + kWidth<T>;  // and the rest of a vector behind
+    const int64_t columns = round_up(sizes.max_keys, kWidth<T>) + kWidth<T>;  // and a vector of padding
     if (terms.multiplier.data) multiplier = scratch.take<T>(columns);
     if (terms.has_bias()) bias = scratch.take<T>(columns);
     if (!sizes.with_gradients) return;
@@ -67,7 +67,7 @@ class GridRow {
     bias_gradient = scratch.take<T>(columns);
   }
 
-  // Before a block of queries meets a tile of keys.
+  // Before a block of queries and a KV tile.
   VK_NOINLINE void start_block(int64_t of_head, Range block, Range tile) {
     head = of_head;
     if (terms.has_rel_pos() && !on_grid(block).empty() && !on_grid(tile).empty()) {
@@ -75,7 +75,7 @@ class GridRow {
     }
   }
 
-  // Before rows of it are expanded; `queries` are theirs.
+  // Before rows of the block are expanded; `queries` are their rows.
   template <class Rows>
   VK_NOINLINE void start_rows(Rows queries, Range rows, Range tile) {
     const Range placed = on_grid(rows);
@@ -93,7 +93,7 @@ class GridRow {
     keys = relative_to(visible, first_column);
     keys.begin = std::max<int64_t>(keys.begin, 0);
     if (token < 0) keys.end = keys.begin;
-    const Range others{visible.begin, keys.empty() ? visible.end : keys.begin + first_column};  // keys without a place
+    const Range others{visible.begin, keys.empty() ? visible.end : keys.begin + first_column};  // keys outside the grid
     if (multiplier) fill(multiplier, others, T(1));
     if (bias) fill(bias, others, T(0));
     if (!keys.empty()) {
@@ -110,13 +110,13 @@ class GridRow {
             TermRow<T>(bias, &kZero<T>)};
   }
 
-  // One vector of the gradient of the row that was expanded last.
+  // One vector of the gradient of the row expanded last.
   VK_INLINE void set_gradient(const GridScoreRow<T>& row, Vec<T> grad, Vec<T> product, int64_t column, Range lanes) {
     store(bias_gradient + column, grad);
     if (multiplier) store(multiplier_gradient + column, row.others.to_product(grad * product, column, lanes));
   }
 
-  // Adds the gradient of that row to those of the terms.
+  // Adds the gradient of that row to the gradients of the terms.
   VK_NOINLINE void add_gradient(int64_t part) const {
     if (keys.empty()) return;
     add_to_table(terms.multiplier, multiplier_gradient, part);
@@ -135,7 +135,7 @@ class GridRow {
     }
   }
 
-  // After the last of the rows. `query_gradient` is that of the first one, without the scale.
+  // After the last row. `query_gradient` is that of the first row, without the scale.
   VK_NOINLINE void finish_rows(int64_t part, Range rows, T* query_gradient, int64_t query_width) const {
     if (!has_relative) return;
     const int64_t first = on_grid(rows).begin + grid.num_prefix - rows.begin;
@@ -146,10 +146,9 @@ class GridRow {
   static constexpr int kLast = kMaxAxes - 1;
 
   static typename RelativeLogits<T>::Sizes relative_sizes(const Grid& grid, const Sizes& sizes) {
-    typename RelativeLogits<T>::Sizes result{sizes.head_dim, sizes.most_rows, {}, sizes.with_gradients};
+    typename RelativeLogits<T>::Sizes result{sizes.head_dim, sizes.max_rows, {}, sizes.with_gradients};
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      result.most_entries[axis] =
-          std::min(grid.size[axis], sizes.most_block) + std::min(grid.size[axis], sizes.most_keys);
+      result.max_entries[axis] = std::min(grid.size[axis], sizes.max_block) + std::min(grid.size[axis], sizes.max_keys);
     }
     return result;
   }
@@ -164,7 +163,7 @@ class GridRow {
     return {std::max<int64_t>(tokens.begin - grid.num_prefix, 0), tokens.end - grid.num_prefix};
   }
 
-  // Whole vectors: what a run writes too much, the next one overwrites.
+  // Whole vectors: the next run overwrites what this one writes past its end.
   void expand_into(T* target, const TableTerm& term, const T* const (&rows)[kMaxAxes]) const {
     const T* table = static_cast<const T*>(term.data);
     if (table) table += head * term.head_stride + grid.query_entry(place);
@@ -202,11 +201,11 @@ class GridRow {
   RelativeLogits<T> relative;
   T *multiplier = nullptr, *bias = nullptr, *multiplier_gradient = nullptr, *bias_gradient = nullptr;  // [columns]
   int64_t head = 0;
-  bool has_relative = false;  // the rows have products
-  int64_t first_placed = 0;   // the first of them with a place
+  bool has_relative = false;  // the rows have relative logits
+  int64_t first_placed = 0;   // the first of them on the grid
 
-  // Of the row that was expanded last.
-  int64_t token = 0, first_column = 0;  // the query; the column of the first key with a place
+  // Of the row expanded last.
+  int64_t token = 0, first_column = 0;  // the query; the column of the first key on the grid
   Range keys{};
   Place place{};
 };

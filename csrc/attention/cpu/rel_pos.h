@@ -1,7 +1,7 @@
 // Relative logits on the CPU: products of queries with embeddings of their offsets from the keys, axis by axis.
 //
-// A row of queries is multiplied with a stretch of embeddings, all those that some pair of the rows and a tile of keys
-// has; each row then reads its own part of the product, from its own shift on.
+// A group of queries is multiplied with the run of embeddings that any of its pairs with a KV tile needs; each row then
+// reads the product from a shift of its own.
 #pragma once
 
 #include <array>
@@ -18,28 +18,28 @@ using EntryRanges = std::array<Range, kMaxAxes>;
 template <class T>
 class RelativeLogits {
  public:
-  // A block of queries shares packed embeddings; a group of its rows is multiplied at once.
+  // A block of queries shares packed embeddings; a group of rows is multiplied at once.
   struct Sizes {
-    int64_t head_dim, most_rows, most_entries[kMaxAxes];
+    int64_t head_dim, max_rows, max_entries[kMaxAxes];
     bool with_gradients;
   };
 
   RelativeLogits(const GridTerms& terms, const Sizes& sizes, Scratch& scratch)
       : terms(terms), head_dim(sizes.head_dim), query_width(round_up(head_dim, kWidth<T>)) {
     if (!terms.has_rel_pos()) return;
-    queries = scratch.take<T>(sizes.most_rows * query_width);
+    queries = scratch.take<T>(sizes.max_rows * query_width);
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
       Axis& axis = axes[i];
-      const int64_t most = round_up(sizes.most_entries[i], kPanel<T>);
-      axis.stride = most + 2 * kPanel<T>;  // an aligned beginning; whole vectors at the end
-      axis.panels = scratch.take<T>(most * head_dim);
-      axis.logits = scratch.take<T>(sizes.most_rows * axis.stride);
-      if (sizes.with_gradients) axis.gradients = scratch.take<T>(sizes.most_rows * axis.stride);
+      const int64_t max_columns = round_up(sizes.max_entries[i], kPanel<T>);
+      axis.stride = max_columns + 2 * kPanel<T>;  // aligned start, whole vectors at the end
+      axis.panels = scratch.take<T>(max_columns * head_dim);
+      axis.logits = scratch.take<T>(sizes.max_rows * axis.stride);
+      if (sizes.with_gradients) axis.gradients = scratch.take<T>(sizes.max_rows * axis.stride);
     }
   }
 
-  // Packs the entries that a block of queries and a tile of keys need.
+  // Packs the embeddings that a block of queries and a KV tile need.
   void pack(int64_t head, const EntryRanges& entries) {
     for (int i = 0; i < kMaxAxes; ++i) {
       if (!terms.rel_pos[i].data) continue;
@@ -49,7 +49,7 @@ class RelativeLogits {
     }
   }
 
-  // Multiplies some rows of the block with those entries that they need of the packed ones.
+  // Multiplies a group of the rows with the packed embeddings that it needs.
   template <class Rows>
   void multiply(Rows query_rows, int64_t rows, const EntryRanges& entries) {
     num_rows = rows;
@@ -66,8 +66,8 @@ class RelativeLogits {
     }
   }
 
-  // The logits of one of those rows on one axis, or null; and where their gradient is summed. Key k of the row is at
-  // index k if `first_entry` is that of key 0.
+  // The relative logits of a row on one axis, or null, and their gradient's accumulator. Key k is at index k if
+  // `first_entry` is the entry of key 0.
   const T* row(int axis, int64_t r, int64_t first_entry) const {
     return terms.rel_pos[axis].data ? axes[axis].logits + begin_of_row(axis, r, first_entry) : nullptr;
   }
@@ -75,7 +75,7 @@ class RelativeLogits {
     return terms.rel_pos[axis].data ? axes[axis].gradients + begin_of_row(axis, r, first_entry) : nullptr;
   }
 
-  // From the summed gradients to those of the embeddings and of the rows' queries.
+  // From the accumulated gradients to those of the embeddings and of the queries.
   void add_gradients(int64_t part, int64_t head, T* query_gradient) const {
     for (int i = 0; i < kMaxAxes; ++i) {
       const RelPosTerm& term = terms.rel_pos[i];

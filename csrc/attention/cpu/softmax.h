@@ -12,7 +12,7 @@
 
 namespace vitkernels::VK_ISA {
 
-// Calls f(column, lanes) for each aligned vector that overlaps `range`; `lanes` is the part of it inside.
+// Calls f(column, lanes) for each aligned vector that overlaps `range`; `lanes` are the lanes inside.
 template <class T, class Function>
 VK_INLINE void for_each_vector(Range range, Function&& f) {
   constexpr int64_t kN = kWidth<T>;
@@ -35,7 +35,7 @@ VK_INLINE Vec<T> keep(Vec<T> v, Range lanes, T other) {
   return inside ? v : broadcast(other);
 }
 
-// A score term along one row of the logits, from some column on.
+// A score term along one row of logits, from a given column on.
 template <class T>
 struct TermRow {
   const T* data;
@@ -74,13 +74,13 @@ struct ScoreRow {
   VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
     return logit(product, multiplier.at(column, lanes), bias.at(column, lanes), key_bias.at(column, lanes));
   }
-  // How the product changes where the logit changes by `grad`.
+  // The gradient of the product from that of the logit.
   VK_INLINE Vec<T> to_product(Vec<T> grad, int64_t column, Range lanes) const {
     return grad * multiplier.at(column, lanes);
   }
 };
 
-// A bias alone, of which whole vectors may be read.
+// A bias alone, which may be read in whole vectors.
 template <class T>
 struct BiasRow {
   const T* bias;
@@ -97,18 +97,18 @@ template <class T>
 struct RowState {
   T max = kMinusInfinity<T>, sum = 0;
 
-  // What exponents are taken relative to. A row that saw nothing yet must not give inf - inf.
+  // Subtracted from logits before exp. A row that has seen no key yet must not compute inf - inf.
   T offset() const { return max == kMinusInfinity<T> ? T(0) : max; }
   T lse() const { return sum > 0 || sum != sum ? max + std::log(sum) : kMinusInfinity<T>; }
 };
 
-// What comes of it: `factor` makes exponentials probabilities; it is zero for a row that saw no key.
+// Final statistics: LSE and `factor` = 1 / sum, which is zero for a row that saw no key.
 template <class T>
 struct RowResult {
   T lse, factor;
 };
 
-// Of many rows at once: whole vectors of them are read and written.
+// For many rows at once; both arrays are padded to whole vectors.
 template <class T>
 void finish_rows(const RowState<T>* states, int64_t count, RowResult<T>* results) {
   constexpr int kN = kWidth<T>;
@@ -127,15 +127,13 @@ void finish_rows(const RowState<T>* states, int64_t count, RowResult<T>* results
   }
 }
 
-// What a row's exponents are taken relative to, so that they are probabilities. An empty row (lse = -inf) has P = 0:
-// exp(-inf).
+// Subtracted from logits so that exp gives probabilities. An empty row (lse = -inf) gets P = exp(-inf) = 0.
 template <class T>
 VK_INLINE T exponent_offset(T lse) {
   return lse == kMinusInfinity<T> ? -kMinusInfinity<T> : lse;
 }
 
-// Products become logits in place: logits[visible] with the terms applied; returns their maximum. `scale` is what the
-// products still lack.
+// Applies the score terms to logits[visible] in place and returns their maximum. `scale` is not yet in the products.
 template <class T, class Row>
 VK_INLINE T apply_score(T* logits, Range visible, T scale, const Row& score) {
   Vec<T> largest = broadcast(kMinusInfinity<T>);
@@ -156,13 +154,13 @@ VK_INLINE T row_max(const T* logits, Range visible, T scale) {
   return reduce_max<T>(largest);
 }
 
-// The columns become zero, from the first one of a vector of T, or of operands in its place, up to the end of a vector.
+// Zeros whole vectors of T, or of operands in their place, from the first column on.
 template <class T, class E>
 VK_INLINE void clear(E* row, Range columns) {
   for (int64_t c = columns.begin; c < columns.end; c += kWidth<T>) store_narrowed<T>(row + c, Vec<T>{}, kWidth<T>);
 }
 
-// Likewise those below `width` that are not in a vector that for_each_vector<T> has written for `visible`.
+// Zeros the vectors below `width` that for_each_vector<T> has not written for `visible`.
 template <class T, class E>
 VK_INLINE void clear_outside(E* row, Range visible, int64_t width) {
   if (visible.empty()) return clear<T>(row, {0, width});
@@ -170,8 +168,8 @@ VK_INLINE void clear_outside(E* row, Range visible, int64_t width) {
   clear<T>(row, {round_up(visible.end, kWidth<T>), width});
 }
 
-// probabilities[visible] become exponentials of the logits, the other columns below `width` zero; they may lie where
-// the logits are. Returns the factor by which what was accumulated before must be multiplied.
+// probabilities[visible] = exp(logits - max), zero in the other columns below `width`; may be in place. Updates the
+// running state and returns the factor that rescales the accumulator.
 template <class E, class T>
 VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64_t width, T scale, T largest,
                          RowState<T>& state) {
@@ -190,8 +188,8 @@ VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64
   return factor;
 }
 
-// A group of rows that see the same columns, the first ones. Its loops are functions of their own: in one with a whole
-// kernel the compiler keeps their variables in memory.
+// A group of rows that see all of the first `columns`. Its loops are functions of their own: inlined into a kernel, the
+// compiler spills their variables.
 template <class T>
 struct LogitRows {
   T* data;  // [count, stride]

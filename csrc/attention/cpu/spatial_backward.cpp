@@ -1,7 +1,7 @@
 // Backward of attention over maps on the CPU. Compiled once per instruction set.
 //
-// A task goes through a range of tiles, for every query head of one kv head and every entry of a group of the batch. It
-// writes the query gradients of a tile when it is done with it.
+// A task loops over a range of query tiles, for every query head of one kv head and every batch of a group. The query
+// gradient of a tile is written after its last KV tile.
 
 #include "attention/cpu/backward_tile.h"
 #include "attention/cpu/differentiate.h"
@@ -56,7 +56,7 @@ class SpatialBackward {
   }
 
  private:
-  // What a tile of a head reads and writes.
+  // The rows of all tensors that a tile of a head reads and writes.
   struct Tokens : TileInputs<S> {
     TileBoxes boxes;
     TileTokens<const S> outputs, out_gradients;
@@ -64,22 +64,22 @@ class SpatialBackward {
 
     Tokens(const SpatialParams& p, Scratch& scratch)
         : TileInputs<S>(p, scratch),
-          outputs(p.most_queries(), p.value_dim, scratch),
-          out_gradients(p.most_queries(), p.value_dim, scratch),
-          query_gradients(p.most_queries(), p.head_dim, scratch),
-          key_gradients(p.most_keys(), p.head_dim, scratch),
-          value_gradients(p.most_keys(), p.value_dim, scratch) {}
+          outputs(p.max_queries(), p.value_dim, scratch),
+          out_gradients(p.max_queries(), p.value_dim, scratch),
+          query_gradients(p.max_queries(), p.head_dim, scratch),
+          key_gradients(p.max_keys(), p.head_dim, scratch),
+          value_gradients(p.max_keys(), p.value_dim, scratch) {}
 
     int64_t count() const { return std::max(outputs.count, this->keys.count); }
-    VK_INLINE void fetch(Range tokens, int turn) const {
-      if (turn == 0) this->queries.fetch(tokens);
-      if (turn == 1) outputs.fetch(tokens);
-      if (turn == 2) out_gradients.fetch(tokens);
-      if (turn == 3) this->keys.fetch(tokens);
-      if (turn == 4) this->values.fetch(tokens);
-      if (turn == 5) query_gradients.fetch(tokens);
-      if (turn == 6) key_gradients.fetch(tokens);
-      if (turn == 7) value_gradients.fetch(tokens);
+    VK_INLINE void prefetch(Range tokens, int turn) const {
+      if (turn == 0) this->queries.prefetch(tokens);
+      if (turn == 1) outputs.prefetch(tokens);
+      if (turn == 2) out_gradients.prefetch(tokens);
+      if (turn == 3) this->keys.prefetch(tokens);
+      if (turn == 4) this->values.prefetch(tokens);
+      if (turn == 5) query_gradients.prefetch(tokens);
+      if (turn == 6) key_gradients.prefetch(tokens);
+      if (turn == 7) value_gradients.prefetch(tokens);
     }
   };
 
@@ -98,7 +98,7 @@ class SpatialBackward {
     if (!p.value_sums.are_wanted()) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
   }
 
-  // Those that this task adds to, for an entry of the batch.
+  // The partial sums of this task, for one batch.
   void clear_sums() const {
     clear_sums(p.key_sums, query_width);
     clear_sums(p.value_sums, key_tile.value_width);
@@ -124,16 +124,16 @@ class SpatialBackward {
     std::fill_n(query_gradient, num_rows * query_width, T(0));
     if (relative_query_gradient) std::fill_n(relative_query_gradient, num_rows * query_width, T(0));
 
-    const Tiling stretches = tile_axis(num_keys, kSpatialBackwardKeyTile);
+    const Tiling kv_tiles = tile_axis(num_keys, kSpatialBackwardKeyTile);
     const int64_t blocks = divide_up(num_rows, spatial_backward_rows(p));
-    for (int64_t stretch = 0; stretch < stretches.count; ++stretch) {
-      const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, num_keys)};
+    for (int64_t kv_tile = 0; kv_tile < kv_tiles.count; ++kv_tile) {
+      const Range columns{kv_tile * kv_tiles.size, std::min((kv_tile + 1) * kv_tiles.size, num_keys)};
       key_tile.pack(present.keys.from(columns.begin), present.values.from(columns.begin), columns.end - columns.begin);
       const bool has_terms = terms.any_on(tile);
       if (has_terms) terms.start_columns(batch, head, tile, columns);
       for (int64_t block = 0; block < blocks; ++block) {
         const Range rows{num_rows * block / blocks, num_rows * (block + 1) / blocks};
-        block_of_rows({rows, columns, block * stretches.count + stretch, blocks * stretches.count}, has_terms);
+        block_of_rows({rows, columns, block * kv_tiles.count + kv_tile, blocks * kv_tiles.count}, has_terms);
       }
       if (has_terms) terms.finish_columns(split, batch, head, columns);
       add_gradient(present.key_gradients, p.key_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
@@ -158,14 +158,14 @@ class SpatialBackward {
     });
   }
 
-  void block_of_rows(const TilePiece& piece, bool has_terms) {
-    const Range rows = piece.rows, columns = piece.columns;
+  void block_of_rows(const LogitTile& logit_tile, bool has_terms) {
+    const Range rows = logit_tile.rows, columns = logit_tile.columns;
     const Range seen = relative_to(intersect(tile.seen_by_any(rows), columns), columns.begin);
     if (seen.empty()) return;
     const T scale = p.score.scale_of<T>(head), left_scale = kFoldsScale<E> ? T(1) : scale;
     const ScatteredRows<S> of_block = present.queries.from(rows.begin);
     if (has_terms) {
-      terms.start_piece(head, piece, part);
+      terms.start_logit_tile(head, logit_tile, part);
       terms.start_rows(of_block, rows);
     }
     key_tile.add(
@@ -186,13 +186,13 @@ class SpatialBackward {
           clear_outside<T>(logits, visible, width);
           clear_outside<T>(gradients, visible, width);
         },
-        [&](int turn) VK_BODY { next.fetch({rows.begin * next_share, rows.end * next_share}, turn); });
+        [&](int turn) VK_BODY { next.prefetch({rows.begin * next_share, rows.end * next_share}, turn); });
     if (!has_terms) return;
     if (relative_query_gradient) terms.finish_rows(part, relative_query_gradient + rows.begin * query_width);
-    terms.finish_piece();
+    terms.finish_logit_tile();
   }
 
-  // Where all terms are a bias: no pointer of theirs is read again for every vector.
+  // When the terms reduce to a bias: its pointer stays in a register.
   VK_INLINE void differentiate_bias(int64_t row, Range visible, int64_t first_key, RowNumbers<T> with, T* logits,
                                     T* gradients) {
     const BiasRow<T> score = terms.bias_row(row, first_key);
@@ -213,7 +213,7 @@ class SpatialBackward {
     terms.finish_row(row);
   }
 
-  // Adds the gradients of the keys on the map to their sums; or they are the gradient, where no other tile sees them.
+  // Adds the gradients of keys inside the map to their partial sums, or stores them if no other tile sees these keys.
   void add_gradient(const TileTokens<S>& gradients, const SplitSums& sums, const T* rows, int64_t width, int64_t dim,
                     Range columns) {
     if (!sums.are_wanted()) {
@@ -237,7 +237,7 @@ class SpatialBackward {
     });
   }
 
-  // And those of the keys beyond it to the fill's.
+  // Keys outside the map contribute to the gradient of the fill.
   void add_fill(double* all_sums, const T* rows, int64_t width, int64_t dim, Range columns) const {
     if (!all_sums) return;
     double* sums = all_sums + (part * p.kv_heads + kv_head) * dim;
@@ -252,7 +252,7 @@ class SpatialBackward {
     return tile.keys.on_map(axis, p.key_size[axis]).contains(index.at[axis]);
   }
 
-  // The scale belongs to the gradient of the products alone.
+  // The scale applies to the products alone, not to the relative logits.
   void finish_queries(int64_t num_rows) {
     const T scale = p.score.scale_of<T>(head);
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -277,33 +277,33 @@ class SpatialBackward {
 
   const SpatialBackwardParams& p;
   Scratch scratch;
-  const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kSpatialBackwardKeyTile);
-  const int64_t most_rows = p.most_queries();
-  const int64_t most_block = std::min(most_rows, spatial_backward_rows(p));
+  const int64_t max_keys = std::min(round_up(p.max_keys(), kTileAlignment), kSpatialBackwardKeyTile);
+  const int64_t max_rows = p.max_queries();
+  const int64_t max_block = std::min(max_rows, spatial_backward_rows(p));
 
   SpatialTile tile{p, scratch};
-  BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t query_width = key_tile.query_width;
   S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
-  T* query_gradient = scratch.take<T>(most_rows * query_width);
+  T* query_gradient = scratch.take<T>(max_rows * query_width);
   T* relative_query_gradient =
-      p.score.on_grid.has_rel_pos() ? scratch.take<T>(most_rows * query_width) : nullptr;  // without the scale
-  T* deltas = scratch.take<T>(most_rows);
-  T* offsets = scratch.take<T>(most_rows);
+      p.score.on_grid.has_rel_pos() ? scratch.take<T>(max_rows * query_width) : nullptr;  // without the scale
+  T* deltas = scratch.take<T>(max_rows);
+  T* offsets = scratch.take<T>(max_rows);
   SpatialTerms<T> terms{
       p,
-      {most_block, most_keys,
-       divide_up(most_rows, most_block) * tile_axis(p.most_keys(), kSpatialBackwardKeyTile).count, most_block, true},
+      {max_block, max_keys, divide_up(max_rows, max_block) * tile_axis(p.max_keys(), kSpatialBackwardKeyTile).count,
+       max_block, true},
       scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   double head_scale_sum = 0;
-  int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
+  int64_t next_share = 0;  // tokens of the next tile to prefetch per row of this one
 
   Tokens present{p, scratch}, next{p, scratch};
 };
 
-// Where the sums are the gradient itself, the tokens that no other split sees are done.
+// Adds the partial sums. Where they accumulate in the gradient itself, tokens of a single split are final.
 template <class S>
 class SumParts {
   using T = Compute<S>;

@@ -1,7 +1,7 @@
 // Forward of attention over maps on the CPU. Compiled once per instruction set.
 //
-// A task is a tile of queries of one head; large tiles are cut into blocks of rows. Heads are outermost: what is expanded
-// from a head's tables stays in the cache.
+// A task is a block of rows of one head's query tile. Heads are the outermost loop: logit tiles expanded from a head's
+// tables stay in the cache.
 
 #include "attention/cpu/spatial_terms.h"
 #include "attention/cpu/tile_sizes.h"
@@ -37,7 +37,7 @@ class SpatialForward {
       next_share = 0;
       if (block == num_blocks - 1 && task + 1 < end) {
         find((task + 1) / num_blocks);
-        // With several stretches of keys, it would be fetched with each of them.
+        // With several KV tiles, each of them would prefetch it.
         const bool is_short = tile.keys.count() <= kForwardKeyTile;
         if (is_short) next_share = divide_up(next.count(), std::max<int64_t>(rows.end - rows.begin, 1));
       }
@@ -46,21 +46,21 @@ class SpatialForward {
   }
 
  private:
-  // What a tile of a head reads and writes.
+  // The rows of all tensors that a tile of a head reads and writes.
   struct Tokens : TileInputs<S> {
     TileBoxes boxes;
     int64_t batch = 0, head = 0;
     TileTokens<S> outputs;
 
     Tokens(const SpatialParams& p, Scratch& scratch)
-        : TileInputs<S>(p, scratch), outputs(p.most_queries(), p.value_dim, scratch) {}
+        : TileInputs<S>(p, scratch), outputs(p.max_queries(), p.value_dim, scratch) {}
 
     int64_t count() const { return std::max(this->queries.count, this->keys.count); }
-    VK_INLINE void fetch(Range tokens, int turn) const {
-      if (turn == 0) this->keys.fetch(tokens);
-      if (turn == 1) this->values.fetch(tokens);
-      if (turn == 2) this->queries.fetch(tokens);
-      if (turn == 3) outputs.fetch(tokens);
+    VK_INLINE void prefetch(Range tokens, int turn) const {
+      if (turn == 0) this->keys.prefetch(tokens);
+      if (turn == 1) this->values.prefetch(tokens);
+      if (turn == 2) this->queries.prefetch(tokens);
+      if (turn == 3) outputs.prefetch(tokens);
     }
   };
 
@@ -75,11 +75,11 @@ class SpatialForward {
   void rows_of_tile(int64_t block, Range rows) {
     if (rows.empty()) return;
     const int64_t count = rows.end - rows.begin;
-    const Tiling stretches = tile_axis(tile.keys.count(), kForwardKeyTile);
+    const Tiling kv_tiles = tile_axis(tile.keys.count(), kForwardKeyTile);
     std::fill_n(states, count, RowState<T>{});
-    if (stretches.count != 1) std::fill_n(sums, count * value_width, T(0));
-    for (int64_t stretch = 0; stretch < stretches.count; ++stretch) {
-      const Range columns{stretch * stretches.size, std::min((stretch + 1) * stretches.size, tile.keys.count())};
+    if (kv_tiles.count != 1) std::fill_n(acc, count * value_width, T(0));
+    for (int64_t kv_tile = 0; kv_tile < kv_tiles.count; ++kv_tile) {
+      const Range columns{kv_tile * kv_tiles.size, std::min((kv_tile + 1) * kv_tiles.size, tile.keys.count())};
       if (intersect(tile.seen_by_any(rows), columns).empty()) continue;
       if (packed_column != columns.begin) {
         packed_column = columns.begin;
@@ -88,13 +88,13 @@ class SpatialForward {
       }
       if (terms.any_on(tile)) {
         terms.start_columns(present.batch, present.head, tile, columns);
-        terms.start_piece(present.head,
-                          {rows, columns, block * stretches.count + stretch, num_blocks * stretches.count}, 0);
+        terms.start_logit_tile(present.head,
+                               {rows, columns, block * kv_tiles.count + kv_tile, num_blocks * kv_tiles.count}, 0);
       }
       const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups}, columns,
-                      stretches.count == 1);
+                      kv_tiles.count == 1);
       }
     }
     finish(rows);
@@ -109,7 +109,7 @@ class SpatialForward {
     if (has_terms) terms.start_rows(of_group, rows);
     const bool is_bias = has_terms && terms.is_bias();
     key_tile.add(
-        {of_group, rows.end - rows.begin, sums + first_row * value_width, states + first_row, is_only_tile,
+        {of_group, rows.end - rows.begin, acc + first_row * value_width, states + first_row, is_only_tile,
          is_bias ? terms.bias_row(rows.begin, 0).bias : nullptr, is_bias ? terms.bias_stride() : 0},
         seen, p.score.scale_of<T>(present.head), has_terms,
         [&](int64_t r) VK_BODY { return relative_to(intersect(tile.seen_by(rows.begin + r), columns), columns.begin); },
@@ -117,14 +117,15 @@ class SpatialForward {
           return terms.is_bias() ? apply_score(row, visible, scale, terms.bias_row(rows.begin + r, first_key))
                                  : apply_score(row, visible, scale, terms.row(rows.begin + r, first_key));
         },
-        [&](int turn)
-            VK_BODY { next.fetch({first_row * next_share, (first_row + rows.end - rows.begin) * next_share}, turn); });
+        [&](int turn) VK_BODY {
+          next.prefetch({first_row * next_share, (first_row + rows.end - rows.begin) * next_share}, turn);
+        });
   }
 
   void finish(Range rows) {
     constexpr int kLast = kMaxAxes - 1;
     finish_rows(states, rows.end - rows.begin, results);
-    key_tile.finish(results, sums, rows.end - rows.begin,
+    key_tile.finish(results, acc, rows.end - rows.begin,
                     [out = present.outputs.from(rows.begin)](int64_t r) VK_BODY { return const_cast<S*>(out[r]); });
     const Box& outputs = tile.outputs;
     outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Place& index) {
@@ -136,24 +137,24 @@ class SpatialForward {
   const SpatialParams& p;
   Scratch scratch;
   const int64_t num_blocks = spatial_row_blocks(p);
-  const int64_t most_keys = std::min(round_up(p.most_keys(), kTileAlignment), kForwardKeyTile);
-  const int64_t most_rows = divide_up(p.most_queries(), num_blocks);
+  const int64_t max_keys = std::min(round_up(p.max_keys(), kTileAlignment), kForwardKeyTile);
+  const int64_t max_rows = divide_up(p.max_queries(), num_blocks);
 
   SpatialTile tile{p, scratch};
-  ForwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, most_keys, scratch};
+  ForwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t value_width = key_tile.value_width;
   S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
-  T* sums = scratch.take<T>(most_rows * value_width);
-  RowState<T>* states = scratch.take<RowState<T>>(round_up(most_rows, kWidth<T>));
-  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(most_rows, kWidth<T>));
+  T* acc = scratch.take<T>(max_rows * value_width);
+  RowState<T>* states = scratch.take<RowState<T>>(round_up(max_rows, kWidth<T>));
+  RowResult<T>* results = scratch.take<RowResult<T>>(round_up(max_rows, kWidth<T>));
   SpatialTerms<T> terms{
       p,
-      {most_rows, most_keys, num_blocks* tile_axis(p.most_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
+      {max_rows, max_keys, num_blocks* tile_axis(p.max_keys(), kForwardKeyTile).count, kRowGroup<E>, false},
       scratch};
 
   Tokens present{p, scratch}, next{p, scratch};
   int64_t packed_column = -1;
-  int64_t next_share = 0;  // tokens of the next tile to be fetched with a row of this one
+  int64_t next_share = 0;  // tokens of the next tile to prefetch per row of this one
 };
 
 }  // namespace

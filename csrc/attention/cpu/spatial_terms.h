@@ -5,30 +5,30 @@
 
 namespace vitkernels::VK_ISA {
 
-// All terms along one row.
+// All terms along one row at a time.
 template <class T>
 class SpatialTerms {
  public:
   struct Sizes {
-    int64_t most_rows, most_columns, most_pieces, most_group;  // a group of rows is multiplied at once
+    int64_t max_rows, max_columns, max_logit_tiles, max_group;  // a group of rows is multiplied at once
     bool with_gradients;
   };
 
   SpatialTerms(const SpatialParams& params, const Sizes& sizes, Scratch& scratch)
       : p(params),
-        expanded(p, sizes.most_rows, sizes.most_columns, sizes.most_pieces, sizes.with_gradients, scratch),
+        expanded(p, sizes.max_rows, sizes.max_columns, sizes.max_logit_tiles, sizes.with_gradients, scratch),
         relative(terms, relative_sizes(sizes), scratch) {
-    if (p.key_bias.data) key_bias = scratch.take<T>(expanded.most_stride);
-    if (terms.has_rel_pos()) bias = scratch.take<T>(expanded.most_stride);
+    if (p.key_bias.data) key_bias = scratch.take<T>(expanded.max_stride);
+    if (terms.has_rel_pos()) bias = scratch.take<T>(expanded.max_stride);
     if (!sizes.with_gradients) return;
-    if (terms.has_rel_pos()) row_gradient = scratch.take<T>(expanded.most_stride);
-    if (p.key_bias_sums) key_bias_gradient = scratch.take<T>(expanded.most_stride);
+    if (terms.has_rel_pos()) row_gradient = scratch.take<T>(expanded.max_stride);
+    if (p.key_bias_sums) key_bias_gradient = scratch.take<T>(expanded.max_stride);
   }
 
-  // Whether anything is done to the logits of a tile.
+  // Whether the logits of a tile are changed or masked.
   bool any_on(const SpatialTile& tile) const { return tile.has_holes || p.has_terms(); }
 
-  // Before a tile's columns meet a block of its rows.
+  // Before the logit tiles of some columns of a map tile.
   void start_columns(int64_t batch, int64_t head, const SpatialTile& of_tile, Range columns) {
     tile = &of_tile;
     if (!key_bias) return;
@@ -47,25 +47,25 @@ class SpatialTerms {
     if (key_bias_gradient) std::fill_n(key_bias_gradient, columns.end - columns.begin, T(0));
   }
 
-  void start_piece(int64_t of_head, const TilePiece& of_piece, int64_t part) {
-    head = of_head, piece = of_piece;
-    slot = &expanded.at(*tile, head, piece, part);
+  void start_logit_tile(int64_t of_head, const LogitTile& of_logit_tile, int64_t part) {
+    head = of_head, logit_tile = of_logit_tile;
+    slot = &expanded.at(*tile, head, logit_tile, part);
     if (!terms.has_rel_pos()) return;
     const bool is_packed = packed_geometry == tile->geometry && packed_head == head;
     if (!is_packed) relative.pack(head, entries = tile_entries());
     packed_geometry = tile->geometry, packed_head = head;
   }
 
-  // Before rows of the piece are read; `queries` are theirs.
+  // Before rows of the logit tile are read; `queries` are their rows.
   template <class Rows>
   void start_rows(Rows queries, Range rows) {
     first_row = rows.begin;
     if (terms.has_rel_pos()) relative.multiply(queries, rows.end - rows.begin, entries);
   }
 
-  // The terms of a row from a column of the piece on.
+  // The terms of a row, from a column of the logit tile on.
   ScoreRow<T> row(int64_t row, int64_t first_column) {
-    const int64_t at = (row - piece.rows.begin) * slot->stride;
+    const int64_t at = (row - logit_tile.rows.begin) * slot->stride;
     const T* added = slot->bias + at;
     if (terms.has_rel_pos()) {
       add_relative(row, added);
@@ -75,21 +75,21 @@ class SpatialTerms {
             key_bias ? key_bias + first_column : nullptr};
   }
 
-  // Whether what is expanded to a bias is all that there is. Then these are the row's, and its gradient's or null.
+  // Whether the terms reduce to a bias. Then these are the rows of it and of its gradient, or null.
   bool is_bias() const { return !slot->multiplier && !key_bias && !terms.has_rel_pos(); }
   BiasRow<T> bias_row(int64_t row, int64_t first_column) const {
-    return {slot->bias + (row - piece.rows.begin) * slot->stride + first_column};
+    return {slot->bias + (row - logit_tile.rows.begin) * slot->stride + first_column};
   }
   int64_t bias_stride() const { return slot->stride; }
   T* bias_gradient_row(int64_t row, int64_t first_column) const {
     T* gradient = slot->bias_gradient;
-    return gradient ? gradient + (row - piece.rows.begin) * slot->stride + first_column : nullptr;
+    return gradient ? gradient + (row - logit_tile.rows.begin) * slot->stride + first_column : nullptr;
   }
 
-  // One vector of that row's gradient. Columns count from the same one.
+  // Adds one vector of the gradient of that row.
   VK_INLINE void add_gradient(int64_t row, int64_t first_column, Vec<T> grad, Vec<T> product, int64_t column,
                               Range lanes) {
-    const int64_t at = first_column + column, element = (row - piece.rows.begin) * slot->stride + at;
+    const int64_t at = first_column + column, element = (row - logit_tile.rows.begin) * slot->stride + at;
     const Vec<T> inside = keep(grad, lanes, T(0));
     if (slot->bias_gradient) add_vector(slot->bias_gradient + element, inside);
     if (slot->multiplier_gradient) {
@@ -99,7 +99,7 @@ class SpatialTerms {
     if (row_gradient) store(row_gradient + at, inside);
   }
 
-  // After the last of them.
+  // After the last vector of a row.
   void finish_row(int64_t row) {
     if (!row_gradient) return;
     const TileView view = tile->view();
@@ -107,8 +107,8 @@ class SpatialTerms {
     for (int axis = 0; axis < kMaxAxes; ++axis) {
       T* to = relative.gradient_row(axis, row - first_row, terms.grid.first_entry(axis, place));
       if (!to) continue;
-      view.for_each_line(query, piece.columns, [&](int64_t column, int64_t count, const Place& key) {
-        const T* gradient = row_gradient + column - piece.columns.begin;
+      view.for_each_line(query, logit_tile.columns, [&](int64_t column, int64_t count, const Place& key) {
+        const T* gradient = row_gradient + column - logit_tile.columns.begin;
         if (axis == kLast) {
           for (int64_t i = 0; i < count; ++i) to[key.at[kLast] + i] += gradient[i];
         } else {
@@ -118,14 +118,14 @@ class SpatialTerms {
     }
   }
 
-  // After the last row that start_rows named; `query_gradient` is theirs without the scale.
+  // After the last row of start_rows; `query_gradient` is that of its queries, without the scale.
   void finish_rows(int64_t part, T* query_gradient) const {
     if (terms.has_rel_pos()) relative.add_gradients(part, head, query_gradient);
   }
 
-  void finish_piece() { slot->num_sums += slot->bias_gradient != nullptr; }
+  void finish_logit_tile() { slot->num_sums += slot->bias_gradient != nullptr; }
 
-  // After the last piece of the columns.
+  // After the last logit tile of the columns.
   void finish_columns(int64_t split, int64_t batch, int64_t of_head, Range columns) const {
     if (!key_bias_gradient) return;
     T* sums = static_cast<T*>(p.key_bias_sums) + ((split * p.batch + batch) * p.heads + of_head) * p.num_keys();
@@ -154,12 +154,12 @@ class SpatialTerms {
   VK_INLINE static void add_vector(T* sums, Vec<T> v) { store(sums, load(sums) + v); }
 
   typename RelativeLogits<T>::Sizes relative_sizes(const Sizes& sizes) const {
-    typename RelativeLogits<T>::Sizes result{p.head_dim, sizes.most_group, {}, sizes.with_gradients};
-    for (int axis = 0; axis < kMaxAxes; ++axis) result.most_entries[axis] = terms.grid.num_offsets(axis);
+    typename RelativeLogits<T>::Sizes result{p.head_dim, sizes.max_group, {}, sizes.with_gradients};
+    for (int axis = 0; axis < kMaxAxes; ++axis) result.max_entries[axis] = terms.grid.num_offsets(axis);
     return result;
   }
 
-  // Those of all queries and keys of the tile, but what the tables have no entries for no query sees.
+  // The entries of all pairs of the tile. Offsets beyond the table belong to masked pairs.
   EntryRanges tile_entries() const {
     EntryRanges result;
     for (int axis = 0; axis < kMaxAxes; ++axis) {
@@ -179,8 +179,8 @@ class SpatialTerms {
     for (int axis = 0; axis < kMaxAxes; ++axis) {
       along[axis] = relative.row(axis, row - first_row, terms.grid.first_entry(axis, place));
     }
-    view.for_each_line(query, piece.columns, [&](int64_t column, int64_t count, const Place& key) {
-      T* to = bias + column - piece.columns.begin;
+    view.for_each_line(query, logit_tile.columns, [&](int64_t column, int64_t count, const Place& key) {
+      T* to = bias + column - logit_tile.columns.begin;
       T same = 0;
       for (int axis = 0; axis < kLast; ++axis) {
         if (along[axis]) same += along[axis][key.at[axis]];
@@ -197,7 +197,7 @@ class SpatialTerms {
   T *key_bias_gradient = nullptr, *row_gradient = nullptr;  // likewise
   const SpatialTile* tile = nullptr;
   ExpandedTile<T>* slot = nullptr;
-  TilePiece piece{};
+  LogitTile logit_tile{};
   EntryRanges entries{};
   int64_t head = 0, first_row = 0;
   int64_t packed_geometry = -1, packed_head = -1;

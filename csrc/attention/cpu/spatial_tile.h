@@ -1,4 +1,4 @@
-// A tile of a map on the CPU: which tokens it has, where they lie in memory, and which keys each of its queries sees.
+// A tile of a map on the CPU: its tokens, where they lie on the map, and which keys each query sees.
 #pragma once
 
 #include "attention/cpu/forward_tile.h"
@@ -7,13 +7,13 @@
 
 namespace vitkernels::VK_ISA {
 
-// Tokens in row-major order, `step` apart on the map, beyond which they may lie.
+// Tokens in row-major order, `step` apart. They may lie outside the map.
 struct Box {
   int64_t first[kMaxAxes] = {}, size[kMaxAxes] = {}, step[kMaxAxes] = {1, 1, 1};
 
   int64_t count() const { return size[0] * size[1] * size[2]; }
 
-  // Of a token, counted from the box's first one.
+  // The coordinates of a token within the box.
   Place index(int64_t token) const {
     const int64_t row = token / size[2];
     return {{row / size[1], row % size[1], token % size[2]}};
@@ -22,11 +22,11 @@ struct Box {
     return {{first[0] + index.at[0] * step[0], first[1] + index.at[1] * step[1], first[2] + index.at[2] * step[2]}};
   }
 
-  // Calls f(token, count, index) for the stretches of `tokens` that differ on the last axis only.
+  // Calls f(token, count, index) for runs of `tokens` that differ in the last coordinate only.
   template <class Function>
   VK_INLINE void for_each_line(Range tokens, Function&& f) const {
     if (tokens.empty()) return;
-    Place at = tokens.begin == 0 ? Place{} : index(tokens.begin);  // divisions take long
+    Place at = tokens.begin == 0 ? Place{} : index(tokens.begin);  // divisions are slow
     for (int64_t token = tokens.begin; token < tokens.end;) {
       const int64_t count = std::min(size[2] - at.at[2], tokens.end - token);
       f(token, count, at);
@@ -36,7 +36,7 @@ struct Box {
     }
   }
 
-  // Likewise, for what of these stretches lies on a map.
+  // Likewise, for the part of each run inside the map.
   template <class Function>
   VK_INLINE void for_each_line_on(const int64_t (&map)[kMaxAxes], Range tokens, Function&& f) const {
     const Range inside[] = {on_map(0, map[0]), on_map(1, map[1]), on_map(2, map[2])};
@@ -59,7 +59,7 @@ struct Box {
 
   bool operator==(const Box&) const = default;
 
-  // The indices on one axis that lie on a map.
+  // The range of indices on one axis inside the map.
   Range on_map(int axis, int64_t map_size) const {
     const int64_t last = first[axis] + (size[axis] - 1) * step[axis];
     if (first[axis] >= 0 && last < map_size) return {0, size[axis]};
@@ -69,7 +69,7 @@ struct Box {
   }
 };
 
-// Which keys the queries of a tile see. It outlives the tile: other tiles of the same geometry have the same one.
+// Which keys the queries of a tile see. Tiles of the same geometry share it.
 struct TileView {
   const SeenKeys* seen[kMaxAxes];
   int64_t queries[kMaxAxes], keys[kMaxAxes];
@@ -83,21 +83,21 @@ struct TileView {
     return {{seen[0][query.at[0]].place, seen[1][query.at[1]].place, seen[2][query.at[2]].place}};
   }
 
-  // Calls f(column, count, key) for the stretches of keys that a query sees among `columns`.
+  // Calls f(column, count, key) for the runs of keys that a query sees within `columns`.
   template <class Function>
   VK_INLINE void for_each_line(const Place& query, Range columns, Function&& f) const {
     const Range a = seen[0][query.at[0]].keys, b = seen[1][query.at[1]].keys, c = seen[2][query.at[2]].keys;
     for (int64_t i = a.begin; i < a.end; ++i) {
       for (int64_t j = b.begin; j < b.end; ++j) {
         const int64_t line = (i * keys[1] + j) * keys[2];
-        const Range stretch = intersect({line + c.begin, line + c.end}, columns);
-        if (!stretch.empty()) f(stretch.begin, stretch.end - stretch.begin, Place{{i, j, stretch.begin - line}});
+        const Range run = intersect({line + c.begin, line + c.end}, columns);
+        if (!run.empty()) f(run.begin, run.end - run.begin, Place{{i, j, run.begin - line}});
       }
     }
   }
 };
 
-// Where the tokens of a tile are.
+// Where the tokens of a tile lie.
 struct TileBoxes {
   const AxisTile* on_axis[kMaxAxes] = {};
   Box queries;  // in the query tensor
@@ -105,10 +105,10 @@ struct TileBoxes {
   Box keys;     // in the key map
 };
 
-// A tile, the task's work. Tiles of equal geometry see their keys alike.
+// The current tile of a task. Tiles of equal geometry have equal masks.
 class SpatialTile : public TileBoxes {
  public:
-  SpatialTile(const SpatialParams& params, Scratch& scratch) : p(params), seen(scratch.take<Range>(p.most_queries())) {}
+  SpatialTile(const SpatialParams& params, Scratch& scratch) : p(params), seen(scratch.take<Range>(p.max_queries())) {}
 
   TileBoxes boxes_of(int64_t index) const {
     TileBoxes boxes;
@@ -164,7 +164,7 @@ class SpatialTile : public TileBoxes {
 
  private:
   void find_seen() {
-    // What lies between is whole on all axes but the first that has more than one key.
+    // The keys between are contiguous if all axes behind the first one with several keys are seen whole.
     int outer = 0;
     while (outer < kMaxAxes - 1 && keys.size[outer] == 1) ++outer;
     has_holes = p.radius > 0;

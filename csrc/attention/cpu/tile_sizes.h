@@ -39,36 +39,36 @@ inline int64_t forward_query_blocks(const Axis& axis) {
 
 inline Tiling backward_keys(const Axis& axis) { return tile_axis(axis.num_keys, kBackwardKeyTile); }
 
-// Over a map: a tile whose keys are one stretch reads its queries once, and fetches what the next one needs.
+// Over a map: a query tile with a single KV tile reads its queries once, and prefetches for the next one.
 inline constexpr int64_t kSpatialBackwardKeyTile = 448;
 
-// Blocks of the rows of a tile.
+// Blocks of rows that a query tile is cut into.
 inline int64_t spatial_row_blocks(const SpatialParams& p) {
-  return std::max<int64_t>((p.most_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
+  return std::max<int64_t>((p.max_queries() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
 }
 
-// Fewer rows see fewer keys of a tile that are not theirs.
+// Rows of a block. A smaller block computes fewer logits that the mask discards.
 inline int64_t spatial_backward_rows(const SpatialParams& p) {
   constexpr int64_t kFewRows = 14;
   return p.axis[0].see_all && p.axis[1].see_all && p.axis[2].see_all ? kBackwardQueryBlock : kFewRows;
 }
 
-// Groups of the batch. Few where each expands the tables of its heads and has sums for their gradients.
+// Groups of batches. Few if each expands the tables of its heads and holds partial sums of their gradients.
 inline int64_t spatial_batch_groups(int64_t batch, int64_t kv_heads, bool has_tables) {
-  constexpr int64_t kTasks = 32, kMostGroups = 8;
-  return has_tables ? std::min(batch, std::clamp<int64_t>(kTasks / (kv_heads + 1), 1, kMostGroups)) : batch;
+  constexpr int64_t kTasks = 32, kMaxGroups = 8;
+  return has_tables ? std::min(batch, std::clamp<int64_t>(kTasks / (kv_heads + 1), 1, kMaxGroups)) : batch;
 }
 
-// Ranges of tiles that are worked on independently, where there are few heads. Fewer where each costs sums of its own for
-// the gradients of keys: four of a map of 56 x 56 take 10% longer, and 2.5 MB more.
+// Splits of the query tiles, for parallelism with few heads. Fewer if each holds partial sums of the key gradients: with
+// a map of 56 x 56, four splits take 10% longer and 2.5 MB more.
 inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_sums) {
   constexpr int64_t kTasks = 32;
-  const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1), most = has_sums ? 2 : 4;
-  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, most));
+  const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1), max_splits = has_sums ? 2 : 4;
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, max_splits));
 }
 
-// Transposed. A task owns a tile of keys; where heads are few, tiles are smaller to keep several threads busy. Every
-// tile reads all queries again, so tiles are large where the sums of a key take little memory.
+// Transposed. A task owns a tile of keys; with few heads, tiles are smaller to keep several threads busy. Every tile
+// reads all queries again, so tiles are large if the accumulators of a key take little memory.
 inline constexpr int64_t kFewColumns = 8;  // of V'
 
 inline Tiling transposed_keys(const AttentionParams& p) {
@@ -78,15 +78,15 @@ inline Tiling transposed_keys(const AttentionParams& p) {
   return tile_axis(p.num_keys(), std::clamp(size, kSmallestTile, largest));
 }
 
-// Ranges of keys that are worked on independently, where there are too few heads to keep many threads busy. Each
-// costs a float32 query gradient of its own, so long sequences get fewer.
+// Split-KV, for parallelism with few heads. Each split holds a partial query gradient in float32, so long sequences
+// get fewer.
 inline int64_t backward_splits(const AttentionBackwardParams& p) {
-  constexpr int64_t kTasks = 32, kMostSplits = 4, kPartElements = int64_t(1) << 23;
+  constexpr int64_t kTasks = 32, kMaxSplits = 4, kPartElements = int64_t(1) << 23;
   const int64_t part = p.num_rows() * p.heads * p.head_dim;
-  const int64_t most = part * kMostSplits <= kPartElements ? kMostSplits : 2;
+  const int64_t max_splits = part * kMaxSplits <= kPartElements ? kMaxSplits : 2;
   const int64_t wanted = kTasks / (p.batch_groups() * p.head_groups() + 1);
-  const int64_t tiles = p.query_offsets ? 1 : backward_keys(p.pattern.axis[0]).count;  // packed: one task an entry
-  const int64_t splits = wanted < most ? wanted : most;
+  const int64_t tiles = p.query_offsets ? 1 : backward_keys(p.pattern.axis[0]).count;  // packed: one task per sequence
+  const int64_t splits = std::min(wanted, max_splits);
   return splits < 1 || tiles < 1 ? 1 : splits < tiles ? splits : tiles;
 }
 

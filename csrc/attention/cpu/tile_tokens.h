@@ -1,5 +1,5 @@
-// Where the tokens of a map's tile lie in a tensor. They lie in short rows far apart, which a processor does not foresee:
-// they are found a tile ahead, and brought nearer while another one is worked on.
+// The addresses of a map tile's tokens in a tensor. These are short rows far apart, which hardware prefetchers miss:
+// addresses are computed one tile ahead, and the rows prefetched during the current tile.
 #pragma once
 
 #include "attention/cpu/spatial_tile.h"
@@ -7,14 +7,15 @@
 
 namespace vitkernels::VK_ISA {
 
-// `Element` is const for tensors that are read.
+// `Element` is const for inputs.
 template <class Element>
 class TileTokens {
   static constexpr int kLast = kMaxAxes - 1, kLanes = kWidth<double>;
   static_assert(sizeof(intptr_t) == sizeof(double));
 
  public:
-  TileTokens(int64_t most, int64_t dim, Scratch& scratch) : own(scratch.take<intptr_t>(most + kLanes)), dim(dim) {}
+  TileTokens(int64_t max_count, int64_t dim, Scratch& scratch)
+      : own(scratch.take<intptr_t>(max_count + kLanes)), dim(dim) {}
 
   void find(const MapTensor& t, int64_t batch, int64_t head, const Box& box) {
     intptr_t* row = start(box);
@@ -27,7 +28,7 @@ class TileTokens {
     }
   }
 
-  // Tokens beyond the map, whose sizes are given, are `fill`.
+  // Tokens outside the map, whose sizes are given, are `fill`.
   void find(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const int64_t (&map)[kMaxAxes],
             Element* fill) {
     if (box.is_on(map)) return find(t, batch, head, box);
@@ -46,7 +47,7 @@ class TileTokens {
     });
   }
 
-  // The same tokens, all of them on the map, of a tensor that is laid out as that of `other`, whose list is used.
+  // The same tokens, all inside the map, of a tensor with the strides of `of_other`: reuses its list.
   template <class Other>
   void find_as(const TileTokens<Other>& other, const MapTensor& of_other, const MapTensor& t) {
     count = other.count, address = other.address;
@@ -56,11 +57,11 @@ class TileTokens {
   ScatteredRows<std::remove_const_t<Element>> from(int64_t token) const { return {address + token, distance}; }
   Element* operator[](int64_t token) const { return reinterpret_cast<Element*>(address[token] + distance); }
 
-  // Always inlined: the compiler takes a function that only prefetches for one that does nothing.
-  VK_INLINE void fetch(Range tokens) const {
+  // Always inlined: GCC drops calls of a function that only prefetches.
+  VK_INLINE void prefetch(Range tokens) const {
     constexpr int64_t kCacheLine = 64 / sizeof(Element);
     constexpr bool kWrite = !std::is_const_v<Element>;
-    constexpr int kSecondLevel = 2;  // what the present tile needs stays in the first
+    constexpr int kSecondLevel = 2;  // L1 is for the current tile
     for (int64_t token = tokens.begin; token < std::min(tokens.end, count); ++token) {
       for (int64_t c = 0; c < dim; c += kCacheLine) __builtin_prefetch((*this)[token] + c, kWrite, kSecondLevel);
     }
@@ -77,10 +78,10 @@ class TileTokens {
     return own;
   }
 
-  // From a token to its neighbors of the box, in bytes.
+  // Distances in bytes between neighboring tokens of the box.
   struct Steps {
     intptr_t of_axis[kMaxAxes];
-    Bits<double> lanes;  // to those that follow on the last axis
+    Bits<double> lanes;  // of the next tokens on the last axis
 
     Steps(const MapTensor& t, const Box& box) {
       for (int axis = 0; axis < kMaxAxes; ++axis) {
@@ -94,7 +95,7 @@ class TileTokens {
     return reinterpret_cast<intptr_t>(t.at<Element>(batch, box.on_map(index), head));
   }
 
-  // By whole vectors: what is written behind a line the next one writes again.
+  // In whole vectors: the next line overwrites what this one writes past its end.
   VK_INLINE static intptr_t* line(intptr_t first, const Steps& steps, int64_t count, intptr_t* row) {
     for (int64_t i = 0; i < count; i += kLanes, first += kLanes * steps.of_axis[kLast]) {
       const Bits<double> tokens = first + steps.lanes;
@@ -109,17 +110,17 @@ class TileTokens {
   int64_t dim;
 };
 
-// The queries of a tile, and the keys and values that they see.
+// The queries of a tile, and its keys and values.
 template <class S>
 struct TileInputs {
   TileTokens<const S> queries, keys, values;
 
   TileInputs(const SpatialParams& p, Scratch& scratch)
-      : queries(p.most_queries(), p.head_dim, scratch),
-        keys(p.most_keys(), p.head_dim, scratch),
-        values(p.most_keys(), p.value_dim, scratch) {}
+      : queries(p.max_queries(), p.head_dim, scratch),
+        keys(p.max_keys(), p.head_dim, scratch),
+        values(p.max_keys(), p.value_dim, scratch) {}
 
-  // Keys beyond the map are the given ones, or `zeros`.
+  // Keys outside the map are those of the fill, or `zeros`.
   void find(const SpatialParams& p, const TileBoxes& boxes, int64_t batch, int64_t head, const S* zeros) {
     const int64_t kv_head = p.kv_head_of[head];
     const auto fill = [&](const void* rows, int64_t dim) {

@@ -1,8 +1,8 @@
 // Transposed attention on the CPU: O = P^T (w V') with P = exp(S - lse). Compiled once per instruction set.
 //
-// A task is a tile of keys of one (batch, head) and goes through all queries: it alone writes these keys' rows of O.
-// P^T is read in place, through strides. Few columns of V' (one, for the column sums of P) are taken as rows instead:
-// O^T = (w V')^T P has its keys side by side and needs no padding to full vectors.
+// A task is a tile of keys of one (batch, head) and loops over all queries: it owns these keys' rows of O. P^T is read in
+// place, through strides. With few columns of V' (one, for the column sums of P) O^T = (w V')^T P is computed instead:
+// its keys are contiguous and need no padding to full vectors.
 
 #include <algorithm>
 
@@ -16,31 +16,31 @@
 namespace vitkernels::VK_ISA {
 namespace {
 
-// A few vectors of add_weighted_rows.
+// kVectors vectors of add_weighted_rows.
 template <class T, int kVectors>
 VK_INLINE void add_weighted_vectors(const T* weights, int64_t weight_stride, const T* rows, int64_t row_stride,
-                                    int64_t count, T* sums) {
+                                    int64_t count, T* acc) {
   Vec<T> sum[kVectors] = {};
   for (int64_t r = 0; r < count; ++r, weights += weight_stride, rows += row_stride) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] += broadcast(*weights) * load(rows + v * kWidth<T>);
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store(sums + v * kWidth<T>, load(sums + v * kWidth<T>) + sum[v]);
+  for (int v = 0; v < kVectors; ++v) store(acc + v * kWidth<T>, load(acc + v * kWidth<T>) + sum[v]);
 }
 
-// sums [columns] += weights^T rows [count, columns], up to the next full vector of columns. A matrix product of one row
-// would wait for its additions; here enough of them are independent.
+// acc [columns] += weights^T rows [count, columns], up to the next full vector of columns. A matrix product of one row
+// would be bound by the latency of its additions; here enough of them are independent.
 template <class T>
 void add_weighted_rows(const T* weights, int64_t weight_stride, const T* rows, int64_t row_stride, int64_t count,
-                       int64_t columns, T* sums) {
+                       int64_t columns, T* acc) {
   constexpr int kVectors = 4;
   int64_t c = 0;
   for (; c + kVectors * kWidth<T> <= columns; c += kVectors * kWidth<T>) {
-    add_weighted_vectors<T, kVectors>(weights, weight_stride, rows + c, row_stride, count, sums + c);
+    add_weighted_vectors<T, kVectors>(weights, weight_stride, rows + c, row_stride, count, acc + c);
   }
   for (; c < columns; c += kWidth<T>) {
-    add_weighted_vectors<T, 1>(weights, weight_stride, rows + c, row_stride, count, sums + c);
+    add_weighted_vectors<T, 1>(weights, weight_stride, rows + c, row_stride, count, acc + c);
   }
 }
 
@@ -54,7 +54,7 @@ class Transposed {
 
   int64_t scratch_size() const { return scratch.size(); }
 
-  // Heads that share keys follow one another, so that a tile is packed once for them.
+  // Heads that share keys are consecutive, so that a tile is packed once for them.
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
@@ -68,7 +68,7 @@ class Transposed {
  private:
   void tile_of_keys(Range tile) {
     pack(tile);
-    std::fill_n(sums, is_narrow ? p.value_dim * sums_stride : (tile.end - tile.begin) * sums_stride, T(0));
+    std::fill_n(acc, is_narrow ? p.value_dim * acc_stride : (tile.end - tile.begin) * acc_stride, T(0));
     const int64_t blocks = divide_up(p.num_queries(), block_rows);
     for (int64_t block = 0; block < blocks; ++block) {
       block_of_queries({p.num_queries() * block / blocks, p.num_queries() * (block + 1) / blocks}, tile);
@@ -87,7 +87,7 @@ class Transposed {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
     if (seen.empty()) return;
     const int64_t count = rows.end - rows.begin, groups = divide_up(count, kRowGroup<E>);
-    // A group's logits are in the first-level cache when their exponentials are taken.
+    // The logits of a group stay in the L1 cache for the exponentials.
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = count * group / groups;
       group_of_rows({rows.begin + first, rows.begin + count * (group + 1) / groups}, tile, seen.end,
@@ -97,11 +97,11 @@ class Transposed {
     if (is_narrow) {
       for (int64_t c = 0; c < p.value_dim; ++c) {
         add_weighted_rows(values + c, value_width, probabilities, logits_stride, count, seen.end,
-                          sums + c * sums_stride);  // [dv, keys]
+                          acc + c * acc_stride);  // [dv, keys]
       }
     } else {
       matmul<T, true>({probabilities, 1, logits_stride}, {values, value_width, kPanel<T>}, seen.end, value_width, count,
-                      sums, sums_stride);  // [keys, dv]
+                      acc, acc_stride);  // [keys, dv]
     }
   }
 
@@ -137,9 +137,9 @@ class Transposed {
   void finish(Range tile) {
     const int64_t count = tile.end - tile.begin;
     S* out = p.out.at<S>(batch, tile.begin, head);
-    if (!is_narrow) return unpack_rows<T>(sums, sums_stride, count, p.value_dim, T(1), out, p.out.token_stride);
+    if (!is_narrow) return unpack_rows<T>(acc, acc_stride, count, p.value_dim, T(1), out, p.out.token_stride);
     for (int64_t key = 0; key < count; ++key, out += p.out.token_stride) {
-      for (int64_t c = 0; c < p.value_dim; ++c) store_narrowed<T>(out + c, broadcast(sums[c * sums_stride + key]), 1);
+      for (int64_t c = 0; c < p.value_dim; ++c) store_narrowed<T>(out + c, broadcast(acc[c * acc_stride + key]), 1);
     }
   }
 
@@ -152,14 +152,14 @@ class Transposed {
   const int64_t query_width = round_up(p.head_dim, kOperandWidth<E>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   const int64_t logits_stride = (keys.size / kWidth<T> | 1) * kWidth<T>;
-  const int64_t sums_stride = is_narrow ? keys.size : value_width;
+  const int64_t acc_stride = is_narrow ? keys.size : value_width;
 
   E* queries = scratch.take<E>(kRowGroup<E> * query_width);
   T* values = scratch.take<T>(block_rows * value_width);
   T* probabilities = scratch.take<T>(block_rows * logits_stride);
   KeyTile<E> key_tile{scratch.take<E>(keys.size * padded_depth<E>(p.head_dim)),
-                      scratch.take<E>(kMostLastKeys* query_width), p.head_dim, query_width};
-  T* sums = scratch.take<T>(is_narrow ? p.value_dim * keys.size : keys.size * value_width);
+                      scratch.take<E>(kMaxLastKeys* query_width), p.head_dim, query_width};
+  T* acc = scratch.take<T>(is_narrow ? p.value_dim * keys.size : keys.size * value_width);
 
   int64_t batch = 0, head = 0;
   int64_t packed_batch = -1, packed_head = -1, packed_key = -1;

@@ -4,8 +4,7 @@
 //   S = Q K^T, dP = W G^T, then with P = exp(S - lse) and dS = P * dP:
 //   U += P G, dK += dS^T Q, dQ += dS K.
 // After all tiles a row's U gives dV' = w U, dw = V'.U and, since the sum of its dS is W.U, dlse = -w dw. Tasks are
-// those of the attention's backward: ranges of keys, which own all they write but dQ and U, of which every split has
-// its own.
+// those of the attention's backward: ranges of keys, which own all that they write but the partial sums of dQ and U.
 
 #include <algorithm>
 
@@ -114,21 +113,21 @@ class TransposedBackward {
   const AttentionTransposedBackwardParams& p;
   Scratch scratch;
   const Axis axis = p.pattern.axis[0];
-  const int64_t most_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
+  const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
-  const int64_t logits_stride = (most_keys / kWidth<T> | 1) * kWidth<T>;
+  const int64_t logits_stride = (max_keys / kWidth<T> | 1) * kWidth<T>;
 
   T* queries = scratch.take<T>(kBackwardQueryBlock * query_width);
   T* values = scratch.take<T>(kBackwardQueryBlock * value_width);
   T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
   T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  KeyTile<T> key_tile{scratch.take<T>(most_keys * p.head_dim), scratch.take<T>(kMostLastKeys* query_width), p.head_dim,
+  KeyTile<T> key_tile{scratch.take<T>(max_keys * p.head_dim), scratch.take<T>(kMaxLastKeys* query_width), p.head_dim,
                       query_width};
-  T* key_copy = scratch.take<T>(most_keys * query_width);
-  T* key_gradient = scratch.take<T>(most_keys * query_width);
-  T* out_gradient_panels = scratch.take<T>(most_keys * p.value_dim);
-  T* out_gradient = scratch.take<T>(most_keys * value_width);
+  T* key_copy = scratch.take<T>(max_keys * query_width);
+  T* key_gradient = scratch.take<T>(max_keys * query_width);
+  T* out_gradient_panels = scratch.take<T>(max_keys * p.value_dim);
+  T* out_gradient = scratch.take<T>(max_keys * value_width);
 
   int64_t batch = 0, head = 0, split = 0;
 };

@@ -36,7 +36,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients n
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
 
-  if (grid_gradients.any()) params.most_batch_groups = GridGradients::kParts;
+  if (grid_gradients.any()) params.max_batch_groups = GridGradients::kParts;
 
   params.splits = 0;
   const auto attach = [&](ScoreTerm& term, const OptionalTensor& tensor, bool is_needed, int64_t rank) {

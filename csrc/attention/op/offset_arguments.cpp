@@ -150,7 +150,7 @@ void GridScore::check_terms(const Checker& checker, const Tensor& query, ScalarT
 void GridScore::keep(const Checker& checker, int64_t tokens) {
   double entries = 1.0;
   for (int axis = 0; axis < kMaxAxes; ++axis) entries *= double(grid.num_offsets(axis));
-  checker.check(entries + double(grid.num_prefix) <= SmallGrid::kMostEntries, "query has ", tokens,
+  checker.check(entries + double(grid.num_prefix) <= SmallGrid::kMaxEntries, "query has ", tokens,
                 " tokens on a grid with offsets beyond 32 bits, takes fewer on a GPU");
   small = SmallGrid(grid);
   bias_entries = contiguous(from.bias_table);

@@ -170,7 +170,7 @@ void SpatialArguments::tile(const Checker& checker) {
   double keys = 1, on_map = 1;
   for (int axis = 0; axis < kMaxAxes; ++axis) {
     tiled_axes.emplace_back(pattern.axis[axis], extents[axis]);
-    keys *= double(tiled_axes.back().view().most_keys);
+    keys *= double(tiled_axes.back().view().max_keys);
     on_map *= double(pattern.axis[axis].num_keys);
   }
   checker.check(keys <= std::max(on_map, double(kMostKeys)), "axes gives a query ", keys, " keys, takes at most ",

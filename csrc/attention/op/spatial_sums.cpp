@@ -38,7 +38,7 @@ std::vector<SplitTokens> keys_of_splits(const SpatialBackwardParams& p) {
 }
 
 std::vector<SplitTokens> window_of_splits(const SpatialBackwardParams& p) {
-  const int64_t window = p.most_queries();
+  const int64_t window = p.max_queries();
   std::vector<SplitTokens> result{{{0, window}, {0, 0}, 0}};
   for (int64_t split = 1; split < p.splits; ++split) result.push_back({{0, 0}, {0, window}, (split - 1) * window});
   return result;
@@ -61,8 +61,7 @@ void SpatialSums::attach_keys(const SpatialArguments& args, const SpatialBackwar
 void SpatialSums::attach_window(const SpatialArguments& args, const SpatialBackwardParams& params,
                                 const Tensor& gradient) {
   of_split = window_of_splits(params);
-  allocate(args, gradient, {params.axis[0].most_queries, params.axis[1].most_queries, params.axis[2].most_queries},
-           true);
+  allocate(args, gradient, {params.axis[0].max_queries, params.axis[1].max_queries, params.axis[2].max_queries}, true);
 }
 
 void SpatialSums::allocate(const SpatialArguments& args, const Tensor& gradient, const int64_t (&size)[kMaxAxes],
