@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 from importlib import resources
 from pathlib import Path
 
 import torch
+
+from vitkernels._torch_private import has_kernel
 
 MINIMUM_TORCH = (2, 10)
 _CPU_LIBRARY = "libvitkernels_cpu.so"
@@ -82,14 +85,6 @@ def _load_cuda() -> str:
 
 
 _cuda = _load_cuda()
-# As the libraries registered it, before Python registers anything.
-_implemented = {
-    (schema.name.removeprefix("vitkernels::"), device)
-    for schema in torch._C._jit_get_all_schemas()
-    if schema.name.startswith("vitkernels::")
-    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, key)
-}
 
 
 def isa() -> str:
@@ -107,14 +102,14 @@ def isas_supported() -> list[str]:
     return str(_cpu.vitkernels_isas_supported().decode()).split()
 
 
+@functools.cache  # asked first before Python registers an error in the place of a kernel
 def why_no_kernel(op: str, device: str) -> str | None:
     """The reason why ``vitkernels::op`` cannot run on ``device``, or ``None`` if a library has it."""
-    if device not in backends():
-        return "no kernels for it"
-    if (op, device) in _implemented:
-        return None
-    state = backends()[device]
-    return state if state != "loaded" else f"this version has no {device} kernels for {op}"
+    state = backends().get(device, "no kernels for it")
+    if state != "loaded":
+        return state
+    is_there = has_kernel(f"vitkernels::{op}", device.upper())
+    return None if is_there else f"this version has no {device} kernels for {op}"
 
 
 def backends() -> dict[str, str]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
 from vitkernels.ops import attention as _ops
-from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention"]
 
@@ -156,7 +155,6 @@ def attention(
         query, key = normalize(op, "query", query), normalize(op, "key", key)
         if additional_keys is not None:
             additional_keys = normalize(op, "additional_keys", additional_keys)
-    refuse_forward_mode(op, query, key, value, bias, key_bias, multiplier, bias_table, multiplier_table)
     scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
     tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
     allow_tf32 = _ops.allow_tf32(query)

@@ -7,9 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from vitkernels.functional.score import normalize
-from vitkernels.ops import attention as _attention_ops
-from vitkernels.ops import attention_transposed as _ops
-from vitkernels.ops.registration import refuse_forward_mode, statistics_dtype
+from vitkernels.ops import attention as _ops
 
 __all__ = ["attention_transposed"]
 
@@ -76,11 +74,10 @@ def attention_transposed(
         query = query.expand(key.size(0), -1, -1, -1)
     if qk_norm == "l2":
         query, key = normalize(op, "query", query), normalize(op, "key", key)
-    refuse_forward_mode(op, query, key, value_q, lse, query_weight, bias, key_bias, multiplier)
     if query_weight is not None:
-        _attention_ops.check_floating(op, "query_weight", query_weight)
-        query_weight = query_weight.to(statistics_dtype(query.dtype))
-    scores = _attention_ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
-    flags = (is_causal, _attention_ops.allow_tf32(query))
+        _ops.check_floating(op, "query_weight", query_weight)
+        query_weight = query_weight.to(_ops.statistics_dtype(query.dtype))
+    scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
+    flags = (is_causal, _ops.allow_tf32(query))
     out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, head_map, *flags)
     return out

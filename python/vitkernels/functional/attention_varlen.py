@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vitkernels.functional.score import normalize
 from vitkernels.ops import attention as _ops
-from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["attention_varlen"]
 
@@ -110,7 +109,6 @@ def attention_varlen(
         raise RuntimeError(f"vitkernels::attention_varlen: qk_norm is {qk_norm!r}, takes None or 'l2'")
     if qk_norm == "l2":
         query, key = (normalize("attention_varlen", n, t) for n, t in (("query", query), ("key", key)))
-    refuse_forward_mode("attention_varlen", query, key, value, bias, key_bias, multiplier)
     scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     flags = (is_causal, _ops.allow_tf32(query))

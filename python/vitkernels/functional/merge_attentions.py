@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vitkernels.ops import merge_attentions as _ops
-from vitkernels.ops.registration import refuse_forward_mode
+from vitkernels.ops import attention as _ops
 
 __all__ = ["merge_attentions"]
 
@@ -36,6 +35,5 @@ def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
     if len(outs) == 0:
         # Without a tensor there is no device, and the operator's own check is never reached.
         raise RuntimeError(f"{op}: outs is empty, takes at least one tensor")
-    refuse_forward_mode("merge_attentions", *outs, *lses)
     out, lse = _ops.merge_attentions(list(outs), list(lses))
     return out, lse

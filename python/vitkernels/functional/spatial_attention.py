@@ -10,7 +10,6 @@ from torch import Tensor
 from vitkernels.axes import Axis, encode
 from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
 from vitkernels.ops import attention as _ops
-from vitkernels.ops.registration import refuse_forward_mode
 
 __all__ = ["spatial_attention"]
 
@@ -180,7 +179,6 @@ def spatial_attention(
         if additional_keys is not None:
             additional_keys = normalize(op, "additional_keys", additional_keys)
     tables = on_grid(op, query, bias_table, multiplier_table, rel_pos, len(axes))
-    refuse_forward_mode(op, query, key, value, key_fill, value_fill, key_bias, *tables)
     number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
     out, lse = _ops.spatial_attention(
         query, key, value, encode(axes), 0.0 if radius is None else radius, outside is not None, is_shared_query,

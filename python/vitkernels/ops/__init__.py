@@ -1,5 +1,5 @@
-"""What PyTorch must know of every operator besides its kernel: fake, autograd and autocast."""
+"""What PyTorch must know of every operator besides its kernel: fake, vmap, autograd and autocast."""
 
-from vitkernels.ops import attention, attention_transposed, merge_attentions
+from vitkernels.ops import attention
 
-__all__ = ["attention", "attention_transposed", "merge_attentions"]
+__all__ = ["attention"]

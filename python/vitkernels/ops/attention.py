@@ -1,43 +1,59 @@
-"""Registration of ``vitkernels::attention``, ``attention_varlen`` and ``spatial_attention``.
-
-Everything here goes by the names of the arguments in csrc/schema.cpp. A backward operator takes what the forward
-takes, what it returned, and a ``need_*`` for every gradient of a score term.
-"""
+"""The operators of softmax attention, and their arguments as all of them take them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkernels.ops.registration import (
-    check_same_device,
-    direct,
-    register,
-    register_autocast,
-    register_no_double_backward,
-    statistics_dtype,
-)
+from vitkernels._torch_private import mark_constant
+from vitkernels.ops.registration import register
+from vitkernels.ops.schema import Arguments
 
 __all__ = [
     "allow_tf32",
     "attention",
+    "attention_transposed",
     "attention_varlen",
     "check_floating",
     "in_statistics_dtype",
+    "merge_attentions",
     "score_arguments",
     "spatial_attention",
+    "statistics_dtype",
 ]
 
-attention = direct("attention")
-attention_varlen = direct("attention_varlen")
-spatial_attention = direct("spatial_attention")
-
 _SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_DATA = ("query", "key", "value")
-_NEED = "need_"
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-sum-exps, biases and scales that go with tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _out_and_lse(given: Arguments) -> tuple[Tensor, Tensor]:
+    query: Tensor = given["query"]
+    # A query that all windows share has a result in each: on the map of the keys.
+    rows = (*given["key" if given.get("is_shared_query") else "query"].shape[:-2], query.shape[-2])
+    lse = query.new_empty(rows, dtype=statistics_dtype(query.dtype))
+    return query.new_empty((*rows, given["value"].shape[-1])), lse
+
+
+def _of_keys(given: Arguments) -> Tensor:
+    query: Tensor = given["query"]
+    return query.new_empty((*given["key"].shape[:2], *given["value_q"].shape[2:]))
+
+
+def _like_first(given: Arguments) -> tuple[Tensor, ...]:
+    return tuple(given[name][0].new_empty(given[name][0].shape) for name in ("outs", "lses"))
+
+
+attention = register("attention", _out_and_lse)
+attention_varlen = register("attention_varlen", _out_and_lse)
+spatial_attention = register("spatial_attention", _out_and_lse)
+attention_transposed = register("attention_transposed", _of_keys)
+merge_attentions = register("merge_attentions", _like_first)
 
 
 def in_statistics_dtype(op: str, query: Tensor, terms: Mapping[str, Tensor | None]) -> list[Tensor | None]:
@@ -61,7 +77,7 @@ def allow_tf32(query: Tensor) -> bool:
 
 
 # Dynamo cannot trace the call, but compiles anew when its answer changes: a guard of its own covers the setting.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@mark_constant
 def _matmul_takes_tf32() -> bool:
     try:
         return torch.get_float32_matmul_precision() != "highest"
@@ -90,70 +106,3 @@ def score_arguments(
     terms = {"scale": head_scale, "bias": bias, "key_bias": key_bias, "multiplier": multiplier}
     converted = in_statistics_dtype(op, query, terms)
     return number, converted[0], converted[1], converted[2], converted[3]
-
-
-def _names(op: str) -> tuple[str, ...]:
-    return tuple(a.name for a in getattr(torch.ops.vitkernels, op).default._schema.arguments)
-
-
-def _check_devices(op: str, named: dict[str, Any]) -> None:
-    check_same_device(op, **{name: a for name, a in named.items() if isinstance(a, Tensor)})
-
-
-def _register(op: str) -> None:
-    backward_op = direct(f"{op}_backward")
-    names, backward_names = _names(op), _names(f"{op}_backward")
-    terms = tuple(name.removeprefix(_NEED) for name in backward_names if name.startswith(_NEED))
-    places = [names.index(term) for term in terms]
-
-    def fake(*args: Any) -> tuple[Tensor, Tensor]:
-        named = dict(zip(names, args, strict=True))
-        _check_devices(op, named)
-        query, value = named["query"], named["value"]
-        # A query that all windows share has a result in each: on the map of the keys.
-        rows = (*named["key" if named.get("is_shared_query") else "query"].shape[:-2], query.shape[-2])
-        lse = query.new_empty(rows, dtype=statistics_dtype(query.dtype))
-        return query.new_empty((*rows, value.shape[-1])), lse
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output, *(a for a in inputs if isinstance(a, Tensor)))
-        ctx.rest = [None if isinstance(a, Tensor) else a for a in inputs]
-        ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
-        ctx.set_materialize_grads(False)  # an unused lse costs nothing
-
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        if grad_out is None and grad_lse is None:
-            return (None,) * len(names)
-        out, lse, *tensors = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        given = {"grad_out": grad_out, "grad_lse": grad_lse, "out": out, "lse": lse}
-        for name, is_tensor, a in zip(names, ctx.is_tensor, ctx.rest, strict=True):
-            given[name] = tensors.pop(0) if is_tensor else a
-        for term, place in zip(terms, places, strict=True):
-            given[_NEED + term] = ctx.needs_input_grad[place]
-        found = backward_op(*(given[name] for name in backward_names))
-        grads = dict(zip(_DATA, found, strict=False))
-        grads |= {t: g for t, g in zip(terms, found[len(_DATA) :], strict=True) if given[_NEED + t]}
-        return tuple(grads.get(name) for name in names)
-
-    def backward_fake(*args: Any) -> tuple[Tensor, ...]:
-        named = dict(zip(backward_names, args, strict=True))
-        _check_devices(f"{op}_backward", {name: named[name] for name in (*names, "grad_out", "grad_lse", "out", "lse")})
-        lse = named["lse"]
-        data = [named[name].new_empty(named[name].shape) for name in _DATA]
-        score = [
-            named[t].new_empty(named[t].shape) if named[_NEED + t] and named[t] is not None else lse.new_empty(0)
-            for t in terms
-        ]
-        return (*data, *score)
-
-    register(op, fake=fake, backward=backward, setup_context=setup_context)
-    register(f"{op}_backward", fake=backward_fake)
-    register_no_double_backward(f"{op}_backward")
-    register_autocast(op, data=(*_DATA, "key_fill", "value_fill"))
-
-
-_register("attention")
-_register("attention_varlen")
-_register("spatial_attention")
