@@ -2,7 +2,6 @@
 
 import re
 
-import pytest
 import torch
 import vitkernels as vk
 from support.calls import NAMESPACE, defined_operators, outputs_of
@@ -53,8 +52,6 @@ def test_second_derivatives_raise(sample):
 @each_tagged("core")
 def test_functional_gradients(sample):
     """torch.func finds the gradients that autograd finds, in the same bits."""
-    if any(op._schema.name == f"{NAMESPACE}::merge_attentions" for op, _ in small_calls(sample)):
-        pytest.skip("torch.library's gradients of lists of tensors have no functional form")
     call = sample.call(dtype_of(sample, torch.float32), sizes=sample.small())
     leaves, tree = pytree.tree_flatten(call)
     chosen = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from vitkernels._torch_private import below_autograd, entry_of, is_tracing, is_transformed
 from vitkernels.ops.autocast import Cast
 from vitkernels.ops.schema import GRAD, NEED, Operator
+from vitkernels.ops.vmap import one_by_one
 
 __all__ = ["Gradient", "NoGradient", "register_autograd"]
 
@@ -115,7 +117,7 @@ def _learns(args: Sequence[Any], places: Sequence[int]) -> bool:
     return False
 
 
-def _recorders(op: Operator, gradient: NoGradient) -> tuple[Call, Call]:
+def _recorders(op: Operator, gradient: NoGradient) -> Sequence[Call]:
     """What records a call of ``op``: in the fewest steps, and for the transforms of ``torch.func`` as well.
 
     An ``autograd.Function`` finds tensors among its arguments, but not in lists.
@@ -132,7 +134,7 @@ def _recorders(op: Operator, gradient: NoGradient) -> tuple[Call, Call]:
             ctx.leaves = op.flat(op.leaves(inputs))
         gradient.save(ctx, inputs, output)
 
-    def plain(ctx: Any, *args: Any) -> Any:
+    def record(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
         setup_context(ctx, args, output)
         return output
@@ -145,15 +147,20 @@ def _recorders(op: Operator, gradient: NoGradient) -> tuple[Call, Call]:
         names = ctx.leaves if op.has_lists else op.arguments
         carrying = [name for name, tangent in zip(names, tangents, strict=True) if tangent is not None]
         raise RuntimeError(
-            f"vitkernels::{op.name}: forward-mode derivatives are not implemented, takes {', '.join(carrying)} without "
-            "a tangent"
+            f"vitkernels::{op.name}: forward-mode derivatives are not implemented, takes "
+            f"{', '.join(carrying).replace('head_scale', 'scale')} without a tangent"
         )
 
-    def recorder(**methods: Call) -> Call:
+    def recorder(**methods: Call) -> Any:
+        methods |= {"backward": backward, "jvp": jvp}
         members = {name: staticmethod(method) for name, method in methods.items()}
-        function: Any = type(op.name, (torch.autograd.Function,), members | {"generate_vmap_rule": True})
-        apply: Call = function.apply
-        return (lambda *args: apply(*op.flat(args))) if op.has_lists else apply
+        return type(op.name, (torch.autograd.Function,), members)
 
-    shared = {"backward": backward, "jvp": jvp}
-    return recorder(forward=plain, **shared), recorder(forward=forward, setup_context=setup_context, **shared)
+    plain, transformed = recorder(forward=record), recorder(forward=forward, setup_context=setup_context)
+    transformed.vmap = staticmethod(one_by_one(op.name, transformed.apply))
+    applied: list[Call] = [plain.apply, transformed.apply]
+    return [partial(_apply_flat, op, apply) for apply in applied] if op.has_lists else applied
+
+
+def _apply_flat(op: Operator, apply: Call, *args: Any) -> Any:
+    return apply(*op.flat(args))

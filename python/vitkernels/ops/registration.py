@@ -13,6 +13,7 @@ from vitkernels._library import why_no_kernel
 from vitkernels.ops.autocast import register_autocast
 from vitkernels.ops.autograd import Call, Gradient, NoGradient, register_autograd
 from vitkernels.ops.schema import GRAD, NEED, Arguments, Operator
+from vitkernels.ops.vmap import one_by_one
 
 __all__ = ["refusals", "register"]
 
@@ -54,7 +55,7 @@ def _register_fake(op: Operator, results: Results) -> None:
         return results(op.named(args))
 
     torch.library.register_fake(f"vitkernels::{op.name}", fake)
-    torch.library.register_vmap(f"vitkernels::{op.name}", _one_by_one(op))
+    torch.library.register_vmap(f"vitkernels::{op.name}", one_by_one(op.name, op.overload))
 
 
 def _gradients_of(backward: Operator) -> Results:
@@ -76,26 +77,3 @@ def _refuse(op: str, reason: str) -> None:
 
     refusals[op] = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
     refusals[op].impl(op, raise_without_kernel, "CUDA")  # type: ignore[no-untyped-call]
-
-
-def _one_by_one(op: Operator) -> Callable[..., Any]:
-    """For ``vmap``: a call for each entry of the batch, the results of all in one tensor."""
-
-    def entry(argument: Any, dim: Any, i: int) -> Any:
-        if isinstance(dim, (list, tuple)):
-            return [entry(a, d, i) for a, d in zip(argument, dim, strict=True)]
-        return argument if dim is None else argument.select(dim, i)
-
-    def batched(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        if info.batch_size == 0:
-            raise RuntimeError(f"vitkernels::{op.name}: vmap has no entries, takes one or more")
-        calls = [
-            op.overload(*(entry(a, dim, i) for a, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)
-        ]
-        if isinstance(calls[0], Tensor):
-            return torch.stack(calls), 0
-        results = [torch.stack(each) for each in zip(*calls, strict=True)]
-        as_returned = type(calls[0])
-        return as_returned(results), as_returned([0] * len(results))
-
-    return batched

@@ -1,0 +1,162 @@
+"""The transforms of ``torch.func``, against what a loop of plain calls finds; and forward mode, which is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import vitkernels as vk
+from support.calls import outputs_of
+from support.devices import DEVICE, ON_CPU, dtype_of
+from support.sample import Sample
+from support.samples import CORE, COVERING, each_of
+from support.samples_named import NAMED_SAMPLES
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+NAMED = NAMED_SAMPLES if ON_CPU else []
+each_chosen = each_of([s for s in CORE if s.id != "no-batch"] + NAMED, short=COVERING + NAMED)
+
+
+def learning(sample: Sample, seed: int = 0) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """The sum of a call's results, as a function of the tensors that can learn, and these, by their paths."""
+    call = sample.call(dtype_of(sample, torch.float32), sizes=sample.small(), seed=seed)
+    leaves, tree = pytree.tree_flatten_with_path(call)
+    tensors = {
+        pytree.keystr(path): leaf.detach().contiguous()
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+    }
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        changed = [tensors.get(pytree.keystr(path), leaf) for path, leaf in leaves]
+        return sum(o.sin().sum() for o in outputs_of(sample.function(**pytree.tree_unflatten(changed, tree))))
+
+    return loss, tensors
+
+
+def batches(sample: Sample) -> tuple[Callable[..., Tensor], list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The loss, three batches of its tensors, and the same in one tensor each."""
+    loss = learning(sample)[0]
+    each = [learning(sample, seed)[1] for seed in range(3)]
+    return loss, each, {name: torch.stack([tensors[name] for tensors in each]) for name in each[0]}
+
+
+def in_a_loop(loss: Callable[..., Tensor], each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    grads: list[tuple[Tensor, ...]] = []
+    for tensors in each:
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        grads.append(torch.autograd.grad(loss(leaves), list(leaves.values())))
+    return dict(zip(each[0], map(torch.stack, zip(*grads, strict=True)), strict=True))
+
+
+@each_chosen
+def test_vmap_and_grad(sample):
+    loss, each, together = batches(sample)
+    expected = in_a_loop(loss, each)
+    leaves = {name: t.clone().requires_grad_() for name, t in together.items()}
+    recorded = torch.autograd.grad(torch.func.vmap(loss)(leaves).sum(), list(leaves.values()))
+    for found in (
+        dict(zip(leaves, recorded, strict=True)),
+        torch.func.grad(lambda tensors: torch.func.vmap(loss)(tensors).sum())(together),
+        torch.func.vmap(torch.func.grad(loss))(together),
+    ):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@each_chosen
+def test_vmap_of_one_argument(sample):
+    """Whatever argument has a batch, the gradients of the others are those of the sum over it."""
+    loss, each, together = batches(sample)
+    for name in together:
+        own = [each[0] | {name: tensors[name]} for tensors in each]
+        expected = {n: g if n == name else g.sum(0) for n, g in in_a_loop(loss, own).items()}
+
+        def total(tensors, name=name):
+            dims = ({n: 0 if n == name else None for n in tensors},)
+            return torch.func.vmap(loss, dims)(tensors).sum()
+
+        found = torch.func.grad(total)(each[0] | {name: together[name]})
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_vmap_is_sdpas():
+    q, k, v = (torch.randn(4, 2, 9, 3, 8, device=DEVICE, requires_grad=True) for _ in range(3))
+    weight = torch.ones(1, device=DEVICE, requires_grad=True)  # the sum wants a gradient, whatever its parts do
+    (torch.func.vmap(vk.attention)(q, k, v).sin().sum() * weight).sum().backward()
+    heads_first = [t.detach().transpose(-2, -3).requires_grad_() for t in (q, k, v)]
+    torch.nn.functional.scaled_dot_product_attention(*heads_first).sin().sum().backward()
+    for ours, theirs in zip((q, k, v), heads_first, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.transpose(-2, -3))
+
+
+def test_vmap_under_autocast():
+    q, k, v = (torch.randn(3, 2, 9, 3, 8, device=DEVICE) for _ in range(3))
+
+    def loss(q, k, v):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            out = vk.attention(q, k, v)
+        assert out.dtype == torch.bfloat16
+        return out.float().sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(q, k, v)
+    expected = [torch.func.grad(loss)(*each) for each in zip(q, k, v, strict=True)]
+    leaf = q[0].clone().requires_grad_()
+    loss(leaf, k[0], v[0]).backward()
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0)
+    torch.testing.assert_close(found[0], leaf.grad, rtol=0, atol=0)
+
+
+def test_vmap_of_nothing():
+    with pytest.raises(RuntimeError, match="vitkernels::attention: vmap has no entries, takes one or more"):
+        torch.func.vmap(vk.attention)(*[torch.ones(0, 1, 2, 1, 4, device=DEVICE)] * 3)
+
+
+@each_chosen
+def test_second_derivatives_raise(sample):
+    loss, tensors = learning(sample)
+    name = next(iter(tensors))
+
+    def slope(t: Tensor) -> Tensor:
+        return torch.func.grad(lambda t: loss(tensors | {name: t}))(t).sin().sum()
+
+    with pytest.raises(RuntimeError, match=r"vitkernels::.*_backward: second derivatives are not implemented"):
+        torch.func.grad(slope)(tensors[name])
+
+
+# How the operators name what functions take by another name.
+NAMES = {"rel_pos": "rel_pos_", "additional_keys": "key", "additional_values": "value", "rpb": "bias_table"}
+
+
+@each_chosen
+def test_a_tangent_is_refused(sample):
+    """In forward mode a tangent that is dropped looks like a derivative of zero: any argument's raises, by its name."""
+    loss, tensors = learning(sample)
+    for path, primal in tensors.items():
+        argument = re.match(r"\['(\w+)'\]", path)[1]
+        name = {"['outside'][0]": "key_fill", "['outside'][1]": "value_fill"}.get(path, NAMES.get(argument, argument))
+        match = (
+            rf"vitkernels::\w+: forward-mode derivatives are not implemented, takes (.*, )?{name}.* without a tangent"
+        )
+
+        def of_one(t, path=path):
+            return loss(tensors | {path: t})
+
+        with pytest.raises(RuntimeError, match=match):
+            torch.func.jvp(of_one, (primal,), (torch.ones_like(primal),))
+        with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match=match):
+            of_one(forward_ad.make_dual(primal, torch.ones_like(primal)))
+        batch = torch.stack([primal] * 2)
+        with pytest.raises(RuntimeError, match=match):
+            torch.func.jvp(torch.func.vmap(of_one), (batch,), (torch.ones_like(batch),))
+
+
+def test_forward_mode_without_a_tangent():
+    q = torch.randn(1, 3, 1, 4, device=DEVICE, requires_grad=True)
+    plain = vk.attention(q, q, q)
+    with forward_ad.dual_level():
+        assert torch.equal(vk.attention(q, q, q), plain)
+        assert torch.equal(*vk.merge_attentions([plain] * 2, [torch.zeros(1, 3, 1, device=DEVICE)] * 2)[:1], plain)

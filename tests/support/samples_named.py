@@ -1,0 +1,38 @@
+"""Rows for the functions that call an operator with arguments of their own, one or two for each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vitkernels as vk
+from support.sample import Input, Sample, positive, statistic
+
+ADDITIONAL = {"additional_keys": Input("bagd"), "additional_values": Input("bagv")}
+SCALE = statistic("h", positive)
+
+
+def on_map(
+    function: str, id: str, *options: Any, size: tuple[int, ...] = (4, 6), h: int = 2, **arguments: Any
+) -> Sample:
+    """``options`` are sizes of the pattern, by their names in the function's signature."""
+    letters = "zyx"[-len(size) :]
+    data = {name: Input(f"b{letters}h{d}") for name, d in (("query", "d"), ("key", "d"), ("value", "v"))}
+    sizes = {"b": 2, "h": h, "d": 5, "v": 3, "a": 3, "g": h, "r": 1, "f": 5, "w": 49}
+    return Sample(function, id, {**data, **arguments}, sizes | dict(zip(letters, size, strict=True)))
+
+
+NAMED_SAMPLES = [
+    on_map("na1d", "causal", size=(9,), kernel_size=3, is_causal=True, scale=SCALE),
+    on_map("na2d", "additional", size=(5, 6), kernel_size=3, rpb=statistic("hff"), return_lse=True, **ADDITIONAL),
+    on_map("na3d", "plain", size=(2, 3, 4), kernel_size=2),
+    on_map("window_attention", "shifted", window_size=4, shift=2, bias_table=statistic("wh")),
+    on_map("window_attention", "additional", window_size=(2, 3), scale=SCALE, return_lse=True, **ADDITIONAL),
+    on_map("grid_attention", "plain", size=(3, 4), grid_size=(3, 2), key_bias=statistic("hyx")),
+    on_map("halo_attention", "zero", block_size=2, halo_size=1, outside="zero", rel_pos=[statistic("fd")] * 2),
+    on_map("halo_attention", "fill", block_size=2, halo_size=1, outside=[Input("hd"), Input("hv")]),
+    on_map("cross_shaped_window_attention", "scaled", stripe_width=2, scale=SCALE),
+    on_map("criss_cross_attention", "key-bias", key_bias=statistic("byx"), return_lse=True),
+]  # fmt: skip
+
+_OPERATORS = {"attention", "attention_transposed", "attention_varlen", "merge_attentions", "spatial_attention"}
+assert {s.operator for s in NAMED_SAMPLES} | _OPERATORS == set(vk.functional.__all__), "a function without a row"
