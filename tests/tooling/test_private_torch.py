@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+import torch
 import vitkernels as vk
 
 PACKAGE = Path(vk.__file__).parent
+MODULE = PACKAGE / "_torch_private.py"
 
-# What the package looks for is gone while it is imported. PyTorch, which needs it as well, has it back afterwards.
+# An interface is gone while the module looks for it, or for what the package asks of an operator. PyTorch needs it too.
 SCRIPT = """
+import importlib.util
 import sys
 import torch
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+
 owner, name = {owner}, {name!r}
-if owner is not None:
-    if owner is OpOverload:
-        taken, OpOverload.__getattribute__ = OpOverload.__getattribute__, lambda self, n: (
-            object.__getattribute__(self, n + ("?" if n == name and "vitkernels" in sys._getframe(1).f_code.co_filename else "")))
-    else:
-        taken = getattr(owner, name)
-        delattr(owner, name)
-import vitkernels as vk
-if owner is OpOverload:
-    OpOverload.__getattribute__ = taken
+
+
+def hide(self, attribute):
+    if attribute == name and "vitkernels" in sys._getframe(1).f_code.co_filename:
+        raise AttributeError(attribute)
+    return object.__getattribute__(self, attribute)
+
+
+if owner is OpOverload:  # an attribute of its instances
+    OpOverload.__getattribute__ = hide
 elif owner is not None:
+    taken = getattr(owner, name)
+    delattr(owner, name)
+    spec = importlib.util.spec_from_file_location("vitkernels._torch_private", {module!r})
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
     setattr(owner, name, taken)
+import vitkernels as vk
+
+if owner is OpOverload:
+    del OpOverload.__getattribute__
 assert "torch._dynamo" not in sys.modules, "the compiler was imported"
 
 torch.manual_seed(0)
@@ -57,8 +74,6 @@ for function in (vk.attention, merged, cast):
     gradients(function, q[0], k[0], v[0])
 with torch.autocast("cpu", torch.bfloat16):
     found.append(vk.attention(q[0], k[0], v[0]).double())
-    op = torch.ops.vitkernels.attention.default
-    types = [t.type for t in op._schema.arguments]
 for function in (vk.attention, merged):
     found.append(torch.vmap(function)(q, k, v).double())
     loss = lambda q, k, v, f=function: (f(q, k, v) * w[0]).sum()
@@ -86,3 +101,33 @@ INTERFACES = {
     "_op": "OpOverload",
     "_schema": "OpOverload",
 }
+
+
+def results(file, owner="None", name=""):
+    script = SCRIPT.format(owner=owner, name=name, file=str(file), module=str(MODULE))
+    ran = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return torch.load(file)
+
+
+@pytest.fixture(scope="module")
+def with_all(tmp_path_factory):
+    return results(tmp_path_factory.mktemp("private") / "all.pt")
+
+
+@pytest.mark.parametrize("name", INTERFACES)
+def test_without(name, with_all, tmp_path):
+    torch.testing.assert_close(results(tmp_path / "found.pt", INTERFACES[name], name), with_all, rtol=0, atol=0)
+
+
+def test_they_stand_in_one_module():
+    """And each of them is among the tests."""
+    private = re.compile(r"torch\._[a-zA-Z]\w*|forward_ad\._\w+|\._schema\b|\._op\b|_dynamo\w*")
+    for path in PACKAGE.rglob("*.py"):
+        found = set(private.findall(path.read_text()))
+        assert not found or path == MODULE, (path, found)
+    text = MODULE.read_text()
+    assert [name for name in INTERFACES if name not in text] == []
+    used = set(re.findall(r"torch\._C\.(_\w+)|\"(_\w+)\"", text))
+    names = {name for pair in used for name in pair if name}
+    assert names <= INTERFACES.keys() | {"_C", "_get_schema"}, names
