@@ -8,7 +8,7 @@ list(APPEND cpu_kernel_sources
   ${engine}/cpu/transposed_backward.cpp)
 
 # Of both libraries: argument checks.
-list(APPEND op_sources ${engine}/op/arguments.cpp ${engine}/op/offset_arguments.cpp)
+list(APPEND op_sources ${engine}/op/arguments.cpp ${engine}/op/calls.cpp ${engine}/op/offset_arguments.cpp)
 
 list(APPEND cpu_op_sources
   ${engine}/op/dense_cpu.cpp ${engine}/op/logit_gradients.cpp ${engine}/op/merge_attentions_cpu.cpp
@@ -16,7 +16,7 @@ list(APPEND cpu_op_sources
   ${engine}/op/spatial_sums.cpp ${engine}/op/transposed_cpu.cpp ${engine}/spatial_tiles.cpp)
 
 list(APPEND cuda_op_sources
-  ${engine}/op/arguments_cuda.cpp ${engine}/op/backward_launches_cuda.cpp ${engine}/op/dense_backward_cuda.cpp
+  ${engine}/op/arguments_cuda.cpp ${engine}/op/backward_launches_cuda.cpp
   ${engine}/op/dense_cuda.cpp ${engine}/op/dense_launches_cuda.cpp ${engine}/op/merge_attentions_cuda.cpp
   ${engine}/op/offset_launches_cuda.cpp ${engine}/op/transposed_cuda.cpp)
 

@@ -44,7 +44,7 @@ endif()
 target_compile_options(vitkernels_cuda_flags INTERFACE
                        "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;${nvcc_flags}>")
 
-add_library(vitkernels_cuda_objects OBJECT EXCLUDE_FROM_ALL csrc/cuda/library.cpp ${op_sources} ${cuda_op_sources}
+add_library(vitkernels_cuda_objects OBJECT EXCLUDE_FROM_ALL csrc/cuda/library.cpp csrc/schema.cpp ${op_sources} ${cuda_op_sources}
                                                             ${cuda_kernel_sources})
 target_link_libraries(vitkernels_cuda_objects PUBLIC vitkernels_cuda_flags torch_stable)
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)

@@ -109,22 +109,29 @@ std::vector<int64_t> read_host_integers(const Checker&, const Tensor& t) {
   return values;
 }
 
-AttentionArguments::AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key,
-                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
-                                       bool is_causal, const std::optional<Packing>& packing, ReadIntegers read)
-    : query(query), key(key), value(value), score(std::move(score)), is_causal(is_causal) {
-  check_tokens(checker, packing.has_value());
-  if (packing) check_packing(checker, *packing, read);
-  heads_of = HeadMap(checker, head_map, query, heads, kv_heads, read);
-  if (head_map) this->head_map = torch::stable::contiguous(*head_map);
-  check_score(checker);
-  this->query = with_unit_last_stride(query);
-  this->key = with_unit_last_stride(key);
-  this->value = with_unit_last_stride(value);
-  for (OptionalTensor* term : {&this->score.bias, &this->score.multiplier, &this->score.key_bias}) {
+AttentionArguments::AttentionArguments(const Checker& checker, DenseCall call, const DevicePolicy& policy)
+    : query(call.query),
+      key(call.key),
+      value(call.value),
+      score(std::move(call.score)),
+      is_causal(call.is_causal),
+      allow_tf32(call.allow_tf32) {
+  score.refuse_map(checker);
+  check_tokens(checker, call.packing.has_value(), policy);
+  if (call.packing) {
+    score.refuse(checker, kOffsetTerms, "with packed sequences");
+    check_packing(checker, *call.packing, policy.read);
+  }
+  heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads, policy.read);
+  if (score.head_map) head_map = torch::stable::contiguous(*score.head_map);
+  check_score(checker, policy);
+  query = with_unit_last_stride(query);
+  key = with_unit_last_stride(key);
+  value = with_unit_last_stride(value);
+  for (OptionalTensor* term : {&score.terms.bias, &score.terms.multiplier, &score.terms.key_bias}) {
     *term = with_kernel_strides(*term);
   }
-  if (read) count_tasks();
+  if (policy.read) count_tasks();
 }
 
 void AttentionArguments::count_tasks() {
@@ -154,12 +161,14 @@ HeadMap::HeadMap(const Checker& checker, const OptionalTensor& head_map, const T
   for (int64_t h = 0; h < heads; ++h) head_list[next[kv_head_of[h]]++] = h;
 }
 
-void AttentionArguments::check_tokens(const Checker& checker, bool is_packed) {
+void AttentionArguments::check_tokens(const Checker& checker, bool is_packed, const DevicePolicy& policy) {
   const int64_t rank = is_packed ? 3 : 4, tokens = rank - 3;  // the axis of tokens; heads and dim follow
   checker.rank("query", query, rank, is_packed ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
   checker.rank("key", key, rank, is_packed ? "(tokens, kv_heads, d)" : "(B, Nk, kv_heads, d)");
   checker.rank("value", value, rank, is_packed ? "(tokens, kv_heads, dv)" : "(B, Nk, kv_heads, dv)");
   dtype = checker.element_type("query", query);
+  checker.check(policy.takes_float64 || dtype != DType::kFloat64,
+                "query is float64, takes float32, bfloat16 or float16 on a GPU");
   for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
     checker.strided_like(name, *t, query);
     checker.dtype(name, *t, query.scalar_type());
@@ -172,6 +181,8 @@ void AttentionArguments::check_tokens(const Checker& checker, bool is_packed) {
   checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
   checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
   checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
+  checker.check(head_dim <= policy.max_head_dim, "query has head dimension ", head_dim, ", takes at most ",
+                policy.max_head_dim, " on a GPU");
   checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
   if (is_packed) return;
   batch = query.size(0);
@@ -203,21 +214,22 @@ void AttentionArguments::check_packing(const Checker& checker, const Packing& pa
 
 void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type) {
   checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
-  if (!score.head_scale) return;
-  checker.strided_like("scale", *score.head_scale, query);
-  checker.dtype("scale", *score.head_scale, type);
-  checker.shape("scale", *score.head_scale, {heads});
-  score.head_scale = torch::stable::contiguous(*score.head_scale);
+  OptionalTensor& head_scale = score.terms.head_scale;
+  if (!head_scale) return;
+  checker.strided_like("scale", *head_scale, query);
+  checker.dtype("scale", *head_scale, type);
+  checker.shape("scale", *head_scale, {heads});
+  head_scale = torch::stable::contiguous(*head_scale);
 }
 
-void AttentionArguments::check_score(const Checker& checker) {
+void AttentionArguments::check_score(const Checker& checker, const DevicePolicy& policy) {
   const ScalarType type = statistics_type(dtype);
   check_scale(checker, score, query, heads, type);
   const std::vector<int64_t> full{batch, heads, num_queries, num_keys};
-  check_score_term(checker, "bias", score.bias, query, type, full, "(B, heads, Nq, Nk)");
-  check_score_term(checker, "multiplier", score.multiplier, query, type, full, "(B, heads, Nq, Nk)");
-  check_score_term(checker, "key_bias", score.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
-  on_grid = GridScore(checker, score.on_grid, query, key, type);
+  check_score_term(checker, "bias", score.terms.bias, query, type, full, "(B, heads, Nq, Nk)");
+  check_score_term(checker, "multiplier", score.terms.multiplier, query, type, full, "(B, heads, Nq, Nk)");
+  check_score_term(checker, "key_bias", score.terms.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
+  on_grid = GridScore(checker, score, query, key, type, policy.tables);
 }
 
 std::vector<int64_t> AttentionArguments::out_sizes() const {
@@ -243,11 +255,12 @@ void AttentionArguments::fill(AttentionParams& params) const {
   params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
   params.first_task = first_task.empty() ? nullptr : first_task.data();
   params.pattern.axis[0] = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
+  const ScoreFields<OptionalTensor>& terms = score.terms;
   params.score = {.scale = score.scale,
-                  .head_scale = score.head_scale ? score.head_scale->const_data_ptr() : nullptr,
-                  .multiplier = score_term(score.multiplier, 4),
-                  .bias = score_term(score.bias, 4),
-                  .key_bias = score_term(score.key_bias, 3)};
+                  .head_scale = terms.head_scale ? terms.head_scale->const_data_ptr() : nullptr,
+                  .multiplier = score_term(terms.multiplier, 4),
+                  .bias = score_term(terms.bias, 4),
+                  .key_bias = score_term(terms.key_bias, 3)};
   on_grid.fill(params.score.on_grid);
   params.query = token_tensor(query);
   params.key = token_tensor(key);

@@ -3,21 +3,8 @@
 
 #include "attention/dense.h"
 #include "attention/op/offset_arguments.h"
-#include "common/check.h"
 
 namespace vitkernels {
-
-struct ScoreArguments {
-  double scale;
-  OptionalTensor head_scale, bias, key_bias, multiplier;
-  GridArguments on_grid = {};
-};
-
-// Sequences packed one after another: where each begins, and the longest ones' lengths.
-struct Packing {
-  Tensor cu_seqlens_q, cu_seqlens_k;  // [sequences + 1], int32 or int64
-  int64_t max_seqlen_q, max_seqlen_k;
-};
 
 // The values of an int64 or int32 vector (head_map, cu_seqlens), to be checked up front. Null: they are not read, and
 // kernels check them.
@@ -38,12 +25,18 @@ struct HeadMap {
 // Checks the scale, and the scale of each head, which becomes contiguous.
 void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type);
 
+// What differs between devices in the checks, and in what kernels read.
+struct DevicePolicy {
+  ReadIntegers read = read_host_integers;
+  TablesAs tables = TablesAs::kReversed;
+  int64_t max_head_dim = std::numeric_limits<int64_t>::max();
+  bool takes_float64 = true;
+};
+
 // Owns what Params points to. Tensors are (B, N, heads, dim), or (tokens, heads, dim) with a packing.
 class AttentionArguments {
  public:
-  AttentionArguments(const Checker& checker, const Tensor& query, const Tensor& key, const Tensor& value,
-                     ScoreArguments score, const OptionalTensor& head_map, bool is_causal,
-                     const std::optional<Packing>& packing = std::nullopt, ReadIntegers read = read_host_integers);
+  AttentionArguments(const Checker& checker, DenseCall call, const DevicePolicy& policy = {});
 
   void fill(AttentionParams& params) const;
   std::vector<int64_t> out_sizes() const;
@@ -54,14 +47,14 @@ class AttentionArguments {
   ScoreArguments score;
   GridScore on_grid;
   DType dtype;
-  bool is_causal;
+  bool is_causal, allow_tf32;
   int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry
   int64_t num_tasks;                                                           // of the forward on the CPU
 
  private:
-  void check_tokens(const Checker& checker, bool is_packed);
+  void check_tokens(const Checker& checker, bool is_packed, const DevicePolicy& policy);
   void check_packing(const Checker& checker, const Packing& packing, ReadIntegers read);
-  void check_score(const Checker& checker);
+  void check_score(const Checker& checker, const DevicePolicy& policy);
   void count_tasks();
 
   HeadMap heads_of;

@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <string_view>
-#include <utility>
 
 #include "cuda/device.h"
 
@@ -34,21 +33,16 @@ DeviceIntegers integers(const Tensor& t) { return {t.const_data_ptr(), t.scalar_
 
 }  // namespace
 
-AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
-                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
-                                       bool is_causal, const std::optional<Packing>& packing) {
-  const GridArguments on_grid = std::exchange(score.on_grid, {});  // those of a CPU are reversed
-  AttentionArguments args(checker, query, key, value, std::move(score), head_map, is_causal, packing,
-                          values_are_checked() ? read_device_integers : nullptr);
-  args.on_grid = GridScore(checker, on_grid, query, key, statistics_type(args.dtype), TablesAs::kGiven);
-  checker.check(args.dtype != DType::kFloat64, "query is float64, takes float32, bfloat16 or float16 on a GPU");
-  checker.check(args.head_dim <= kMaxCudaHeadDim, "query has head dimension ", args.head_dim, ", takes at most ",
-                kMaxCudaHeadDim, " on a GPU");
-  return args;
+DevicePolicy device_policy() {
+  return {.read = values_are_checked() ? read_device_integers : nullptr,
+          .tables = TablesAs::kGiven,
+          .max_head_dim = kMaxCudaHeadDim,
+          .takes_float64 = false};
 }
 
 void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params) {
   args.fill(params);
+  params.allow_tf32 = args.allow_tf32;
   // Those are on the host.
   params.kv_head_of = params.first_head = params.head_list = nullptr;
   params.query_offsets = params.key_offsets = params.first_task = nullptr;

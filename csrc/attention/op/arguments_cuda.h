@@ -8,9 +8,7 @@ namespace vitkernels {
 
 // Values of integer tensors stay on the device, where kernels read and check them. With VITKERNELS_CHECK=1 in the
 // environment, they are also copied to the host, which waits for them, and checked as on a CPU.
-AttentionArguments arguments_on_device(const Checker& checker, const Tensor& query, const Tensor& key,
-                                       const Tensor& value, ScoreArguments score, const OptionalTensor& head_map,
-                                       bool is_causal, const std::optional<Packing>& packing = std::nullopt);
+DevicePolicy device_policy();
 
 void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params);
 

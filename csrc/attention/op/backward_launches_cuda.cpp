@@ -5,7 +5,7 @@
 namespace vitkernels {
 
 BackwardLaunches::BackwardLaunches(const Checker& checker, const AttentionArguments& args,
-                                   const NeededGradients& needed)
+                                   const ScoreFields<bool>& needed)
     : checker_(checker), args_(args), needed_(needed), is_empty_(args.query.numel() == 0 || args.key.numel() == 0) {
   if (!is_empty_) device_.emplace(args.query);
 }
@@ -40,11 +40,12 @@ OptionalTensor BackwardLaunches::sum(const AttentionBackwardCudaParams& params, 
   return dots;
 }
 
-TermGradients BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& params, const Tensor& grad_query) const {
-  const ScoreArguments& score = args_.score;
-  const bool needs_scale = score.head_scale && needed_.head_scale;
-  const OptionalTensor dots = sum(params, Side::kQueries, &grad_query, nullptr, needs_scale);
-  const Tensor head_scale = needs_scale ? gradient_of(*score.head_scale) : none();
+ScoreFields<OptionalTensor> BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& params,
+                                                          const Tensor& grad_query) const {
+  const ScoreFields<OptionalTensor>& given = args_.score.terms;
+  ScoreFields<OptionalTensor> grads;
+  const OptionalTensor dots = sum(params, Side::kQueries, &grad_query, nullptr, needed_.head_scale);
+  if (needed_.head_scale) grads.head_scale = gradient_of(*given.head_scale);
   if (dots) {
     check(launch_sum_rows({.rows = static_cast<const float*>(dots->const_data_ptr()),
                            .parts = dots->size(0),
@@ -55,20 +56,20 @@ TermGradients BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& p
                            .weight_strides = params.weight_strides,
                            .factor = params.score.scale,
                            .strides = {.head = 1},
-                           .sums = static_cast<float*>(head_scale.mutable_data_ptr())},
+                           .sums = static_cast<float*>(grads.head_scale->mutable_data_ptr())},
                           stream()));
   }
-  return {head_scale, term(params, score.bias, needed_.bias, TermFactor::kBias, 4),
-          term(params, score.key_bias, needed_.key_bias, TermFactor::kBias, 3),
-          term(params, score.multiplier, needed_.multiplier, TermFactor::kMultiplier, 4)};
+  if (needed_.bias) grads.bias = term(params, *given.bias, TermFactor::kBias, 4);
+  if (needed_.key_bias) grads.key_bias = term(params, *given.key_bias, TermFactor::kBias, 3);
+  if (needed_.multiplier) grads.multiplier = term(params, *given.multiplier, TermFactor::kMultiplier, 4);
+  return grads;
 }
 
-Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const OptionalTensor& tensor, bool is_needed,
-                              TermFactor factor, int64_t rank) const {
-  if (!tensor || !is_needed) return none();
-  if (is_empty_) return gradient_of(*tensor);
-  const ScoreStrides strides = score_strides(*tensor, rank, true);
-  const SumsInParts sums(*tensor, parts_of_term(params, strides, tensor->numel()), tensor->numel(),
+Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const Tensor& tensor, TermFactor factor,
+                              int64_t rank) const {
+  if (is_empty_) return gradient_of(tensor);
+  const ScoreStrides strides = score_strides(tensor, rank, true);
+  const SumsInParts sums(tensor, parts_of_term(params, strides, tensor.numel()), tensor.numel(),
                          SumsInParts::Start::kAnything);
   check(launch_attention_backward_term(params, {factor, strides, sums.sums()}, stream()));
   check(sums.add(stream()));

@@ -1,20 +1,12 @@
-// The operators vitkernels::attention and vitkernels::attention_varlen on a GPU.
-#include "attention/op/arguments_cuda.h"
+// The operators vitkernels::attention and vitkernels::attention_varlen on a GPU, and their backward operators.
 #include "attention/op/offset_launches_cuda.h"
-#include "cuda/device.h"
 
 namespace vitkernels {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor>;
-
-Forward run_forward(const Checker& checker, const AttentionArguments& args, bool allow_tf32) {
-  Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
-  Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
-  if (lse.numel() == 0) return {out, lse};
+void run_forward(const Checker& checker, const AttentionArguments& args, const Tensor& out, const Tensor& lse) {
   AttentionCudaParams params;
   fill_on_device(args, out, lse, params);
-  params.allow_tf32 = allow_tf32;
   params.splits = attention_key_splits(params);
   OptionalTensor split_out, split_max, split_sum;
   if (params.splits > 1) {
@@ -28,39 +20,57 @@ Forward run_forward(const Checker& checker, const AttentionArguments& args, bool
   const OnDevice device(args.query);
   const OptionalTensor relative = launch_relative_logits(checker, args, params, device.stream());
   check_cuda(checker, launch_attention(params, device.stream()));
-  return {out, lse};
 }
 
-Forward attention_cuda(const Tensor& query, const Tensor& key, const Tensor& value, double scale,
-                       OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                       OptionalTensor multiplier, OptionalTensor bias_table, OptionalTensor multiplier_table,
-                       OptionalTensor rel_pos_depth, OptionalTensor rel_pos_height, OptionalTensor rel_pos_width,
-                       int64_t num_prefix_tokens, OptionalTensor head_map, bool is_causal, bool allow_tf32) {
-  const Checker checker("attention");
-  const GridArguments on_grid{
-      bias_table, multiplier_table, {rel_pos_depth, rel_pos_height, rel_pos_width}, num_prefix_tokens};
-  return run_forward(checker,
-                     arguments_on_device(checker, query, key, value,
-                                         {scale, head_scale, bias, key_bias, multiplier, on_grid}, head_map, is_causal),
-                     allow_tf32);
+template <bool kIsPacked>
+void attention(Call& call) {
+  const AttentionArguments args(call.checker, take_dense(call, kIsPacked), device_policy());
+  const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
+  const Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
+  if (lse.numel() > 0) run_forward(call.checker, args, out, lse);
+  call.give(out, "out");
+  call.give(lse, "lse");
 }
 
-Forward attention_varlen_cuda(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
-                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
-                              OptionalTensor head_scale, OptionalTensor bias, OptionalTensor key_bias,
-                              OptionalTensor multiplier, OptionalTensor head_map, bool is_causal, bool allow_tf32) {
-  const Checker checker("attention_varlen");
-  return run_forward(
-      checker,
-      arguments_on_device(checker, query, key, value, {scale, head_scale, bias, key_bias, multiplier}, head_map,
-                          is_causal, Packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k}),
-      allow_tf32);
+template <bool kIsPacked>
+void attention_backward(Call& call) {
+  DenseCall forward = take_dense(call, kIsPacked);
+  BackwardCall from(call, forward.score);
+  const AttentionArguments args(call.checker, std::move(forward), device_policy());
+  from.check(call.checker, args.query, args.out_sizes());
+  const BackwardLaunches launches(call.checker, args, from.needed);
+  const Tensor delta = launches.gradient_of(from.lse);
+  const Tensor query = launches.gradient_of(args.query), key = launches.gradient_of(args.key);
+  const Tensor value = launches.gradient_of(args.value);
+
+  AttentionBackwardCudaParams params;
+  fill_on_device(args, from.out, from.lse, params);
+  params.query_value = token_tensor(from.grad_out);
+  params.key_value = params.value;
+  params.grad_lse = from.grad_lse ? static_cast<const float*>(from.grad_lse->const_data_ptr()) : nullptr;
+  params.delta = static_cast<float*>(delta.mutable_data_ptr());
+  OptionalTensor relative_logits;
+  if (!launches.is_empty()) {
+    relative_logits = launch_relative_logits(call.checker, args, params, launches.stream());
+    launches.check(launch_attention_backward_delta(params, launches.stream()));
+  }
+  const GridGradientsOnDevice on_grid(launches, args, from.needed, params);
+  launches.sum(params, Side::kKeys, &key, &value);
+  ScoreFields<OptionalTensor> terms = launches.sum_queries(params, query);
+  on_grid.compute(params, terms);
+  call.give(query, "grad_query");
+  call.give(key, "grad_key");
+  call.give(value, "grad_value");
+  give_gradients(call, terms, args.query);
 }
 
 }  // namespace
 }  // namespace vitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) {
-  m.impl("attention", TORCH_BOX(&vitkernels::attention_cuda));
-  m.impl("attention_varlen", TORCH_BOX(&vitkernels::attention_varlen_cuda));
+  using namespace vitkernels;
+  m.impl("attention", &boxed<"attention", attention<false>>);
+  m.impl("attention_backward", &boxed<"attention_backward", attention_backward<false>>);
+  m.impl("attention_varlen", &boxed<"attention_varlen", attention<true>>);
+  m.impl("attention_varlen_backward", &boxed<"attention_varlen_backward", attention_backward<true>>);
 }

@@ -26,44 +26,49 @@ Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
 
 }  // namespace
 
-LogitGradients::LogitGradients(const AttentionArguments& args, NeededGradients needed, AttentionBackwardParams& params)
+LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed,
+                               AttentionBackwardParams& params)
     : query(empty_as(args.query, sizes_of(args.query), args.query.scalar_type())),
       key(empty_as(args.key, sizes_of(args.key), args.key.scalar_type())),
-      grid_gradients(args.on_grid, needed.on_grid),
-      needs_head_scale(needed.head_scale && args.score.head_scale) {
+      grid_gradients(args.on_grid, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
-  const auto none = [&] { return none_as(args.query, statistics); };
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
 
   if (grid_gradients.any()) params.max_batch_groups = GridGradients::kParts;
 
   params.splits = 0;
-  const auto attach = [&](ScoreTerm& term, const OptionalTensor& tensor, bool is_needed, int64_t rank) {
-    if (!is_needed || !tensor) return none();
+  const auto attach = [&](ScoreTerm& term, bool is_needed, const OptionalTensor& tensor, int64_t rank) {
+    if (!is_needed) return OptionalTensor{};
     const Tensor grad = attach_gradient(term, *tensor, rank, params);
     params.batch_is_shared |= term.grad_strides.batch == 0 && params.batch > 1;
     params.heads_are_shared |= term.grad_strides.head == 0 && params.heads > 1;
     // One value for all keys: the splits would write to the same place.
     if (term.grad_strides.key == 0) params.splits = 1;
-    return grad;
+    return OptionalTensor(grad);
   };
-  bias = attach(params.score.bias, args.score.bias, needed.bias, 4);
-  key_bias = attach(params.score.key_bias, args.score.key_bias, needed.key_bias, 3);
-  multiplier = attach(params.score.multiplier, args.score.multiplier, needed.multiplier, 4);
+  const ScoreFields<OptionalTensor>& given = args.score.terms;
+  terms.bias = attach(params.score.bias, needed.bias, given.bias, 4);
+  terms.key_bias = attach(params.score.key_bias, needed.key_bias, given.key_bias, 3);
+  terms.multiplier = attach(params.score.multiplier, needed.multiplier, given.multiplier, 4);
   if (params.splits == 0) params.splits = backward_splits(params);
-  grid_gradients.allocate(params.score.on_grid, params.heads, params.batch_groups() * params.splits, none());
+  const int64_t parts = params.batch_groups() * params.splits;
+  if (grid_gradients.any()) {
+    grid_gradients.allocate(params.score.on_grid, params.heads, parts, none_as(args.query, statistics));
+  }
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t part_elements = kernel<AttentionBackwardParams>().parts(params) / element_size;
   query_parts = zeros_as(args.query, {part_elements}, statistics);
+  params.grad_query_parts = query_parts->mutable_data_ptr();
   if (params.score.on_grid.has_rel_pos()) {
     relative_query_parts = zeros_as(args.query, {part_elements}, statistics);
-    params.grad_rel_query_parts = relative_query_parts.mutable_data_ptr();
+    params.grad_rel_query_parts = relative_query_parts->mutable_data_ptr();
   }
-  query_dot = needs_head_scale ? empty_as(args.query, {args.heads, params.num_rows()}, statistics) : none();
-  params.grad_query_parts = query_parts.mutable_data_ptr();
-  params.query_dot = needs_head_scale ? query_dot.mutable_data_ptr() : nullptr;
+  if (needed.head_scale) {
+    query_dot = empty_as(args.query, {args.heads, params.num_rows()}, statistics);
+    params.query_dot = query_dot->mutable_data_ptr();
+  }
 }
 
 void LogitGradients::finish(const AttentionArguments& args, const AttentionBackwardParams& params) {
@@ -73,9 +78,11 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
     });
   }
   const ScalarType statistics = statistics_type(args.dtype);
-  for (Tensor* grad : {&bias, &key_bias, &multiplier}) *grad = torch::stable::to(*grad, statistics);
-  on_grid = grid_gradients.finish(params.heads, none_as(args.query, statistics));
-  head_scale = needs_head_scale ? sum_head_scale(args, query_dot) : none_as(args.query, statistics);
+  for (OptionalTensor* grad : {&terms.bias, &terms.key_bias, &terms.multiplier}) {
+    if (*grad) *grad = torch::stable::to(**grad, statistics);
+  }
+  grid_gradients.finish(params.heads, terms);
+  if (query_dot) terms.head_scale = sum_head_scale(args, *query_dot);
 }
 
 }  // namespace vitkernels

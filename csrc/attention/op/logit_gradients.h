@@ -2,27 +2,25 @@
 // operator of this engine returns them.
 #pragma once
 
-#include "attention/op/backward_arguments.h"
+#include "attention/op/arguments.h"
 #include "cpu/kernel.h"
 
 namespace vitkernels {
 
-// Attaches the gradients to `params`, which `args` has filled; the order of the work follows from them. What is not
-// needed is empty.
+// Attaches the gradients to `params`, which `args` has filled; the order of the work follows from them.
 class LogitGradients {
  public:
-  LogitGradients(const AttentionArguments& args, NeededGradients needed, AttentionBackwardParams& params);
+  LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed, AttentionBackwardParams& params);
 
   // After the kernel: sums what the tasks left apart.
   void finish(const AttentionArguments& args, const AttentionBackwardParams& params);
 
-  Tensor query, key, head_scale, bias, key_bias, multiplier;
-  std::vector<Tensor> on_grid;  // in the order of the arguments
+  Tensor query, key;
+  ScoreFields<OptionalTensor> terms;
 
  private:
   GridGradients grid_gradients;
-  Tensor query_parts, relative_query_parts, query_dot;
-  bool needs_head_scale;
+  OptionalTensor query_parts, relative_query_parts, query_dot;
 };
 
 }  // namespace vitkernels

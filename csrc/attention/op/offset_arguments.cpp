@@ -7,8 +7,6 @@ namespace {
 // length of an embedding is a multiple of it.
 constexpr int64_t kPadding = 16;
 
-constexpr const char* kRelPosNames[kMaxAxes] = {"rel_pos_depth", "rel_pos_height", "rel_pos_width"};
-
 int64_t num_entries(const Tensor& table) { return table.numel() / table.size(0); }
 
 // The function with the element type of a statistics tensor.
@@ -100,12 +98,12 @@ struct Reduction {
 
 }  // namespace
 
-GridScore::GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, const Tensor& key,
+GridScore::GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
                      ScalarType statistics, TablesAs tables)
-    : from(arguments) {
+    : from(score.terms) {
   const bool has_table = from.bias_table || from.multiplier_table;
   const bool has_axis = std::any_of(from.rel_pos.begin(), from.rel_pos.end(), [](const auto& t) { return !!t; });
-  const int64_t prefix = from.num_prefix_tokens;
+  const int64_t prefix = score.num_prefix_tokens;
   if (!has_table && !has_axis) {
     checker.check(prefix == 0, "num_prefix_tokens is ", prefix, ", takes 0 without a table by offset");
     return;
@@ -115,15 +113,15 @@ GridScore::GridScore(const Checker& checker, const GridArguments& arguments, con
                 ", takes 0 to less than query's number of tokens (", tokens, ")");
   checker.check(key.size(1) == tokens, "key has ", key.size(1), " tokens, takes query's ", tokens,
                 " with a table by offset");
-  check_terms(checker, query, statistics);
+  check_terms(checker, query, statistics, prefix);
   check_grid(checker, tokens - prefix);
   tables == TablesAs::kGiven ? keep(checker, tokens) : reverse();
 }
 
-GridScore::GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, int axes,
+GridScore::GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
                      const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics)
-    : from(arguments) {
-  check_terms(checker, query, statistics);
+    : from(score.terms) {
+  check_terms(checker, query, statistics, 0);
   for (const auto& [name, table] :
        {std::pair{"bias_table", &from.bias_table}, {"multiplier_table", &from.multiplier_table}}) {
     if (*table) checker.rank(name, **table, 1 + axes, "(heads or 1, then the offsets of each axis of the map)");
@@ -140,11 +138,11 @@ GridScore::GridScore(const Checker& checker, const GridArguments& arguments, con
   reverse();
 }
 
-void GridScore::check_terms(const Checker& checker, const Tensor& query, ScalarType statistics) {
+void GridScore::check_terms(const Checker& checker, const Tensor& query, ScalarType statistics, int64_t num_prefix) {
   check_table(checker, "bias_table", from.bias_table, query, statistics);
   check_table(checker, "multiplier_table", from.multiplier_table, query, statistics);
   for (int axis = 0; axis < kMaxAxes; ++axis) check_rel_pos(checker, axis, query, statistics);
-  find_grid(checker);
+  find_grid(checker, num_prefix);
 }
 
 void GridScore::keep(const Checker& checker, int64_t tokens) {
@@ -191,8 +189,8 @@ void GridScore::check_rel_pos(const Checker& checker, int axis, const Tensor& qu
 }
 
 // The grid follows from the numbers of offsets. It must be the same in all terms.
-void GridScore::find_grid(const Checker& checker) {
-  grid.num_prefix = from.num_prefix_tokens;
+void GridScore::find_grid(const Checker& checker, int64_t num_prefix) {
+  grid.num_prefix = num_prefix;
   const auto take = [&](const char* name, const Tensor& t, int axis, int64_t offsets) {
     const int64_t size = (offsets + 1) / 2;
     checker.check(!source || size == grid.size[axis], name, " has shape ", shape_text(t), ", of ", size,
@@ -232,59 +230,52 @@ void GridScore::fill(GridTerms& terms) const {
   for (int axis = 0; axis < kMaxAxes; ++axis) terms.rel_pos[axis] = rel_pos_term(rel_pos_rows[axis]);
 }
 
-GridGradients::GridGradients(const GridScore& score, const WantedOnGrid& asked) : score(score), wanted(asked) {
-  const OptionalTensor* given[] = {&score.from.bias_table, &score.from.multiplier_table, &score.from.rel_pos[0],
-                                   &score.from.rel_pos[1], &score.from.rel_pos[2]};
-  for (size_t i = 0; i < wanted.size(); ++i) wanted[i] &= given[i]->has_value();
-}
+GridGradients::GridGradients(const GridScore& score, const ScoreFields<bool>& needed) : score(score), needed(needed) {}
 
 void GridGradients::allocate(GridTerms& terms, int64_t heads, int64_t parts, const Tensor& like) {
-  TableTerm* tables[] = {&terms.bias, &terms.multiplier};
-  for (int i = 0; i < 2; ++i) {
-    if (!wanted[i]) continue;
-    TableTerm& term = *tables[i];
+  const auto table = [&](bool is_needed, TableTerm& term, OptionalTensor& sum) {
+    if (!is_needed) return;
     term.grad_head_stride = terms.grid.num_entries() + kPadding;
     term.grad_part_stride = heads * term.grad_head_stride;
-    sums[i] = zeros_as(like, {parts, term.grad_part_stride}, ScalarType::Double);
-    term.grad = static_cast<double*>(sums[i]->mutable_data_ptr());
-  }
+    sum = zeros_as(like, {parts, term.grad_part_stride}, ScalarType::Double);
+    term.grad = static_cast<double*>(sum->mutable_data_ptr());
+  };
+  table(needed.bias_table, terms.bias, sums.bias_table);
+  table(needed.multiplier_table, terms.multiplier, sums.multiplier_table);
   for (int axis = 0; axis < kMaxAxes; ++axis) {
-    if (!wanted[2 + axis]) continue;
+    if (!needed.rel_pos[axis]) continue;
     RelPosTerm& term = terms.rel_pos[axis];
     term.grad_head_stride = terms.grid.num_offsets(axis) * term.row_stride;
     term.grad_part_stride = heads * term.grad_head_stride;
-    sums[2 + axis] = zeros_as(like, {parts, term.grad_part_stride}, like.scalar_type());
-    term.grad = sums[2 + axis]->mutable_data_ptr();
+    sums.rel_pos[axis] = zeros_as(like, {parts, term.grad_part_stride}, like.scalar_type());
+    term.grad = sums.rel_pos[axis]->mutable_data_ptr();
   }
 }
 
-std::vector<Tensor> GridGradients::finish(int64_t num_heads, const Tensor& like) const {
-  const GridArguments& from = score.from;
-  const OptionalTensor* given[] = {&from.bias_table, &from.multiplier_table, &from.rel_pos[0], &from.rel_pos[1],
-                                   &from.rel_pos[2]};
-  std::vector<Tensor> grads;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    if (!wanted[i]) {
-      grads.push_back(none_as(like, like.scalar_type()));
-      continue;
-    }
-    const Tensor& t = **given[i];
-    grads.push_back(empty_as(t, sizes_of(t), t.scalar_type()));
-    const bool is_table = i < 2;
-    const int64_t heads = is_table ? t.size(0) : heads_of(t), entries = is_table ? num_entries(t) : offsets_of(t);
-    const int64_t row = is_table ? 1 : padded_dim(t), parts = sums[i]->size(0);
-    const Reduction reduction{heads, entries, is_table ? 1 : t.size(t.dim() - 1), row, sums[i]->size(1) / num_heads};
-    dispatch_statistics(t, [&]<class T>(T) {
-      T* grad = static_cast<T*>(grads.back().mutable_data_ptr());
-      const void* data = sums[i]->const_data_ptr();
-      if (is_table) {
-        reduction.run(static_cast<const double*>(data), parts, num_heads, grad);
-      } else {
-        reduction.run(static_cast<const T*>(data), parts, num_heads, grad);
-      }
-    });
+void GridGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& grads) const {
+  // Of `sum`, whose elements are Sum, to a gradient in the shape of `given`.
+  const auto reduce = [&]<class Sum, class T>(Sum, T, const Tensor& sum, const Tensor& given, Reduction reduction) {
+    const Tensor grad = empty_as(given, sizes_of(given), given.scalar_type());
+    reduction.stride = sum.size(1) / num_heads;
+    reduction.run(static_cast<const Sum*>(sum.const_data_ptr()), sum.size(0), num_heads,
+                  static_cast<T*>(grad.mutable_data_ptr()));
+    return grad;
+  };
+  const auto table = [&](const OptionalTensor& sum, const OptionalTensor& given, OptionalTensor& grad) {
+    if (!sum) return;
+    const Reduction reduction{.heads = given->size(0), .entries = num_entries(*given), .dim = 1, .row = 1, .stride = 0};
+    dispatch_statistics(*given, [&]<class T>(T) { grad = reduce(double{}, T{}, *sum, *given, reduction); });
+  };
+  table(sums.bias_table, score.from.bias_table, grads.bias_table);
+  table(sums.multiplier_table, score.from.multiplier_table, grads.multiplier_table);
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    if (!sums.rel_pos[axis]) continue;
+    const Tensor& t = *score.from.rel_pos[axis];
+    const Reduction reduction{
+        .heads = heads_of(t), .entries = offsets_of(t), .dim = t.size(t.dim() - 1), .row = padded_dim(t), .stride = 0};
+    dispatch_statistics(t,
+                        [&]<class T>(T) { grads.rel_pos[axis] = reduce(T{}, T{}, *sums.rel_pos[axis], t, reduction); });
   }
-  return grads;
 }
 
 }  // namespace vitkernels

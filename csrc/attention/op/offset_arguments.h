@@ -1,21 +1,10 @@
 // The score terms by place on a grid: from tensors to what kernels read, and from their sums to gradients.
 #pragma once
 
-#include <array>
-
 #include "attention/dense.h"
-#include "common/check.h"
+#include "attention/op/calls.h"
 
 namespace vitkernels {
-
-struct GridArguments {
-  OptionalTensor bias_table = {}, multiplier_table = {};  // (heads or 1, 2 n - 1 for each axis)
-  std::array<OptionalTensor, kMaxAxes> rel_pos = {};      // depth, height, width: (2 n - 1, d) or (heads, 2 n - 1, d)
-  int64_t num_prefix_tokens = 0;
-};
-
-// In the order of the arguments.
-using WantedOnGrid = std::array<bool, 2 + kMaxAxes>;
 
 // How kernels read tables and embeddings: reversed and padded, on the CPU, or contiguous as they were given, on a GPU.
 enum class TablesAs { kReversed, kGiven };
@@ -24,19 +13,19 @@ enum class TablesAs { kReversed, kGiven };
 class GridScore {
  public:
   GridScore() = default;
-  GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, const Tensor& key,
+  GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
             ScalarType statistics, TablesAs tables = TablesAs::kReversed);
   // Of a map with `axes` axes, where no query sees a key further away than `largest_offset`.
-  GridScore(const Checker& checker, const GridArguments& arguments, const Tensor& query, int axes,
+  GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
             const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
 
   void fill(GridTerms& terms) const;
 
-  GridArguments from;
+  ScoreFields<OptionalTensor> from;
 
  private:
-  void check_terms(const Checker& checker, const Tensor& query, ScalarType statistics);
-  void find_grid(const Checker& checker);
+  void check_terms(const Checker& checker, const Tensor& query, ScalarType statistics, int64_t num_prefix);
+  void find_grid(const Checker& checker, int64_t num_prefix);
   void check_grid(const Checker& checker, int64_t num_tokens) const;
   void reverse();
   void keep(const Checker& checker, int64_t tokens);
@@ -58,20 +47,20 @@ class GridGradients {
   // The batch is cut into at most so many groups, each with sums of its own.
   static constexpr int64_t kParts = 8;
 
-  GridGradients(const GridScore& score, const WantedOnGrid& wanted);
+  GridGradients(const GridScore& score, const ScoreFields<bool>& needed);
 
-  bool any() const { return std::find(wanted.begin(), wanted.end(), true) != wanted.end(); }
+  bool any() const { return needed.bias_table || needed.multiplier_table || any_rel_pos(); }
 
   // Sums for each of `parts` tasks.
   void allocate(GridTerms& terms, int64_t heads, int64_t parts, const Tensor& like);
-
-  // Empty where not wanted, in the order of the arguments.
-  std::vector<Tensor> finish(int64_t heads, const Tensor& like) const;
+  void finish(int64_t heads, ScoreFields<OptionalTensor>& grads) const;
 
  private:
+  bool any_rel_pos() const { return needed.rel_pos[0] || needed.rel_pos[1] || needed.rel_pos[2]; }
+
   const GridScore& score;
-  WantedOnGrid wanted;
-  std::array<OptionalTensor, 2 + kMaxAxes> sums;  // [parts, heads, ...]: of the tables in float64
+  ScoreFields<bool> needed;
+  ScoreFields<OptionalTensor> sums;  // [parts, heads, ...]: of the tables in float64
 };
 
 }  // namespace vitkernels

@@ -25,8 +25,8 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
 }
 
 GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
-                                             const WantedOnGrid& wanted, AttentionBackwardCudaParams& params)
-    : launches_(launches), args_(args), wanted_(wanted) {
+                                             const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params)
+    : launches_(launches), args_(args), needed_(needed) {
   const GridTerms& terms = params.score.on_grid;
   if (!terms.has_rel_pos() || launches.is_empty()) return;
   relative_grads_ = zeros_as(args.query, {args.batch, terms.relative.batch_stride}, ScalarType::Float);
@@ -39,18 +39,22 @@ GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, c
   params.relative_grad_query = grad_query;
 }
 
-std::array<Tensor, 2 + kMaxAxes> GridGradientsOnDevice::compute(const AttentionBackwardCudaParams& params) const {
-  const GridArguments& from = args_.on_grid.from;
-  return {table(params, 0, from.bias_table, TermFactor::kBias),
-          table(params, 1, from.multiplier_table, TermFactor::kMultiplierTable), embedding(params, 0),
-          embedding(params, 1), embedding(params, 2)};
+void GridGradientsOnDevice::compute(const AttentionBackwardCudaParams& params,
+                                    ScoreFields<OptionalTensor>& grads) const {
+  const ScoreFields<OptionalTensor>& given = args_.on_grid.from;
+  if (needed_.bias_table) grads.bias_table = table(params, *given.bias_table, TermFactor::kBias);
+  if (needed_.multiplier_table) {
+    grads.multiplier_table = table(params, *given.multiplier_table, TermFactor::kMultiplierTable);
+  }
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    if (needed_.rel_pos[axis]) grads.rel_pos[axis] = embedding(params, axis);
+  }
 }
 
-Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, int index, const OptionalTensor& given,
+Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, const Tensor& given,
                                     TermFactor factor) const {
-  if (!given || !wanted_[index]) return launches_.none();
-  if (launches_.is_empty()) return launches_.gradient_of(*given);
-  const SumsInParts sums(*given, parts_of_table(params), args_.heads * params.score.on_grid.grid.num_entries(),
+  if (launches_.is_empty()) return launches_.gradient_of(given);
+  const SumsInParts sums(given, parts_of_table(params), args_.heads * params.score.on_grid.grid.num_entries(),
                          Start::kZero);
   launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));
   launches_.check(sums.add(launches_.stream()));
@@ -58,10 +62,9 @@ Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, i
 }
 
 Tensor GridGradientsOnDevice::embedding(const AttentionBackwardCudaParams& params, int axis) const {
-  const OptionalTensor& given = args_.on_grid.from.rel_pos[axis];
-  if (!given || !wanted_[2 + axis]) return launches_.none();
-  if (launches_.is_empty()) return launches_.gradient_of(*given);
-  const SumsInParts sums(*given, parts_of_embedding(params, axis),
+  const Tensor& given = *args_.on_grid.from.rel_pos[axis];
+  if (launches_.is_empty()) return launches_.gradient_of(given);
+  const SumsInParts sums(given, parts_of_embedding(params, axis),
                          args_.heads * params.score.on_grid.grid.num_offsets(axis) * args_.head_dim, Start::kAnything);
   const float* grads = static_cast<const float*>(relative_grads_->const_data_ptr());
   launches_.check(launch_relative_grad_embedding(params, {axis, grads, sums.sums()}, launches_.stream()));

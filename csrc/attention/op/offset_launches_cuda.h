@@ -13,20 +13,18 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
 class GridGradientsOnDevice {
  public:
   // Tells `params` of what reaches the queries.
-  GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args, const WantedOnGrid& wanted,
-                        AttentionBackwardCudaParams& params);
+  GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
+                        const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params);
 
-  // In the order of the arguments; empty where not wanted.
-  std::array<Tensor, 2 + kMaxAxes> compute(const AttentionBackwardCudaParams& params) const;
+  void compute(const AttentionBackwardCudaParams& params, ScoreFields<OptionalTensor>& grads) const;
 
  private:
-  Tensor table(const AttentionBackwardCudaParams& params, int index, const OptionalTensor& given,
-               TermFactor factor) const;
+  Tensor table(const AttentionBackwardCudaParams& params, const Tensor& given, TermFactor factor) const;
   Tensor embedding(const AttentionBackwardCudaParams& params, int axis) const;
 
   const BackwardLaunches& launches_;
   const AttentionArguments& args_;
-  WantedOnGrid wanted_;
+  const ScoreFields<bool>& needed_;
   OptionalTensor relative_grads_, relative_grad_query_;
 };
 

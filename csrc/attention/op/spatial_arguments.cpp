@@ -34,34 +34,33 @@ MapTensor key_bias_tensor(const Tensor& term, int axes) {
   return result;
 }
 
-SpatialArguments::SpatialArguments(const Checker& checker, const SpatialInput& input)
-    : query(input.query),
-      key(input.key),
-      value(input.value),
-      key_fill(input.key_fill),
-      value_fill(input.value_fill),
-      score(input.score),
-      has_outside(input.has_outside),
-      is_shared_query(input.is_shared_query) {
+SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call)
+    : query(call.query),
+      key(call.key),
+      value(call.value),
+      score(std::move(call.score)),
+      is_shared_query(call.is_shared_query) {
+  constexpr std::string_view kDenseTerms[] = {"bias", "multiplier"};
+  score.refuse(checker, kDenseTerms, "over a map");
+  checker.check(score.num_prefix_tokens == 0, "num_prefix_tokens is ", score.num_prefix_tokens, ", takes 0 over a map");
   check_tokens(checker);
   const ScalarType statistics = statistics_type(dtype);
-  pattern.radius = input.radius;
+  pattern.radius = score.radius;
   checker.check(pattern.radius >= 0 && std::isfinite(pattern.radius), "radius is ", pattern.radius,
                 ", takes a positive number of tokens, or 0 for none");
-  check_axes(checker, input.axes);
+  check_axes(checker, call.axes);
   if (is_shared_query) check_shared_query(checker);
-  check_fill(checker, "key_fill", key_fill, head_dim);
-  check_fill(checker, "value_fill", value_fill, value_dim);
-  heads_of = HeadMap(checker, input.head_map, query, heads, kv_heads);
-  if (input.head_map) head_map = torch::stable::contiguous(*input.head_map);
+  check_fill(checker, "key_fill", score.terms.key_fill, head_dim);
+  check_fill(checker, "value_fill", score.terms.value_fill, value_dim);
+  heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads);
   check_scale(checker, score, query, heads, statistics);
   std::vector<int64_t> of_keys{batch, heads};
   of_keys.insert(of_keys.end(), key_map.begin(), key_map.end());
-  check_score_term(checker, "key_bias", score.key_bias, query, statistics, of_keys, "(B, heads, *key_map)");
+  check_score_term(checker, "key_bias", score.terms.key_bias, query, statistics, of_keys, "(B, heads, *key_map)");
   tile(checker);
   std::array<int64_t, kMaxAxes> largest_offset{};
   for (size_t axis = 0; axis < tiled_axes.size(); ++axis) largest_offset[axis] = tiled_axes[axis].largest_offset;
-  tables = GridScore(checker, score.on_grid, query, axes, largest_offset, statistics);
+  tables = GridScore(checker, score, query, axes, largest_offset, statistics);
   query = with_unit_last_stride(query);
   key = with_unit_last_stride(key);
   value = with_unit_last_stride(value);
@@ -117,7 +116,7 @@ void SpatialArguments::check_axes(const Checker& checker, const std::vector<int6
                         .halo = of_axis[5],
                         .stride = of_axis[6],
                         .is_causal = of_axis[7] == 1,
-                        .has_outside = has_outside};
+                        .has_outside = score.has_outside};
     check_rule(checker, axis, rule);
     pattern.axis[kMaxAxes - axes + axis] = rule;
   }
@@ -158,7 +157,7 @@ void SpatialArguments::check_shared_query(const Checker& checker) const {
 void SpatialArguments::check_fill(const Checker& checker, const char* name, OptionalTensor& fill, int64_t dim) const {
   if (!fill) return;
   checker.strided_like(name, *fill, query);
-  checker.check(has_outside, name, " is given, takes None unless there are keys outside the map");
+  checker.check(score.has_outside, name, " is given, takes None unless there are keys outside the map");
   checker.dtype(name, *fill, query.scalar_type());
   checker.shape(name, *fill, {kv_heads, dim});
   fill = torch::stable::contiguous(*fill);
@@ -208,8 +207,9 @@ void SpatialArguments::fill(SpatialParams& params) const {
   }
   params.radius = pattern.radius;
   params.is_shared_query = is_shared_query;
+  const ScoreFields<OptionalTensor>& terms = score.terms;
   params.score = {.scale = score.scale,
-                  .head_scale = score.head_scale ? score.head_scale->const_data_ptr() : nullptr,
+                  .head_scale = terms.head_scale ? terms.head_scale->const_data_ptr() : nullptr,
                   .multiplier = {},
                   .bias = {},
                   .key_bias = {}};
@@ -217,9 +217,9 @@ void SpatialArguments::fill(SpatialParams& params) const {
   params.query = map_tensor(query, axes);
   params.key = map_tensor(key, axes);
   params.value = map_tensor(value, axes);
-  if (score.key_bias) params.key_bias = key_bias_tensor(*score.key_bias, axes);
-  params.key_fill = key_fill ? key_fill->const_data_ptr() : nullptr;
-  params.value_fill = value_fill ? value_fill->const_data_ptr() : nullptr;
+  if (terms.key_bias) params.key_bias = key_bias_tensor(*terms.key_bias, axes);
+  params.key_fill = terms.key_fill ? terms.key_fill->const_data_ptr() : nullptr;
+  params.value_fill = terms.value_fill ? terms.value_fill->const_data_ptr() : nullptr;
 }
 
 }  // namespace vitkernels

@@ -6,17 +6,6 @@
 
 namespace vitkernels {
 
-// In the order of the schema.
-struct SpatialInput {
-  const Tensor &query, &key, &value;
-  const std::vector<int64_t>& axes;
-  double radius;
-  bool has_outside, is_shared_query;
-  OptionalTensor key_fill, value_fill;
-  ScoreArguments score;  // without bias and multiplier
-  OptionalTensor head_map;
-};
-
 MapTensor map_tensor(const Tensor& t, int axes);
 
 // A tensor that is broadcast to (B, heads, *map).
@@ -25,7 +14,7 @@ MapTensor key_bias_tensor(const Tensor& term, int axes);
 // Owns what Params points to.
 class SpatialArguments {
  public:
-  SpatialArguments(const Checker& checker, const SpatialInput& input);
+  SpatialArguments(const Checker& checker, SpatialCall call);
 
   void fill(SpatialParams& params) const;
   std::vector<int64_t> out_sizes() const;  // [B, *map, heads, dv]
@@ -34,11 +23,10 @@ class SpatialArguments {
 
   int axes;
   Tensor query, key, value;
-  OptionalTensor key_fill, value_fill, head_map;
   ScoreArguments score;
   GridScore tables;
   DType dtype;
-  bool has_outside, is_shared_query;
+  bool is_shared_query;
   int64_t batch, heads, kv_heads, head_dim, value_dim;
   SpatialPattern pattern;
   std::vector<TiledAxis> tiled_axes;  // of all axes, those that the map lacks as well

@@ -63,12 +63,12 @@ Tensor sum_key_bias(const Tensor& parts, const Tensor& bias, int axes, const Spa
 
 }  // namespace
 
-SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpatialGradients& needed,
+SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFields<bool>& needed,
                                    SpatialBackwardParams& params)
     : query(gradient_of(args.query, args.is_empty())),
       key(gradient_of(args.key, args.is_empty())),
       value(gradient_of(args.value, args.is_empty())),
-      grid_gradients(args.tables, needed.on_grid) {
+      grid_gradients(args.tables, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
   params.grad_query = map_tensor(query, args.axes);
   params.grad_key = map_tensor(key, args.axes);
@@ -85,27 +85,26 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const NeededSpa
     if (args.is_shared_query) query_sums.attach_window(args, params, query);
   }
   params.key_sums = key_sums.view(), params.value_sums = value_sums.view(), params.query_sums = query_sums.view();
-  key_fill_sums = zeros(needed.key_fill && args.key_fill, {parts, args.kv_heads, args.head_dim}, ScalarType::Double);
-  value_fill_sums =
-      zeros(needed.value_fill && args.value_fill, {parts, args.kv_heads, args.value_dim}, ScalarType::Double);
-  head_scale_sums = zeros(needed.head_scale && args.score.head_scale, {parts, args.heads}, ScalarType::Double);
-  key_bias_sums = zeros(needed.key_bias && args.score.key_bias,
-                        {params.splits, args.batch, args.heads, params.num_keys()}, statistics);
+  key_fill_sums = zeros(needed.key_fill, {parts, args.kv_heads, args.head_dim}, ScalarType::Double);
+  value_fill_sums = zeros(needed.value_fill, {parts, args.kv_heads, args.value_dim}, ScalarType::Double);
+  head_scale_sums = zeros(needed.head_scale, {parts, args.heads}, ScalarType::Double);
+  key_bias_sums = zeros(needed.key_bias, {params.splits, args.batch, args.heads, params.num_keys()}, statistics);
   params.key_fill_sums = sums(key_fill_sums), params.value_fill_sums = sums(value_fill_sums);
   params.head_scale_sums = sums(head_scale_sums);
   params.key_bias_sums = data(key_bias_sums);
-  grid_gradients.allocate(params.score.on_grid, args.heads, parts, none_as(args.query, statistics));
+  if (grid_gradients.any()) {
+    grid_gradients.allocate(params.score.on_grid, args.heads, parts, none_as(args.query, statistics));
+  }
 }
 
 void SpatialGradients::finish(const SpatialArguments& args, const SpatialBackwardParams& params) {
-  const ScalarType statistics = statistics_type(args.dtype);
-  const auto none = [&] { return none_as(args.query, statistics); };
   key_sums.finish(), value_sums.finish(), query_sums.finish();
-  key_fill = key_fill_sums ? sum_of_parts(*key_fill_sums, 1.0, *args.key_fill) : none();
-  value_fill = value_fill_sums ? sum_of_parts(*value_fill_sums, 1.0, *args.value_fill) : none();
-  head_scale = head_scale_sums ? sum_of_parts(*head_scale_sums, args.score.scale, *args.score.head_scale) : none();
-  key_bias = key_bias_sums ? sum_key_bias(*key_bias_sums, *args.score.key_bias, args.axes, params) : none();
-  on_grid = grid_gradients.finish(args.heads, none());
+  const ScoreFields<OptionalTensor>& given = args.score.terms;
+  if (key_fill_sums) terms.key_fill = sum_of_parts(*key_fill_sums, 1.0, *given.key_fill);
+  if (value_fill_sums) terms.value_fill = sum_of_parts(*value_fill_sums, 1.0, *given.value_fill);
+  if (head_scale_sums) terms.head_scale = sum_of_parts(*head_scale_sums, args.score.scale, *given.head_scale);
+  if (key_bias_sums) terms.key_bias = sum_key_bias(*key_bias_sums, *given.key_bias, args.axes, params);
+  grid_gradients.finish(args.heads, terms);
 }
 
 }  // namespace vitkernels

@@ -5,21 +5,16 @@
 
 namespace vitkernels {
 
-struct NeededSpatialGradients {
-  bool key_fill, value_fill, head_scale, key_bias;
-  WantedOnGrid on_grid;
-};
-
 class SpatialGradients {
  public:
   // Attaches them to `params`, which `args` has filled; the order of the work follows from them.
-  SpatialGradients(const SpatialArguments& args, const NeededSpatialGradients& needed, SpatialBackwardParams& params);
+  SpatialGradients(const SpatialArguments& args, const ScoreFields<bool>& needed, SpatialBackwardParams& params);
 
-  // After the kernel. What is not needed is empty.
+  // After the kernel.
   void finish(const SpatialArguments& args, const SpatialBackwardParams& params);
 
-  Tensor query, key, value, key_fill, value_fill, head_scale, key_bias;
-  std::vector<Tensor> on_grid;  // in the order of the arguments
+  Tensor query, key, value;
+  ScoreFields<OptionalTensor> terms;
 
  private:
   GridGradients grid_gradients;

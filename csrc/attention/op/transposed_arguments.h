@@ -9,24 +9,27 @@ namespace vitkernels {
 // is a value for each query instead of each key.
 class TransposedArguments {
  public:
-  TransposedArguments(const Checker& checker, AttentionArguments of_map, const Tensor& value_q,
-                      const Tensor& lse_of_rows, const OptionalTensor& weight)
-      : attention(std::move(of_map)), query_weight(weight) {
+  TransposedArguments(const Checker& checker, const TransposedCall& call, const DevicePolicy& policy = {})
+      : attention(checker, call.attention, policy),
+        value(call.value_q),
+        lse(call.lse),
+        query_weight(call.query_weight) {
+    attention.score.refuse(checker, kOffsetTerms, "in a transposed attention");
     const std::vector<int64_t> rows = attention.lse_sizes();
     const ScalarType statistics = statistics_type(attention.dtype);
-    checker.rank("value_q", value_q, 4, "(B, Nq, heads, dv)");
-    checker.strided_like("value_q", value_q, attention.query);
-    checker.dtype("value_q", value_q, attention.query.scalar_type());
-    checker.size("value_q", value_q, 0, rows[0], "query's batch size");
-    checker.size("value_q", value_q, 1, rows[1], "query's number of tokens");
-    checker.size("value_q", value_q, 2, rows[2], "query's number of heads");
-    checker.check(value_q.size(3) > 0, "value_q has head dimension 0, takes at least 1");
-    checker.strided_like("lse", lse_of_rows, attention.query);
-    checker.dtype("lse", lse_of_rows, statistics);
-    checker.shape("lse", lse_of_rows, rows);
+    checker.rank("value_q", value, 4, "(B, Nq, heads, dv)");
+    checker.strided_like("value_q", value, attention.query);
+    checker.dtype("value_q", value, attention.query.scalar_type());
+    checker.size("value_q", value, 0, rows[0], "query's batch size");
+    checker.size("value_q", value, 1, rows[1], "query's number of tokens");
+    checker.size("value_q", value, 2, rows[2], "query's number of heads");
+    checker.check(value.size(3) > 0, "value_q has head dimension 0, takes at least 1");
+    checker.strided_like("lse", lse, attention.query);
+    checker.dtype("lse", lse, statistics);
+    checker.shape("lse", lse, rows);
     check_score_term(checker, "query_weight", query_weight, attention.query, statistics, rows, "(B, Nq, heads)");
-    value = with_unit_last_stride(value_q);
-    lse = torch::stable::contiguous(lse_of_rows);
+    value = with_unit_last_stride(value);
+    lse = torch::stable::contiguous(lse);
   }
 
   void check_grad_out(const Checker& checker, const Tensor& grad_out) const {

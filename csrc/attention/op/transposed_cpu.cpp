@@ -1,5 +1,4 @@
-// The operators vitkernels::attention_transposed and vitkernels::attention_transposed_backward on the CPU. The
-// argument without a name is allow_tf32.
+// The operators vitkernels::attention_transposed and vitkernels::attention_transposed_backward on the CPU.
 #include "attention/cpu/tile_sizes.h"
 #include "attention/op/logit_gradients.h"
 #include "attention/op/transposed_arguments.h"
@@ -11,8 +10,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 void fill(const TransposedArguments& args, AttentionTransposedParams& params) {
   args.attention.fill(params);
   params.value = token_tensor(args.value);
@@ -23,23 +20,18 @@ void fill(const TransposedArguments& args, AttentionTransposedParams& params) {
   params.weight_strides = weight_strides(*args.query_weight, false);
 }
 
-Tensor attention_transposed_cpu(const Tensor& query, const Tensor& key, const Tensor& value_q, const Tensor& lse,
-                                OptionalTensor query_weight, double scale, OptionalTensor head_scale,
-                                OptionalTensor bias, OptionalTensor key_bias, OptionalTensor multiplier,
-                                OptionalTensor head_map, bool is_causal, bool) {
-  const Checker checker("attention_transposed");
-  const TransposedArguments args(
-      checker, {checker, query, key, key, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal},
-      value_q, lse, query_weight);
-  Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
-  if (out.numel() == 0) return out;
+void attention_transposed(Call& call) {
+  const TransposedArguments args(call.checker, take_transposed(call));
+  const Tensor& query = args.attention.query;
+  const Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
+  if (out.numel() == 0) return call.give(out, "");
   AttentionTransposedParams params;
   fill(args, params);
   params.out = token_tensor(out);
   const int64_t tasks = params.batch * params.heads * transposed_keys(params).count;
   const int64_t of_kv_head = std::max<int64_t>(params.heads / std::max<int64_t>(params.kv_heads, 1), 1);
   run_kernel(kernel<AttentionTransposedParams>(), params, tasks, of_kv_head, query);
-  return out;
+  call.give(out, "");
 }
 
 // d(query_weight) in its own shape from that of each row [B, Nq, heads], in double and in order.
@@ -64,20 +56,17 @@ Tensor sum_query_weight(const Tensor& weight, const Tensor& of_rows) {
   return torch::stable::to(grad, weight.scalar_type());
 }
 
-Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor& query, const Tensor& key,
-                                           const Tensor& value_q, const Tensor& lse, OptionalTensor query_weight,
-                                           double scale, OptionalTensor head_scale, OptionalTensor bias,
-                                           OptionalTensor key_bias, OptionalTensor multiplier, OptionalTensor head_map,
-                                           bool is_causal, bool, bool need_query_weight, bool need_head_scale,
-                                           bool need_bias, bool need_key_bias, bool need_multiplier) {
-  const Checker checker("attention_transposed_backward");
-  const TransposedArguments args(
-      checker, {checker, query, key, key, {scale, head_scale, bias, key_bias, multiplier}, head_map, is_causal},
-      value_q, lse, query_weight);
-  args.check_grad_out(checker, grad_out);
+void attention_transposed_backward(Call& call) {
+  const Tensor grad_out = call.take<Tensor>("grad_out");
+  const TransposedCall forward = take_transposed(call);
+  const bool needs_weight = call.take<bool>("need_query_weight") && forward.query_weight;
+  const ScoreFields<bool> needed = take_needed(call, forward.attention.score);
+  const TransposedArguments args(call.checker, forward);
+  args.check_grad_out(call.checker, grad_out);
   const Tensor out_gradient = with_unit_last_stride(grad_out);
 
-  const Tensor grad_value = empty_as(value_q, sizes_of(value_q), value_q.scalar_type());
+  const Tensor &query = args.attention.query, &value = args.value, &lse = args.lse;
+  const Tensor grad_value = empty_as(value, sizes_of(value), value.scalar_type());
   const Tensor grad_lse = empty_as(lse, sizes_of(lse), lse.scalar_type());
   const Tensor grad_row_weight = empty_as(lse, sizes_of(lse), lse.scalar_type());
   AttentionTransposedBackwardParams params;
@@ -86,31 +75,34 @@ Backward attention_transposed_backward_cpu(const Tensor& grad_out, const Tensor&
   params.grad_value = token_tensor(grad_value);
   params.grad_row_lse = grad_lse.mutable_data_ptr();
   params.grad_row_weight = grad_row_weight.mutable_data_ptr();
-  LogitGradients grads(args.attention, {need_head_scale, need_bias, need_key_bias, need_multiplier}, params);
+  LogitGradients grads(args.attention, needed, params);
   const Kernel<AttentionTransposedBackwardParams>& kernel = vitkernels::kernel<AttentionTransposedBackwardParams>();
   const int64_t part_elements = kernel.parts(params) / int64_t(lse.element_size());
   const Tensor value_parts = zeros_as(lse, {part_elements}, lse.scalar_type());
   params.grad_value_parts = value_parts.mutable_data_ptr();
 
   // An empty tensor may claim any batch size.
-  const bool is_empty = query.numel() == 0 && key.numel() == 0;
+  const bool is_empty = query.numel() == 0 && args.attention.key.numel() == 0;
   if (params.num_tasks() > 0 && !is_empty) run_kernel(kernel, params, params.num_tasks(), 1, query);
   if (query.numel() > 0) {
     parallel_for(0, params.batch * params.heads, 1,
                  [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
   }
   grads.finish(args.attention, params);
-  const Tensor grad_weight = need_query_weight && args.query_weight
-                                 ? sum_query_weight(*args.query_weight, grad_row_weight)
-                                 : none_as(lse, lse.scalar_type());
-  return {grads.query,      grads.key,  grad_value,     grad_lse,        grad_weight,
-          grads.head_scale, grads.bias, grads.key_bias, grads.multiplier};
+  call.give(grads.query, "grad_query");
+  call.give(grads.key, "grad_key");
+  call.give(grad_value, "grad_value_q");
+  call.give(grad_lse, "grad_lse");
+  call.give(needs_weight ? sum_query_weight(*args.query_weight, grad_row_weight) : none_as(lse, lse.scalar_type()),
+            "grad_query_weight");
+  give_gradients(call, grads.terms, query);
 }
 
 }  // namespace
 }  // namespace vitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
-  m.impl("attention_transposed", TORCH_BOX(&vitkernels::attention_transposed_cpu));
-  m.impl("attention_transposed_backward", TORCH_BOX(&vitkernels::attention_transposed_backward_cpu));
+  using namespace vitkernels;
+  m.impl("attention_transposed", &boxed<"attention_transposed", attention_transposed>);
+  m.impl("attention_transposed_backward", &boxed<"attention_transposed_backward", attention_transposed_backward>);
 }

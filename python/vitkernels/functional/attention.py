@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
+from vitkernels.functional.score import NO_MAP, check_options, normalize, on_grid, with_additional_keys
 from vitkernels.ops import attention as _ops
 
 __all__ = ["attention"]
@@ -158,7 +158,9 @@ def attention(
     scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
     tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
     allow_tf32 = _ops.allow_tf32(query)
-    out, lse = _ops.attention(query, key, value, *scores, *tables, num_prefix_tokens, head_map, is_causal, allow_tf32)
+    out, lse = _ops.attention(
+        query, key, value, *scores, *tables, num_prefix_tokens, head_map, *NO_MAP, is_causal, allow_tf32
+    )
     if additional_keys is not None and additional_values is not None:
         number, head_scale = scores[:2]
         out, lse = with_additional_keys(

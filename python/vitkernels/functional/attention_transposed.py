@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vitkernels.functional.score import normalize
+from vitkernels.functional.score import NO_MAP, NOT_ON_GRID, normalize
 from vitkernels.ops import attention as _ops
 
 __all__ = ["attention_transposed"]
@@ -78,6 +78,7 @@ def attention_transposed(
         _ops.check_floating(op, "query_weight", query_weight)
         query_weight = query_weight.to(_ops.statistics_dtype(query.dtype))
     scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
+    rest = (*NOT_ON_GRID, 0, head_map, *NO_MAP)
     flags = (is_causal, _ops.allow_tf32(query))
-    out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, head_map, *flags)
+    out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, *rest, *flags)
     return out

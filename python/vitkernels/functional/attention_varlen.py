@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from vitkernels.functional.score import normalize
+from vitkernels.functional.score import NO_MAP, NOT_ON_GRID, normalize
 from vitkernels.ops import attention as _ops
 
 __all__ = ["attention_varlen"]
@@ -111,6 +111,7 @@ def attention_varlen(
         query, key = (normalize("attention_varlen", n, t) for n, t in (("query", query), ("key", key)))
     scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    rest = (*NOT_ON_GRID, 0, head_map, *NO_MAP)
     flags = (is_causal, _ops.allow_tf32(query))
-    out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, head_map, *flags)
+    out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, *rest, *flags)
     return (out, lse) if return_lse else out

@@ -11,9 +11,10 @@ from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.rel_pos import by_axis
 from vitkernels.ops import attention as _ops
 
-__all__ = ["check_options", "normalize", "on_grid", "with_additional_keys"]
+__all__ = ["NOT_ON_GRID", "NO_MAP", "check_options", "normalize", "on_grid", "with_additional_keys"]
 
-_NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, rel_pos_depth, rel_pos_height, rel_pos_width
+NO_MAP = (0.0, False, None, None)  # radius, has_outside, key_fill, value_fill
+NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, rel_pos_depth, rel_pos_height, rel_pos_width
 
 
 def check_options(
@@ -54,7 +55,7 @@ def on_grid(
 ) -> Sequence[Tensor | None]:
     """The operator's terms by place on a grid, of ``num_axes`` if that is known."""
     if bias_table is None and multiplier_table is None and rel_pos is None:
-        return _NOT_ON_GRID
+        return NOT_ON_GRID
     tables = {"bias_table": bias_table, "multiplier_table": multiplier_table}
     converted = _ops.in_statistics_dtype(op, query, tables)
     for table in converted:
@@ -75,8 +76,8 @@ def with_additional_keys(
     """``(out, lse)`` as if ``query (B, *, heads, d)`` had seen these keys too, which get no term but the scale."""
     terms = (None,) * 3  # bias, key_bias, multiplier
     extra: Sequence[Tensor] = _ops.attention(
-        query.flatten(1, -3), additional_keys, additional_values, scale, head_scale, *terms, *_NOT_ON_GRID, 0, head_map,
-        False, _ops.allow_tf32(query),
+        query.flatten(1, -3), additional_keys, additional_values, scale, head_scale, *terms, *NOT_ON_GRID, 0, head_map,
+        *NO_MAP, False, _ops.allow_tf32(query),
     )  # fmt: skip
     extra = [t.reshape(query.shape[:-2] + t.shape[2:]) for t in extra]
     if extra[0].shape[1:-2] != out.shape[1:-2]:  # one query for all windows of the map

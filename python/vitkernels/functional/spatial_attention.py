@@ -181,9 +181,8 @@ def spatial_attention(
     tables = on_grid(op, query, bias_table, multiplier_table, rel_pos, len(axes))
     number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
     out, lse = _ops.spatial_attention(
-        query, key, value, encode(axes), 0.0 if radius is None else radius, outside is not None, is_shared_query,
-        key_fill, value_fill, number, head_scale, key_bias, *tables, head_map,
-        _ops.allow_tf32(query),
+        query, key, value, encode(axes), is_shared_query, number, head_scale, None, key_bias, None, *tables, 0,
+        head_map, 0.0 if radius is None else radius, outside is not None, key_fill, value_fill, _ops.allow_tf32(query),
     )  # fmt: skip
     if additional_keys is not None and additional_values is not None:
         out, lse = with_additional_keys(

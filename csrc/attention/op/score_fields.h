@@ -1,0 +1,39 @@
+// The score's terms, one field each, and what goes with them in a call, its wishes and its gradients.
+#pragma once
+
+#include <array>
+#include <string_view>
+
+#include "attention/pattern.h"
+
+namespace vitkernels {
+
+// T: OptionalTensor for the arguments, bool for the gradients that are wanted, OptionalTensor for these gradients.
+template <class T>
+struct ScoreFields {
+  T head_scale = {}, bias = {}, key_bias = {}, multiplier = {}, bias_table = {}, multiplier_table = {};
+  std::array<T, kMaxAxes> rel_pos = {};  // depth, height, width
+  T key_fill = {}, value_fill = {};      // keys and values outside a map
+};
+
+inline constexpr const char* kRelPosNames[kMaxAxes] = {"rel_pos_depth", "rel_pos_height", "rel_pos_width"};
+
+// The terms by the places of query and key on a grid.
+inline constexpr std::string_view kOffsetTerms[] = {"bias_table", "multiplier_table", "rel_pos_depth", "rel_pos_height",
+                                                    "rel_pos_width"};
+
+// Calls f(name, field of each record) for each term, in the schema's order.
+template <class Function, class... Records>
+void for_each_term(Function&& f, Records&&... records) {
+  f("head_scale", records.head_scale...);
+  f("bias", records.bias...);
+  f("key_bias", records.key_bias...);
+  f("multiplier", records.multiplier...);
+  f("bias_table", records.bias_table...);
+  f("multiplier_table", records.multiplier_table...);
+  for (int axis = 0; axis < kMaxAxes; ++axis) f(kRelPosNames[axis], records.rel_pos[axis]...);
+  f("key_fill", records.key_fill...);
+  f("value_fill", records.value_fill...);
+}
+
+}  // namespace vitkernels

@@ -1,0 +1,64 @@
+// Operators as boxed functions: arguments are taken off the dispatcher's stack, and results put there, by the names in the
+// operator's schema.
+#pragma once
+
+#include <string_view>
+
+#include "common/check.h"
+#include "schema.h"
+
+namespace vitkernels {
+
+// One call of an operator. Its arguments are taken first, each once: whoever takes one owns it.
+class Call {
+ public:
+  Call(const char* op, const Signature& signature, StableIValue* stack)
+      : checker(op), signature_(signature), stack_(stack) {}
+
+  template <class T>
+  T take(std::string_view name, std::string_view prefix = "") {
+    ++num_taken_;
+    return torch::stable::detail::to<T>(stack_[find(signature_.arguments, name, prefix)]);
+  }
+
+  void give(const Tensor& result, std::string_view name, std::string_view prefix = "") {
+    if (num_taken_ != signature_.arguments.size()) throw std::logic_error("an argument was not taken");
+    stack_[find(signature_.results, name, prefix)] = torch::stable::detail::from(result);
+  }
+
+  const Checker checker;
+
+ private:
+  // Mostly the next one, since the schema's order is the usual one.
+  size_t find(const std::vector<std::string>& names, std::string_view name, std::string_view prefix) {
+    for (size_t i = 0; i < names.size(); ++i, ++next_) {
+      if (next_ >= names.size()) next_ = 0;
+      const std::string_view candidate = names[next_];
+      const bool is_found =
+          candidate.size() == prefix.size() + name.size() && candidate.starts_with(prefix) && candidate.ends_with(name);
+      if (is_found) return next_++;
+    }
+    throw std::logic_error("not in the schema: " + std::string(prefix) + std::string(name));
+  }
+
+  const Signature& signature_;
+  StableIValue* stack_;
+  size_t next_ = 0, num_taken_ = 0;
+};
+
+// An operator's name, as a template's argument.
+template <size_t kSize>
+struct OperatorName {
+  char text[kSize];
+  constexpr OperatorName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }
+};
+
+// What is registered for the operator: kFunction(call) takes all arguments and gives all results.
+template <OperatorName kOp, void (*kFunction)(Call&)>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  static const Signature signature(kOp.text);
+  Call call(kOp.text, signature, stack);
+  kFunction(call);
+}
+
+}  // namespace vitkernels
