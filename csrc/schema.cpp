@@ -19,18 +19,19 @@ namespace {
 // Tables are (heads or 1, 2 n - 1 for each axis), by the offset of the query from the key; rel_pos_*, embeddings of the
 // offsets on one axis, (2 n - 1, d) or (heads, 2 n - 1, d), are multiplied with the query. Dense tokens lie on a grid of
 // one to three axes, but for the first num_prefix_tokens.
-const std::string kScore =
+constexpr const char* kScore =
     "float scale, Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, Tensor? bias_table, "
     "Tensor? multiplier_table, Tensor? rel_pos_depth, Tensor? rel_pos_height, Tensor? rel_pos_width, "
     "SymInt num_prefix_tokens, ";
 // What lies outside a map: nothing, or a key and a value for each kv head; zeros where no fill is given.
-const std::string kKeys = "Tensor? head_map, float radius, bool has_outside, Tensor? key_fill, Tensor? value_fill, ";
+constexpr const char* kKeys =
+    "Tensor? head_map, float radius, bool has_outside, Tensor? key_fill, Tensor? value_fill, ";
 
-const std::string kNeed =
+constexpr const char* kNeed =
     "bool need_head_scale, bool need_bias, bool need_key_bias, bool need_multiplier, bool need_bias_table, "
     "bool need_multiplier_table, bool need_rel_pos_depth, bool need_rel_pos_height, bool need_rel_pos_width, "
     "bool need_key_fill, bool need_value_fill";
-const std::string kGrads =
+constexpr const char* kGrads =
     "Tensor grad_head_scale, Tensor grad_bias, Tensor grad_key_bias, Tensor grad_multiplier, Tensor grad_bias_table, "
     "Tensor grad_multiplier_table, Tensor grad_rel_pos_depth, Tensor grad_rel_pos_height, Tensor grad_rel_pos_width, "
     "Tensor grad_key_fill, Tensor grad_value_fill";
@@ -52,12 +53,13 @@ std::vector<std::string> make_schemas() {
                 "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, ", options);
   add_attention(schemas, "spatial_attention", "SymInt[] axes, bool is_shared_query, ", "bool allow_tf32");
   // value_q (B, Nq, heads, dv), out (B, Nk, heads, dv), query_weight broadcasts to (B, Nq, heads).
-  const std::string transposed =
-      "Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, " + kScore + kKeys + options;
+  const std::string rows = "Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, ";
+  const std::string transposed = rows + kScore + kKeys + options;
   schemas.push_back("attention_transposed(" + transposed + ") -> Tensor");
-  schemas.push_back("attention_transposed_backward(Tensor grad_out, " + transposed + ", bool need_query_weight, " +
-                    kNeed + ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value_q, Tensor grad_lse, " +
-                    "Tensor grad_query_weight, " + kGrads + ")");
+  schemas.push_back(
+      "attention_transposed_backward(Tensor grad_out, " + transposed + ", bool need_query_weight, " + kNeed +
+      ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value_q, Tensor grad_lse, Tensor grad_query_weight, " +
+      kGrads + ")");
   schemas.push_back("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   schemas.push_back(
       "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> Tensor[]");

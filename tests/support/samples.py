@@ -94,6 +94,12 @@ TABLES = [
     ("hX", (1,)), ("1X", (17,)), ("hX", (333,)), ("hYX", (7, 7)), ("1YX", (1, 19)), ("hYX", (13, 2)), ("hYX", (19, 43)),
     ("hZYX", (2, 7, 7)), ("1ZYX", (4, 1, 5)),
 ]  # fmt: skip
+
+
+def name(axes: str, grid: tuple[int, ...]) -> str:
+    return f"{axes}-{'x'.join(map(str, grid))}"
+
+
 MAP = Input("h", uneven_map, dtype=torch.int64)
 BIASES = ["bhqk", "1hqk", "b1qk", "11qk", "hqk", "qk", "k", "bhq1", "1h1k", "b11k", "bh11", "q1", "1"]
 
@@ -155,8 +161,11 @@ SAMPLES = [
         "additional-only", k=0, h=4, g=2, qk_norm="l2", tags="mixed",
         additional_keys=Input("bagd"), additional_values=Input("bagv"),
     ),
-    *(attention(f"bias-table-{axes}", grid=grid, bias_table=statistic(axes)) for axes, grid in TABLES),
-    *(attention(f"multiplier-table-{axes}", grid=grid, multiplier_table=statistic(axes)) for axes, grid in TABLES[::2]),
+    *(attention(f"bias-table-{name(a, grid)}", grid=grid, bias_table=statistic(a)) for a, grid in TABLES),
+    *(
+        attention(f"multiplier-table-{name(a, grid)}", grid=grid, multiplier_table=statistic(a))
+        for a, grid in TABLES[::2]
+    ),
     attention("bias-table", grid=(14, 14), b=9, bias_table=statistic("hYX"), tags="core linear-memory"),
     attention("bias-table-prefix", grid=(5, 7), bias_table=statistic("1YX"), num_prefix_tokens=3, tags="core"),
     attention("bias-table-grouped", grid=(31, 33), h=4, g=2, bias_table=statistic("hYX"), num_prefix_tokens=1),
