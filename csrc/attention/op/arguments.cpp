@@ -117,11 +117,9 @@ AttentionArguments::AttentionArguments(const Checker& checker, DenseCall call, c
       is_causal(call.is_causal),
       allow_tf32(call.allow_tf32) {
   score.refuse_map(checker);
+  if (call.why_no_offsets) score.refuse(checker, kOffsetTerms, call.why_no_offsets);
   check_tokens(checker, call.packing.has_value(), policy);
-  if (call.packing) {
-    score.refuse(checker, kOffsetTerms, "with packed sequences");
-    check_packing(checker, *call.packing, policy.read);
-  }
+  if (call.packing) check_packing(checker, *call.packing, policy.read);
   heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads, policy.read);
   if (score.head_map) head_map = torch::stable::contiguous(*score.head_map);
   check_score(checker, policy);

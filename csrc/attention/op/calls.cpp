@@ -39,7 +39,8 @@ DenseCall take_dense(Call& call, bool is_packed) {
           .packing = packing(),
           .score = ScoreArguments(call),
           .is_causal = call.take<bool>("is_causal"),
-          .allow_tf32 = call.take<bool>("allow_tf32")};
+          .allow_tf32 = call.take<bool>("allow_tf32"),
+          .why_no_offsets = is_packed ? "with packed sequences" : nullptr};
 }
 
 SpatialCall take_spatial(Call& call) {
@@ -62,7 +63,8 @@ TransposedCall take_transposed(Call& call) {
                         .packing = {},
                         .score = ScoreArguments(call),
                         .is_causal = call.take<bool>("is_causal"),
-                        .allow_tf32 = call.take<bool>("allow_tf32")},
+                        .allow_tf32 = call.take<bool>("allow_tf32"),
+                        .why_no_offsets = "in a transposed attention"},
           .value_q = value_q,
           .lse = lse,
           .query_weight = query_weight};

@@ -14,7 +14,6 @@ class TransposedArguments {
         value(call.value_q),
         lse(call.lse),
         query_weight(call.query_weight) {
-    attention.score.refuse(checker, kOffsetTerms, "in a transposed attention");
     const std::vector<int64_t> rows = attention.lse_sizes();
     const ScalarType statistics = statistics_type(attention.dtype);
     checker.rank("value_q", value, 4, "(B, Nq, heads, dv)");
