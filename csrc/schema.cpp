@@ -8,7 +8,7 @@
 // Every softmax operator takes all terms of the score and all options of the keys, and raises on what its kernels cannot
 // do. Its backward operator returns an empty tensor for each gradient that was not asked for.
 // allow_tf32: a GPU may round float32 operands of matrix products to TF32; nothing else takes notice of it.
-#include "schema.h"
+#include "common/signature.h"
 
 #include <algorithm>
 #include <stdexcept>

@@ -30,7 +30,7 @@ MAY_INCLUDE_TORCH = {
     "common/stable.h",
     "cuda/device.h",
     "cuda/library.cpp",
-    "schema.cpp",
+    "library.cpp",
 }
 SOURCES = {".h", ".cpp", ".cu", ".cuh"}
 

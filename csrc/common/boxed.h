@@ -5,7 +5,7 @@
 #include <string_view>
 
 #include "common/check.h"
-#include "schema.h"
+#include "common/signature.h"
 
 namespace vitkernels {
 

@@ -1,4 +1,4 @@
-// The operators' schemas (schema.cpp), and the names in them.
+// The operators' schemas (csrc/schema.cpp), and the names in them.
 #pragma once
 
 #include <string>
