@@ -133,15 +133,15 @@ AttentionArguments::AttentionArguments(const Checker& checker, DenseCall call, c
 }
 
 void AttentionArguments::count_tasks() {
-  AttentionParams params;
-  fill(params);
   if (query_offsets.empty()) {
-    num_tasks = batch * heads * forward_query_blocks(params.pattern.axis[0]);
+    num_tasks = batch * heads * forward_query_blocks({.num_queries = num_queries, .num_keys = num_keys});
     return;
   }
   first_task.push_back(0);
-  for (int64_t entry = 0; entry < batch; ++entry) {
-    first_task.push_back(first_task.back() + heads * forward_query_blocks(params.sequence(entry).axis));
+  for (int64_t i = 0; i < batch; ++i) {
+    const Axis axis{.num_queries = query_offsets[i + 1] - query_offsets[i],
+                    .num_keys = key_offsets[i + 1] - key_offsets[i]};
+    first_task.push_back(first_task.back() + heads * forward_query_blocks(axis));
   }
   num_tasks = first_task.back();
 }

@@ -3,11 +3,13 @@
 namespace vitkernels {
 
 ScoreArguments::ScoreArguments(Call& call) : scale(call.take<double>("scale")) {
-  for_each_term([&](const char* name, OptionalTensor& term) { term = call.take<OptionalTensor>(name); }, terms);
+  const auto take = [&](const char* name, OptionalTensor& term) { term = call.take<OptionalTensor>(name); };
+  for_each_score_term(take, terms);
   num_prefix_tokens = call.take<int64_t>("num_prefix_tokens");
   head_map = call.take<OptionalTensor>("head_map");
   radius = call.take<double>("radius");
   has_outside = call.take<bool>("has_outside");
+  for_each_fill(take, terms);
 }
 
 void ScoreArguments::refuse(const Checker& checker, std::span<const std::string_view> names, const char* where) const {

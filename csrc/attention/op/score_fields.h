@@ -22,9 +22,9 @@ inline constexpr const char* kRelPosNames[kMaxAxes] = {"rel_pos_depth", "rel_pos
 inline constexpr std::string_view kOffsetTerms[] = {"bias_table", "multiplier_table", "rel_pos_depth", "rel_pos_height",
                                                     "rel_pos_width"};
 
-// Calls f(name, field of each record) for each term, in the schema's order.
+// Calls f(name, field of each record) for each term of the score, in the schema's order.
 template <class Function, class... Records>
-void for_each_term(Function&& f, Records&&... records) {
+void for_each_score_term(Function&& f, Records&&... records) {
   f("head_scale", records.head_scale...);
   f("bias", records.bias...);
   f("key_bias", records.key_bias...);
@@ -32,8 +32,18 @@ void for_each_term(Function&& f, Records&&... records) {
   f("bias_table", records.bias_table...);
   f("multiplier_table", records.multiplier_table...);
   for (int axis = 0; axis < kMaxAxes; ++axis) f(kRelPosNames[axis], records.rel_pos[axis]...);
+}
+
+template <class Function, class... Records>
+void for_each_fill(Function&& f, Records&&... records) {
   f("key_fill", records.key_fill...);
   f("value_fill", records.value_fill...);
+}
+
+template <class Function, class... Records>
+void for_each_term(Function&& f, Records&&... records) {
+  for_each_score_term(f, records...);
+  for_each_fill(f, records...);
 }
 
 }  // namespace vitkernels
