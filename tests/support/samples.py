@@ -277,6 +277,7 @@ SAMPLES = [
     merge("no-dims", 2, v=0),
     *SPATIAL_SAMPLES,
 ]  # fmt: skip
+assert len({*map(str, SAMPLES)}) == len(SAMPLES), "a sample is known by its name"
 
 
 def _unique_when_small() -> list[Sample]:
