@@ -1,6 +1,6 @@
 // The rules of csrc/attention/pattern.h on a device: every query's keys and every key's queries, on many axes.
 
-#include "../../pattern_rules.h"
+#include "../../support/pattern_rules.h"
 
 namespace vitkernels {
 namespace {
