@@ -3,60 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from vitkernels.functional.score import NO_MAP, check_options, normalize, on_grid, with_additional_keys
+from vitkernels.functional.score import Score, ScoreOptions, operands, with_additional_keys
 from vitkernels.ops import attention as _ops
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention"]
 
 
 @overload
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    bias: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    multiplier: Tensor | None = ...,
-    bias_table: Tensor | None = ...,
-    multiplier_table: Tensor | None = ...,
-    rel_pos: Sequence[Tensor] | None = ...,
-    num_prefix_tokens: int = ...,
-    head_map: Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    is_causal: bool = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = ..., return_lse: Literal[False] = ...,
+    **score: Unpack[ScoreOptions],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    bias: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    multiplier: Tensor | None = ...,
-    bias_table: Tensor | None = ...,
-    multiplier_table: Tensor | None = ...,
-    rel_pos: Sequence[Tensor] | None = ...,
-    num_prefix_tokens: int = ...,
-    head_map: Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    is_causal: bool = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = ..., return_lse: Literal[True],
+    **score: Unpack[ScoreOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(
@@ -147,23 +118,13 @@ def attention(
     ``bias_table``: Liu et al., "Swin Transformer" (2021), eq. 4; ``rel_pos``: Huang et al., "Music Transformer"
     (2019), eq. 3, and for several axes Li et al., "MViTv2" (2022), eq. 4.
     """
-    op = "attention"
-    check_options(op, value, qk_norm, additional_keys, additional_values)
-    if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
-        query = query.expand(key.size(0), -1, -1, -1)
-    if qk_norm == "l2":
-        query, key = normalize(op, "query", query), normalize(op, "key", key)
-        if additional_keys is not None:
-            additional_keys = normalize(op, "additional_keys", additional_keys)
-    scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
-    tables = on_grid(op, query, bias_table, multiplier_table, rel_pos)
-    allow_tf32 = _ops.allow_tf32(query)
-    out, lse = _ops.attention(
-        query, key, value, *scores, *tables, num_prefix_tokens, head_map, *NO_MAP, is_causal, allow_tf32
-    )
-    if additional_keys is not None and additional_values is not None:
-        number, head_scale = scores[:2]
-        out, lse = with_additional_keys(
-            out, lse, query, additional_keys, additional_values, number, head_scale, head_map
-        )
-    return (out, lse) if return_lse else out
+    score = Score(
+        scale, qk_norm, bias, key_bias, multiplier, bias_table, multiplier_table, rel_pos, num_prefix_tokens, head_map,
+        additional_keys, additional_values,
+    )  # fmt: skip
+    given = operands("attention", query, key, value, score)
+    query, key, terms, keys, _ = given
+    found: tuple[Tensor, Tensor] = _ops.attention(query, key, value, *terms, *keys, is_causal, _ops.allow_tf32(query))
+    if additional_values is not None:
+        found = with_additional_keys(found, given, additional_values)
+    return found if return_lse else found[0]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vitkernels.functional.score import NO_MAP, NOT_ON_GRID, normalize
+from vitkernels.functional.score import Score, operands
 from vitkernels.ops import attention as _ops
 
 __all__ = ["attention_transposed"]
@@ -68,17 +68,11 @@ def attention_transposed(
     map of a cross-attention is used in both directions.
     """
     op = "attention_transposed"
-    if qk_norm not in (None, "l2"):
-        raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
-    if query.dim() == 4 and key.dim() == 4 and query.size(0) == 1 and key.size(0) != 1:
-        query = query.expand(key.size(0), -1, -1, -1)
-    if qk_norm == "l2":
-        query, key = normalize(op, "query", query), normalize(op, "key", key)
+    score = Score(scale, qk_norm, bias, key_bias, multiplier, head_map=head_map)
+    query, key, terms, keys, _ = operands(op, query, key, value_q, score)
     if query_weight is not None:
-        _ops.check_floating(op, "query_weight", query_weight)
-        query_weight = query_weight.to(_ops.statistics_dtype(query.dtype))
-    scores = _ops.score_arguments(op, query, scale, bias, key_bias, multiplier)
-    rest = (*NOT_ON_GRID, 0, head_map, *NO_MAP)
-    flags = (is_causal, _ops.allow_tf32(query))
-    out: Tensor = _ops.attention_transposed(query, key, value_q, lse, query_weight, *scores, *rest, *flags)
+        query_weight = _ops.in_statistics_dtype(op, query, "query_weight", query_weight)
+    out: Tensor = _ops.attention_transposed(
+        query, key, value_q, lse, query_weight, *terms, *keys, is_causal, _ops.allow_tf32(query)
+    )
     return out

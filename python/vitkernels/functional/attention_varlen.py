@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from vitkernels.functional.score import NO_MAP, NOT_ON_GRID, normalize
+from vitkernels.functional.score import PackedOptions, Score, operands
 from vitkernels.ops import attention as _ops
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["attention_varlen"]
 
 
 @overload
 def attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    bias: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    multiplier: Tensor | None = ...,
-    head_map: Tensor | None = ...,
-    is_causal: bool = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, is_causal: bool = ..., return_lse: Literal[False] = ..., **score: Unpack[PackedOptions],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    bias: Tensor | None = ...,
-    key_bias: Tensor | None = ...,
-    multiplier: Tensor | None = ...,
-    head_map: Tensor | None = ...,
-    is_causal: bool = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, *, is_causal: bool = ..., return_lse: Literal[True], **score: Unpack[PackedOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention_varlen(
@@ -105,13 +80,10 @@ def attention_varlen(
     Source: the packed layout of Dao et al., "FlashAttention" (2022), in which NaViT (Dehghani et al., 2023) and
     Qwen2.5-VL (2025) hold images of different sizes.
     """
-    if qk_norm not in (None, "l2"):
-        raise RuntimeError(f"vitkernels::attention_varlen: qk_norm is {qk_norm!r}, takes None or 'l2'")
-    if qk_norm == "l2":
-        query, key = (normalize("attention_varlen", n, t) for n, t in (("query", query), ("key", key)))
-    scores = _ops.score_arguments("attention_varlen", query, scale, bias, key_bias, multiplier)
+    score = Score(scale, qk_norm, bias, key_bias, multiplier, head_map=head_map)
+    query, key, terms, keys, _ = operands("attention_varlen", query, key, value, score)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rest = (*NOT_ON_GRID, 0, head_map, *NO_MAP)
-    flags = (is_causal, _ops.allow_tf32(query))
-    out, lse = _ops.attention_varlen(query, key, value, *packing, *scores, *rest, *flags)
-    return (out, lse) if return_lse else out
+    found: tuple[Tensor, Tensor] = _ops.attention_varlen(
+        query, key, value, *packing, *terms, *keys, is_causal, _ops.allow_tf32(query)
+    )
+    return found if return_lse else found[0]

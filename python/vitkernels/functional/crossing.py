@@ -60,28 +60,16 @@ def cross_shaped_window_attention(
 
 @overload
 def criss_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    key_bias: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ..., key_bias: Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def criss_cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    key_bias: Tensor | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | Tensor | None = ...,
+    qk_norm: Literal["l2"] | None = ..., key_bias: Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def criss_cross_attention(

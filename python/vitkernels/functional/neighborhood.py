@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -15,38 +16,20 @@ __all__ = ["na1d", "na2d", "na3d"]
 
 @overload
 def na1d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int],
-    stride: int | tuple[int] = ...,
-    dilation: int | tuple[int] = ...,
-    is_causal: bool | tuple[bool] = ...,
-    scale: float | Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    *,
-    rpb: Tensor | None = ...,
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int], stride: int | tuple[int] = ...,
+    dilation: int | tuple[int] = ..., is_causal: bool | tuple[bool] = ..., scale: float | Tensor | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ..., *, rpb: Tensor | None = ...,
     return_lse: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def na1d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int],
-    stride: int | tuple[int] = ...,
-    dilation: int | tuple[int] = ...,
-    is_causal: bool | tuple[bool] = ...,
-    scale: float | Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    *,
-    rpb: Tensor | None = ...,
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int], stride: int | tuple[int] = ...,
+    dilation: int | tuple[int] = ..., is_causal: bool | tuple[bool] = ..., scale: float | Tensor | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ..., *, rpb: Tensor | None = ...,
     return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def na1d(
@@ -65,46 +48,29 @@ def na1d(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`vitkernels.na2d`, on a map of one axis: ``(B, length, heads, d)``."""
-    return _neighborhood_attention(
-        1, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, rpb,
-        return_lse,
+    axes = _axes("na1d", key, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    return spatial_attention(
+        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
+        bias_table=_by_offset("na1d", axes, rpb), return_lse=return_lse,
     )  # fmt: skip
 
 
 @overload
 def na2d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = ...,
-    dilation: int | tuple[int, int] = ...,
-    is_causal: bool | tuple[bool, bool] = ...,
-    scale: float | Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    *,
-    rpb: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = ...,
+    dilation: int | tuple[int, int] = ..., is_causal: bool | tuple[bool, bool] = ...,
+    scale: float | Tensor | None = ..., additional_keys: Tensor | None = ..., additional_values: Tensor | None = ..., *,
+    rpb: Tensor | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def na2d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] = ...,
-    dilation: int | tuple[int, int] = ...,
-    is_causal: bool | tuple[bool, bool] = ...,
-    scale: float | Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    *,
-    rpb: Tensor | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int], stride: int | tuple[int, int] = ...,
+    dilation: int | tuple[int, int] = ..., is_causal: bool | tuple[bool, bool] = ...,
+    scale: float | Tensor | None = ..., additional_keys: Tensor | None = ..., additional_values: Tensor | None = ..., *,
+    rpb: Tensor | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def na2d(
@@ -153,46 +119,31 @@ def na2d(
     "Dilated Neighborhood Attention Transformer" (2022), section 3.2; ``stride``: Hassani et al., "Generalized
     Neighborhood Attention" (2025), section 3.
     """
-    return _neighborhood_attention(
-        2, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, rpb,
-        return_lse,
+    axes = _axes("na2d", key, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    return spatial_attention(
+        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
+        bias_table=_by_offset("na2d", axes, rpb), return_lse=return_lse,
     )  # fmt: skip
 
 
 @overload
 def na3d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int, int, int],
-    stride: int | tuple[int, int, int] = ...,
-    dilation: int | tuple[int, int, int] = ...,
-    is_causal: bool | tuple[bool, bool, bool] = ...,
-    scale: float | Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    *,
-    rpb: Tensor | None = ...,
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int, int],
+    stride: int | tuple[int, int, int] = ..., dilation: int | tuple[int, int, int] = ...,
+    is_causal: bool | tuple[bool, bool, bool] = ..., scale: float | Tensor | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ..., *, rpb: Tensor | None = ...,
     return_lse: Literal[False] = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def na3d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int, int, int],
-    stride: int | tuple[int, int, int] = ...,
-    dilation: int | tuple[int, int, int] = ...,
-    is_causal: bool | tuple[bool, bool, bool] = ...,
-    scale: float | Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    *,
-    rpb: Tensor | None = ...,
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int | tuple[int, int, int],
+    stride: int | tuple[int, int, int] = ..., dilation: int | tuple[int, int, int] = ...,
+    is_causal: bool | tuple[bool, bool, bool] = ..., scale: float | Tensor | None = ...,
+    additional_keys: Tensor | None = ..., additional_values: Tensor | None = ..., *, rpb: Tensor | None = ...,
     return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def na3d(
@@ -211,32 +162,20 @@ def na3d(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`vitkernels.na2d`, on a map of three axes: ``(B, depth, height, width, heads, d)``."""
-    return _neighborhood_attention(
-        3, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values, rpb,
-        return_lse,
+    axes = _axes("na3d", key, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
+    return spatial_attention(
+        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
+        bias_table=_by_offset("na3d", axes, rpb), return_lse=return_lse,
     )  # fmt: skip
 
 
-def _neighborhood_attention(
-    num_axes: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: int | tuple[int, ...],
-    stride: int | tuple[int, ...],
-    dilation: int | tuple[int, ...],
-    is_causal: bool | tuple[bool, ...],
-    scale: float | Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    op, dims = f"na{num_axes}d", num_axes + 3
+def _axes(op: str, key: Tensor, **options: Any) -> list[Neighborhood]:
+    """The pattern, from one value or one for each axis of every option."""
+    num_axes = int(op[2])
+    dims = num_axes + 3
     if key.dim() != dims:
         shape = tuple(key.shape)
         raise RuntimeError(f"vitkernels::{op}: key has shape {shape}, takes {dims} dimensions (B, *map, heads, d)")
-    options = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "is_causal": is_causal}
     each = [of_each_axis(op, name, option, num_axes) for name, option in options.items()]
     axes = [Neighborhood(*of_axis) for of_axis in zip(*each, strict=True)]
     for i, (axis, length) in enumerate(zip(axes, key.shape[1:-2], strict=True)):
@@ -249,14 +188,16 @@ def _neighborhood_attention(
             raise RuntimeError(
                 f"vitkernels::{op}: stride is {axis.stride}, takes at most kernel_size ({axis.kernel_size})"
             )
-    if rpb is not None:
-        offsets = [2 * axis.kernel_size - 1 for axis in axes]
-        if rpb.dim() != num_axes + 1 or list(rpb.shape[1:]) != offsets:
-            raise RuntimeError(
-                f"vitkernels::{op}: rpb has shape {tuple(rpb.shape)}, takes (heads, {', '.join(map(str, offsets))})"
-            )
-        rpb = rpb.flip(tuple(range(1, num_axes + 1)))
-    return spatial_attention(
-        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
-        bias_table=rpb, return_lse=return_lse,
-    )  # fmt: skip
+    return axes
+
+
+def _by_offset(op: str, axes: Sequence[Neighborhood], rpb: Tensor | None) -> Tensor | None:
+    """The operator's table, by the offset of the query from the key, from NATTEN's."""
+    if rpb is None:
+        return None
+    offsets = [2 * axis.kernel_size - 1 for axis in axes]
+    if rpb.dim() != len(axes) + 1 or list(rpb.shape[1:]) != offsets:
+        raise RuntimeError(
+            f"vitkernels::{op}: rpb has shape {tuple(rpb.shape)}, takes (heads, {', '.join(map(str, offsets))})"
+        )
+    return rpb.flip(tuple(range(1, rpb.dim())))

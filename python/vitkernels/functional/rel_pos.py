@@ -8,27 +8,24 @@ from torch import Tensor
 
 from vitkernels.ops.attention import in_statistics_dtype
 
-__all__ = ["by_axis"]
+__all__ = ["embeddings"]
 
-_MOST_AXES = 3
+_MAX_AXES = 3
 
 
-def by_axis(op: str, query: Tensor, rel_pos: Sequence[Tensor] | None, num_axes: int | None) -> list[Tensor | None]:
+def embeddings(op: str, query: Tensor, rel_pos: Sequence[Tensor], num_axes: int | None) -> list[Tensor | None]:
     """``rel_pos_depth, rel_pos_height, rel_pos_width``; a grid of fewer axes lacks the first ones.
 
     ``num_axes`` is that of the grid, where something else says it.
     """
-    none: list[Tensor | None] = [None] * _MOST_AXES
-    if rel_pos is None:
-        return none
     takes = "takes a sequence of one table for each of one to three axes"
     if not isinstance(rel_pos, (list, tuple)) or not all(isinstance(t, Tensor) for t in rel_pos):
         raise RuntimeError(f"vitkernels::{op}: rel_pos is {type(rel_pos).__name__}, {takes}")
-    if not 1 <= len(rel_pos) <= _MOST_AXES:
+    if not 1 <= len(rel_pos) <= _MAX_AXES:
         raise RuntimeError(f"vitkernels::{op}: rel_pos has {len(rel_pos)} tables, {takes}")
-    if num_axes is not None and 1 <= num_axes <= _MOST_AXES and len(rel_pos) != num_axes:
+    if num_axes is not None and 1 <= num_axes <= _MAX_AXES and len(rel_pos) != num_axes:
         raise RuntimeError(
             f"vitkernels::{op}: rel_pos has {len(rel_pos)} tables, takes one for each of {num_axes} axes"
         )
-    tables = in_statistics_dtype(op, query, {f"rel_pos[{i}]": t for i, t in enumerate(rel_pos)})
-    return none[len(tables) :] + tables
+    absent: list[Tensor | None] = [None] * (_MAX_AXES - len(rel_pos))
+    return absent + [in_statistics_dtype(op, query, f"rel_pos[{i}]", t) for i, t in enumerate(rel_pos)]

@@ -1,42 +1,160 @@
-"""What the softmax functions do with the arguments of the score before their operator."""
+"""The score of a call and its keys: every argument of them, and what operators take for them, in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from vitkernels.functional.merge_attentions import merge_attentions
-from vitkernels.functional.rel_pos import by_axis
+from vitkernels.functional.rel_pos import embeddings
 from vitkernels.ops import attention as _ops
 
-__all__ = ["NOT_ON_GRID", "NO_MAP", "check_options", "normalize", "on_grid", "with_additional_keys"]
+__all__ = [
+    "Options",
+    "Outside",
+    "PackedOptions",
+    "Score",
+    "ScoreOptions",
+    "SpatialOptions",
+    "operands",
+    "with_additional_keys",
+]
 
-NO_MAP = (0.0, False, None, None)  # radius, has_outside, key_fill, value_fill
-NOT_ON_GRID = (None,) * 5  # bias_table, multiplier_table, rel_pos_depth, rel_pos_height, rel_pos_width
+Outside = Literal["zero"] | tuple[Tensor, Tensor]
 
 
-def check_options(
-    op: str,
-    value: Tensor,
-    qk_norm: str | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-) -> None:
-    """Raise on options that no operator sees."""
-    if qk_norm not in (None, "l2"):
-        raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
-    if (additional_keys is None) != (additional_values is None):
+class _AnyOptions(TypedDict, total=False):
+    scale: float | Tensor | None
+    qk_norm: Literal["l2"] | None
+    key_bias: Tensor | None
+    head_map: Tensor | None
+
+
+class PackedOptions(_AnyOptions, total=False):
+    """Of sequences: options that mean what they mean in :func:`vitkernels.attention`."""
+
+    bias: Tensor | None
+    multiplier: Tensor | None
+
+
+class Options(_AnyOptions, total=False):
+    """Of windows: options that mean what they mean in :func:`vitkernels.spatial_attention`."""
+
+    multiplier_table: Tensor | None
+    rel_pos: Sequence[Tensor] | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+
+
+class ScoreOptions(PackedOptions, Options, total=False):
+    """Of :func:`vitkernels.attention`."""
+
+    bias_table: Tensor | None
+    num_prefix_tokens: int
+
+
+class SpatialOptions(Options, total=False):
+    """Of :func:`vitkernels.spatial_attention`."""
+
+    bias_table: Tensor | None
+    outside: Outside | None
+    radius: float | None
+
+
+class Score(NamedTuple):
+    """What a call was given. What its function does not take is as if it had not been given."""
+
+    scale: float | Tensor | None = None
+    qk_norm: Literal["l2"] | None = None
+    bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    multiplier: Tensor | None = None
+    bias_table: Tensor | None = None
+    multiplier_table: Tensor | None = None
+    rel_pos: Sequence[Tensor] | None = None
+    num_prefix_tokens: int = 0
+    head_map: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    outside: Outside | None = None
+    radius: float | None = None
+
+
+#: A query and its keys, the fragments of the score and of the keys as csrc/schema.cpp has them, additional keys.
+Operands = tuple[Tensor, Tensor, tuple[Any, ...], tuple[Any, ...], Tensor | None]
+
+_TERMS = [(name, i) for i, name in enumerate(Score._fields[2:7])]  # bias to multiplier_table
+_NO_EMBEDDINGS = (None,) * 3
+_NO_MAP = (0.0, False, None, None)  # radius, has_outside, key_fill, value_fill
+_NO_TERMS = (None,) * len(_TERMS) + _NO_EMBEDDINGS
+
+
+def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, num_axes: int | None = None) -> Operands:
+    """Raise on what no operator sees, and bring the arguments of a call into the form that operators take.
+
+    ``num_axes`` is that of the grid, where something else than its tables says it.
+    """
+    scale, qk_norm, *tensors, rel_pos, num_prefix_tokens, head_map, extra_keys, extra_values, outside, radius = score
+    key_fill, value_fill, number, head_scale = None, None, 1.0, None
+    if extra_keys is not None or extra_values is not None:
+        _check_additional(op, value, extra_keys, extra_values)
+    if radius is None:
+        radius = 0.0
+    elif not radius > 0.0:
+        raise RuntimeError(f"vitkernels::{op}: radius is {radius}, takes a positive number or None")
+    if outside is not None and not (isinstance(outside, str) and outside == "zero"):
+        key_fill, value_fill = _fills(op, query, outside)
+    if query.dim() == key.dim() > 3 and query.size(0) == 1 and key.size(0) != 1:
+        query = query.expand(key.size(0), *query.shape[1:])
+    if qk_norm is not None:
+        if qk_norm != "l2":
+            raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
+        query, key = _normalized(op, "query", query), _normalized(op, "key", key)
+        key_fill = None if key_fill is None else _normalized(op, "outside[0]", key_fill)
+        extra_keys = None if extra_keys is None else _normalized(op, "additional_keys", extra_keys)
+    if isinstance(scale, Tensor):
+        head_scale = _ops.in_statistics_dtype(op, query, "scale", scale)
+    elif scale is not None:
+        number = float(scale)
+    elif query.dim() and query.size(-1):
+        number = query.size(-1) ** -0.5
+    for name, i in _TERMS:
+        if (term := tensors[i]) is not None:
+            tensors[i] = _ops.in_statistics_dtype(op, query, name, term)
+    by_axis = _NO_EMBEDDINGS if rel_pos is None else embeddings(op, query, rel_pos, num_axes or _axes_of(score))
+    keys = (head_map, radius, outside is not None, key_fill, value_fill)
+    return query, key, (number, head_scale, *tensors, *by_axis, num_prefix_tokens), keys, extra_keys
+
+
+def _axes_of(score: Score) -> int | None:
+    """How many axes the grid of the tables has."""
+    tables = [t for t in (score.bias_table, score.multiplier_table) if t is not None]
+    return tables[0].dim() - 1 if tables else None
+
+
+def _check_additional(op: str, value: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+    if keys is None or values is None:
         raise RuntimeError(f"vitkernels::{op}: additional_keys and additional_values must be given together")
-    if additional_values is not None and additional_values.shape[-1:] != value.shape[-1:]:
+    if values.shape[-1:] != value.shape[-1:]:
         raise RuntimeError(
-            f"vitkernels::{op}: additional_values has shape {tuple(additional_values.shape)}, takes value's head "
-            f"dimension ({value.shape[-1]}) as its last"
+            f"vitkernels::{op}: additional_values has shape {tuple(values.shape)}, takes value's head dimension "
+            f"({value.shape[-1]}) as its last"
         )
 
 
-def normalize(op: str, name: str, t: Tensor) -> Tensor:
+def _fills(op: str, query: Tensor, outside: Outside) -> list[Tensor]:
+    """The operator's ``key_fill`` and ``value_fill``."""
+    if not isinstance(outside, (list, tuple)) or [isinstance(t, Tensor) for t in outside] != [True, True]:
+        raise RuntimeError(f"vitkernels::{op}: outside is {outside!r}, takes None, 'zero' or (key_fill, value_fill)")
+    for i, fill in enumerate(outside):
+        _ops.check_floating(op, f"outside[{i}]", fill)
+    return [fill.to(query.dtype) for fill in outside]
+
+
+def _normalized(op: str, name: str, t: Tensor) -> Tensor:
     """``t`` divided by its Euclidean norm over the last dimension. (float16 would hold neither norm nor epsilon.)"""
     if t.layout != torch.strided:
         raise RuntimeError(f"vitkernels::{op}: {name} is a {t.layout} tensor, takes a strided one")
@@ -45,39 +163,12 @@ def normalize(op: str, name: str, t: Tensor) -> Tensor:
     return torch.nn.functional.normalize(wide, dim=-1).to(t.dtype)
 
 
-def on_grid(
-    op: str,
-    query: Tensor,
-    bias_table: Tensor | None,
-    multiplier_table: Tensor | None,
-    rel_pos: Sequence[Tensor] | None,
-    num_axes: int | None = None,
-) -> Sequence[Tensor | None]:
-    """The operator's terms by place on a grid, of ``num_axes`` if that is known."""
-    if bias_table is None and multiplier_table is None and rel_pos is None:
-        return NOT_ON_GRID
-    tables = {"bias_table": bias_table, "multiplier_table": multiplier_table}
-    converted = _ops.in_statistics_dtype(op, query, tables)
-    for table in converted:
-        num_axes = table.dim() - 1 if num_axes is None and table is not None else num_axes
-    return [*converted, *by_axis(op, query, rel_pos, num_axes)]
-
-
-def with_additional_keys(
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    additional_keys: Tensor,
-    additional_values: Tensor,
-    scale: float,
-    head_scale: Tensor | None,
-    head_map: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` as if ``query (B, *, heads, d)`` had seen these keys too, which get no term but the scale."""
-    terms = (None,) * 3  # bias, key_bias, multiplier
+def with_additional_keys(found: Sequence[Tensor], given: Operands, values: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` as if the query ``(B, *, heads, d)`` had seen the additional keys: no term but the scale."""
+    (out, lse), (query, _, terms, keys, additional_keys) = found, given
     extra: Sequence[Tensor] = _ops.attention(
-        query.flatten(1, -3), additional_keys, additional_values, scale, head_scale, *terms, *NOT_ON_GRID, 0, head_map,
-        *NO_MAP, False, _ops.allow_tf32(query),
+        query.flatten(1, -3), additional_keys, values, *terms[:2], *_NO_TERMS, 0, keys[0], *_NO_MAP, False,
+        _ops.allow_tf32(query),
     )  # fmt: skip
     extra = [t.reshape(query.shape[:-2] + t.shape[2:]) for t in extra]
     if extra[0].shape[1:-2] != out.shape[1:-2]:  # one query for all windows of the map

@@ -3,86 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
 from vitkernels.axes import Axis, encode
-from vitkernels.functional.score import check_options, normalize, on_grid, with_additional_keys
+from vitkernels.functional.score import Outside, Score, SpatialOptions, operands, with_additional_keys
 from vitkernels.ops import attention as _ops
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["spatial_attention"]
 
-Outside = Literal["zero"] | tuple[Tensor, Tensor]
+
+@overload
+def spatial_attention(
+    query: Tensor, key: Tensor, value: Tensor, axes: Sequence[Axis], *, is_shared_query: bool = ...,
+    return_lse: Literal[False] = ..., **score: Unpack[SpatialOptions],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def spatial_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: Sequence[Axis],
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    key_bias: Tensor | None = ...,
-    bias_table: Tensor | None = ...,
-    multiplier_table: Tensor | None = ...,
-    rel_pos: Sequence[Tensor] | None = ...,
-    head_map: Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    outside: Outside | None = ...,
-    radius: float | None = ...,
-    is_shared_query: bool = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, axes: Sequence[Axis], *, is_shared_query: bool = ...,
+    return_lse: Literal[True], **score: Unpack[SpatialOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @overload
 def spatial_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: Sequence[Axis],
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    key_bias: Tensor | None = ...,
-    bias_table: Tensor | None = ...,
-    multiplier_table: Tensor | None = ...,
-    rel_pos: Sequence[Tensor] | None = ...,
-    head_map: Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    outside: Outside | None = ...,
-    radius: float | None = ...,
-    is_shared_query: bool = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def spatial_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    axes: Sequence[Axis],
-    *,
-    scale: float | Tensor | None = ...,
-    qk_norm: Literal["l2"] | None = ...,
-    key_bias: Tensor | None = ...,
-    bias_table: Tensor | None = ...,
-    multiplier_table: Tensor | None = ...,
-    rel_pos: Sequence[Tensor] | None = ...,
-    head_map: Tensor | None = ...,
-    additional_keys: Tensor | None = ...,
-    additional_values: Tensor | None = ...,
-    outside: Outside | None = ...,
-    radius: float | None = ...,
-    is_shared_query: bool = ...,
-    return_lse: bool = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, axes: Sequence[Axis], *, is_shared_query: bool = ...,
+    return_lse: bool = ..., **score: Unpack[SpatialOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def spatial_attention(
@@ -164,39 +117,17 @@ def spatial_attention(
     (2023), eq. 2 to 4; Tu et al., "MaxViT" (2022), section 3.2.
     """
     op = "spatial_attention"
-    check_options(op, value, qk_norm, additional_keys, additional_values)
     if not isinstance(axes, (list, tuple)) or not all(isinstance(axis, Axis) for axis in axes):
         raise RuntimeError(f"vitkernels::{op}: axes is {axes!r}, takes a sequence of vitkernels.Full, Block, ...")
-    if radius is not None and not radius > 0.0:
-        raise RuntimeError(f"vitkernels::{op}: radius is {radius}, takes a positive number or None")
-    key_fill, value_fill = _fills(op, query, outside)
-    if query.dim() == key.dim() > 0 and query.size(0) == 1 and key.size(0) != 1:
-        query = query.expand(key.size(0), *query.shape[1:])
-    if qk_norm == "l2":
-        query, key = normalize(op, "query", query), normalize(op, "key", key)
-        if key_fill is not None:
-            key_fill = normalize(op, "outside[0]", key_fill)
-        if additional_keys is not None:
-            additional_keys = normalize(op, "additional_keys", additional_keys)
-    tables = on_grid(op, query, bias_table, multiplier_table, rel_pos, len(axes))
-    number, head_scale, _, key_bias, _ = _ops.score_arguments(op, query, scale, None, key_bias, None)
-    out, lse = _ops.spatial_attention(
-        query, key, value, encode(axes), is_shared_query, number, head_scale, None, key_bias, None, *tables, 0,
-        head_map, 0.0 if radius is None else radius, outside is not None, key_fill, value_fill, _ops.allow_tf32(query),
+    score = Score(
+        scale, qk_norm, None, key_bias, None, bias_table, multiplier_table, rel_pos, 0, head_map, additional_keys,
+        additional_values, outside, radius,
     )  # fmt: skip
-    if additional_keys is not None and additional_values is not None:
-        out, lse = with_additional_keys(
-            out, lse, query, additional_keys, additional_values, number, head_scale, head_map
-        )
-    return (out, lse) if return_lse else out
-
-
-def _fills(op: str, query: Tensor, outside: Outside | None) -> list[Tensor | None]:
-    """The operator's ``key_fill`` and ``value_fill``."""
-    if outside is None or (isinstance(outside, str) and outside == "zero"):
-        return [None, None]
-    if not isinstance(outside, (list, tuple)) or [isinstance(t, Tensor) for t in outside] != [True, True]:
-        raise RuntimeError(f"vitkernels::{op}: outside is {outside!r}, takes None, 'zero' or (key_fill, value_fill)")
-    for i, fill in enumerate(outside):
-        _ops.check_floating(op, f"outside[{i}]", fill)
-    return [fill.to(query.dtype) for fill in outside]
+    given = operands(op, query, key, value, score, len(axes))
+    query, key, terms, keys, _ = given
+    found: tuple[Tensor, Tensor] = _ops.spatial_attention(
+        query, key, value, encode(axes), is_shared_query, *terms, *keys, _ops.allow_tf32(query)
+    )
+    if additional_values is not None:
+        found = with_additional_keys(found, given, additional_values)
+    return found if return_lse else found[0]

@@ -4,62 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from vitkernels.axes import Axis, Block, Full, Halo
-from vitkernels.functional.spatial_attention import Outside, spatial_attention
+from vitkernels.functional.score import Options, Outside
+from vitkernels.functional.spatial_attention import spatial_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Options", "grid_attention", "halo_attention", "of_each_axis", "window_attention"]
+__all__ = ["grid_attention", "halo_attention", "of_each_axis", "window_attention"]
 
 Size = int | Sequence[int]
 
 
-class Options(TypedDict, total=False):
-    """Options that mean what they mean in :func:`vitkernels.spatial_attention`."""
-
-    scale: float | Tensor | None
-    qk_norm: Literal["l2"] | None
-    key_bias: Tensor | None
-    multiplier_table: Tensor | None
-    rel_pos: Sequence[Tensor] | None
-    head_map: Tensor | None
-    additional_keys: Tensor | None
-    additional_values: Tensor | None
+@overload
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, window_size: Size, shift: Size = ..., *, bias_table: Tensor | None = ...,
+    is_shared_query: bool = ..., return_lse: Literal[False] = ..., **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window_size: Size,
-    shift: Size = ...,
-    *,
-    bias_table: Tensor | None = ...,
-    is_shared_query: bool = ...,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
-) -> Tensor: ...
-
-
-@overload
-def window_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window_size: Size,
-    shift: Size = ...,
-    *,
-    bias_table: Tensor | None = ...,
-    is_shared_query: bool = ...,
-    return_lse: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, window_size: Size, shift: Size = ..., *, bias_table: Tensor | None = ...,
+    is_shared_query: bool = ..., return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def window_attention(
@@ -121,28 +93,16 @@ def window_attention(
 
 @overload
 def grid_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid_size: Size,
-    *,
-    bias_table: Tensor | None = ...,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, grid_size: Size, *, bias_table: Tensor | None = ...,
+    return_lse: Literal[False] = ..., **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def grid_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    grid_size: Size,
-    *,
-    bias_table: Tensor | None = ...,
-    return_lse: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, grid_size: Size, *, bias_table: Tensor | None = ...,
+    return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def grid_attention(
@@ -188,32 +148,16 @@ def grid_attention(
 
 @overload
 def halo_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_size: Size,
-    halo_size: Size,
-    *,
-    bias_table: Tensor | None = ...,
-    outside: Outside | None = ...,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
-) -> Tensor: ...
+    query: Tensor, key: Tensor, value: Tensor, block_size: Size, halo_size: Size, *, bias_table: Tensor | None = ...,
+    outside: Outside | None = ..., return_lse: Literal[False] = ..., **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def halo_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_size: Size,
-    halo_size: Size,
-    *,
-    bias_table: Tensor | None = ...,
-    outside: Outside | None = ...,
-    return_lse: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Tensor, Tensor]: ...
+    query: Tensor, key: Tensor, value: Tensor, block_size: Size, halo_size: Size, *, bias_table: Tensor | None = ...,
+    outside: Outside | None = ..., return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def halo_attention(

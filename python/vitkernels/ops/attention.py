@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,6 @@ __all__ = [
     "check_floating",
     "in_statistics_dtype",
     "merge_attentions",
-    "score_arguments",
     "spatial_attention",
     "statistics_dtype",
 ]
@@ -56,13 +53,10 @@ attention_transposed = register("attention_transposed", _of_keys)
 merge_attentions = register("merge_attentions", _like_first)
 
 
-def in_statistics_dtype(op: str, query: Tensor, terms: Mapping[str, Tensor | None]) -> list[Tensor | None]:
-    """Terms of the score in the dtype that goes with ``query``."""
-    dtype = statistics_dtype(query.dtype)
-    for name, term in terms.items():
-        if term is not None:
-            check_floating(op, name, term)
-    return [None if term is None else term.to(dtype) for term in terms.values()]
+def in_statistics_dtype(op: str, query: Tensor, name: str, term: Tensor) -> Tensor:
+    """A term of the score in the dtype that goes with ``query``."""
+    check_floating(op, name, term)
+    return term.to(statistics_dtype(query.dtype))
 
 
 def check_floating(op: str, name: str, term: Tensor) -> None:
@@ -83,26 +77,3 @@ def _matmul_takes_tf32() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # where the precision was set by backend, torch refuses to give it without one
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def score_arguments(
-    op: str,
-    query: Tensor,
-    scale: float | Tensor | None,
-    bias: Tensor | None,
-    key_bias: Tensor | None,
-    multiplier: Tensor | None,
-) -> tuple[float, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The score part of the operator's arguments, in the kernel's statistics dtype."""
-    number, head_scale = 1.0, None
-    if isinstance(scale, Tensor):
-        head_scale = scale
-    elif scale is None:
-        number = query.size(-1) ** -0.5 if query.dim() and query.size(-1) else 1.0
-    else:
-        number = float(scale)
-    if head_scale is None and bias is None and key_bias is None and multiplier is None:
-        return number, None, None, None, None
-    terms = {"scale": head_scale, "bias": bias, "key_bias": key_bias, "multiplier": multiplier}
-    converted = in_statistics_dtype(op, query, terms)
-    return number, converted[0], converted[1], converted[2], converted[3]
