@@ -157,7 +157,7 @@ SPATIAL_SAMPLES = [
     spatial("radius-outside", [sliding(7), sliding(5)], (9, 7), radius=2.3, outside=FILL),
     spatial("shared-query", [block(3)] * 2, (3, 4), ratio=3, query=Input("b33hd"), is_shared_query=True, bias="h",
             tags="core"),
-    spatial("shared-query-batch", [block(2), block(3)], (2, 3), ratio=4, b=3, query=Input("123hd"),
+    spatial("shared-query-batch", [block(2), block(4)], (2, 3), ratio=4, b=3, query=Input("124hd"),
             is_shared_query=True, **ADDITIONAL),
     spatial("coarse-queries", [block(4, keys=8), block(3, keys=6)], (9, 10), ratio=2, tags="core"),
     spatial("coarse-queries-halo", [halo(2, 3, 4)] * 2, (6, 8), ratio=2, rel_pos="", outside="zero"),
