@@ -2,6 +2,7 @@
 // torch from 2.10 on.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,38 +39,50 @@ inline ScalarType statistics_type(DType dtype) {
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
-// Errors lose their text on the way through the stable ABI; running out of memory deserves a better one.
-template <class Allocate>
-Tensor allocate(const std::vector<int64_t>& sizes, Allocate&& allocate_sizes) {
-  try {
-    return allocate_sizes();
-  } catch (const std::exception&) {
-    std::string shape;
-    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    throw std::runtime_error("vitkernels: cannot allocate a tensor of shape (" + shape + ")");
+// How torch knows a tensor's dtype and device behind its C interface.
+struct Placement {
+  Placement(const Tensor& like, ScalarType type)
+      : dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   }
+
+  int32_t dtype, device_type, device_index;
+};
+
+// By the function of torch's C interface for new_empty or new_zeros, which spares the dispatcher's boxes, 0.5 us a tensor.
+// Errors lose their text on the way; running out of memory deserves a better one.
+template <class NewTensor>
+Tensor allocate(NewTensor&& new_tensor, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  Placement at(like, type);
+  int32_t layout = aoti_torch_layout_strided();
+  AtenTensorHandle tensor;
+  if (new_tensor(like.get(), sizes.data(), int64_t(sizes.size()), &at.dtype, &layout, &at.device_type, at.device_index,
+                 nullptr, &tensor) == AOTI_TORCH_SUCCESS) {
+    return Tensor(tensor);
+  }
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  throw std::runtime_error("vitkernels: cannot allocate a tensor of shape (" + shape + ")");
 }
 
 inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return allocate(sizes, [&] { return torch::stable::new_empty(like, sizes, type); });
-}
-
-// A result that was not asked for, of which a backward has many: without the dispatcher's boxes. A new one each, since
-// results must not alias.
-inline Tensor none_as(const Tensor& like, ScalarType type) {
-  int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const int64_t size = 0, stride = 1;
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                               device_type, device_index, &tensor));
-  return Tensor(tensor);
+  return allocate(aoti_torch_aten_new_empty, like, sizes, type);
 }
 
 inline Tensor zeros_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return allocate(sizes, [&] { return torch::stable::new_zeros(like, sizes, type); });
+  return allocate(aoti_torch_aten_new_zeros, like, sizes, type);
+}
+
+// A result that was not asked for, of which a backward has many: without the dispatcher. A new one each, since results
+// must not alias.
+inline Tensor none_as(const Tensor& like, ScalarType type) {
+  const Placement at(like, type);
+  const int64_t size = 0, stride = 1;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, at.dtype, at.device_type, at.device_index, &tensor));
+  return Tensor(tensor);
 }
 
 // Any strides are fine as long as the last one is 1; a tensor without that is copied.

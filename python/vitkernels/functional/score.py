@@ -86,7 +86,7 @@ class Score(NamedTuple):
 #: A query and its keys, the fragments of the score and of the keys as csrc/schema.cpp has them, additional keys.
 Operands = tuple[Tensor, Tensor, tuple[Any, ...], tuple[Any, ...], Tensor | None]
 
-_TERMS = [(name, i) for i, name in enumerate(Score._fields[2:7])]  # bias to multiplier_table
+_TERMS = Score._fields[2:7]  # bias to multiplier_table
 _NO_EMBEDDINGS = (None,) * 3
 _NO_MAP = (0.0, False, None, None)  # radius, has_outside, key_fill, value_fill
 _NO_TERMS = (None,) * len(_TERMS) + _NO_EMBEDDINGS
@@ -107,23 +107,24 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
         raise RuntimeError(f"vitkernels::{op}: radius is {radius}, takes a positive number or None")
     if outside is not None and not (isinstance(outside, str) and outside == "zero"):
         key_fill, value_fill = _fills(op, query, outside)
-    if query.dim() == key.dim() > 3 and query.size(0) == 1 and key.size(0) != 1:
-        query = query.expand(key.size(0), *query.shape[1:])
+    shape = query.shape
+    if len(shape) > 3 and shape[0] == 1 and len(shape) == key.dim() and key.size(0) != 1:
+        query = query.expand(key.size(0), *shape[1:])
     if qk_norm is not None:
         if qk_norm != "l2":
             raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
         query, key = _normalized(op, "query", query), _normalized(op, "key", key)
         key_fill = None if key_fill is None else _normalized(op, "outside[0]", key_fill)
         extra_keys = None if extra_keys is None else _normalized(op, "additional_keys", extra_keys)
-    if isinstance(scale, Tensor):
+    if scale is None:
+        number = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
+    elif isinstance(scale, Tensor):
         head_scale = _ops.in_statistics_dtype(op, query, "scale", scale)
-    elif scale is not None:
+    else:
         number = float(scale)
-    elif query.dim() and query.size(-1):
-        number = query.size(-1) ** -0.5
-    for name, i in _TERMS:
-        if (term := tensors[i]) is not None:
-            tensors[i] = _ops.in_statistics_dtype(op, query, name, term)
+    for i, term in enumerate(tensors):
+        if term is not None:
+            tensors[i] = _ops.in_statistics_dtype(op, query, _TERMS[i], term)
     by_axis = _NO_EMBEDDINGS if rel_pos is None else embeddings(op, query, rel_pos, num_axes or _axes_of(score))
     keys = (head_map, radius, outside is not None, key_fill, value_fill)
     return query, key, (number, head_scale, *tensors, *by_axis, num_prefix_tokens), keys, extra_keys
