@@ -1,6 +1,7 @@
 // Params of the dense attention kernels. Plain data, no torch.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "attention/pattern.h"
@@ -79,72 +80,67 @@ struct HostPacking {
   }
 };
 
-// In a packed batch the tokens of all entries follow one another along the token axis (and batch strides are zero);
-// the pattern then holds the largest entry's sizes.
 struct AttentionParams {
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  const int64_t* kv_head_of = nullptr;     // [heads]: the kv head that a query head reads
-  const int64_t* first_head = nullptr;     // [kv_heads + 1], [heads]: the inverse of kv_head_of, the query heads of
-  const int64_t* head_list = nullptr;      // kv head g are head_list[first_head[g]] to head_list[first_head[g + 1] - 1]
-  const int64_t* query_offsets = nullptr;  // [batch + 1] of a packed batch, else null
-  const int64_t* key_offsets = nullptr;
-  const int64_t* first_task = nullptr;  // [batch + 1] of a packed batch: the forward's tasks before each entry
-  Pattern pattern;
-  Score score;
-  TokenTensor query, key, value, out;  // heads / kv_heads / kv_heads / heads
-  void* lse = nullptr;                 // [rows, heads], contiguous, in the type of the arithmetic
+  Problem problem;
+  HostHeadGroups groups;
+  HostPacking packing;
+  TokenTensor out;      // heads
+  void* lse = nullptr;  // [rows, heads], contiguous, in the type of the arithmetic
 
-  DType element_type() const { return dtype; }
-  VK_HOST_DEVICE int64_t num_queries() const { return pattern.num_queries(); }
-  VK_HOST_DEVICE int64_t num_keys() const { return pattern.num_keys(); }
-  VK_HOST_DEVICE int64_t num_rows() const { return query_offsets ? query_offsets[batch] : batch * num_queries(); }
-
-  VK_HOST_DEVICE Sequence sequence(int64_t entry) const {
-    Sequence s{.axis = pattern.axis[0], .first_row = entry * num_queries()};
-    if (query_offsets) {
-      s.first_row = s.first_query = query_offsets[entry];
-      s.first_key = key_offsets[entry];
-      s.axis.num_queries = query_offsets[entry + 1] - s.first_query;
-      s.axis.num_keys = key_offsets[entry + 1] - s.first_key;
-    }
-    return s;
-  }
+  DType element_type() const { return problem.dtype; }
+  int64_t num_rows() const { return packing.num_rows(problem); }
+  Sequence sequence(int64_t batch) const { return packing.sequence(problem, batch); }
 };
 
-// The backward's work is cut by shapes alone: into `splits` ranges of keys, and into the groups of (batch, head)
-// that write to the same key, value or bias gradient. A task owns all that it writes, except the query gradient,
-// of which every split has one of its own; finish_query_gradient adds them in order. Likewise the gradient of a table by
-// offset, of which every split of every batch group has one.
-struct AttentionBackwardParams : AttentionParams {
+// The backward is partitioned by shapes alone: into `splits` ranges of keys, and into the groups of (batch, head) that
+// write to the same key, value or bias gradient. A task owns what it writes, except for partial sums, one for each split,
+// or for each split of each batch group, which are added in order.
+struct AttentionBackwardParams {
+  AttentionParams forward;
   TokenTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null
-  bool batch_is_shared = false;    // a gradient is summed over the batch: one task goes through all of it
+  bool batch_is_shared = false;    // a gradient is summed over the batch: one task loops over all of it
   bool heads_are_shared = false;   // likewise for the heads
-  int64_t max_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups where each costs memory
+  int64_t max_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups if each costs memory
   int64_t splits = 1;
   void* grad_query_parts = nullptr;      // [splits, heads, rows, padded head_dim], zero at first
   void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query has no scale; or null
   void* query_dot = nullptr;             // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 
-  VK_HOST_DEVICE int64_t batch_groups() const {
-    return batch_is_shared ? 1 : batch < max_batch_groups ? batch : max_batch_groups;
+  DType element_type() const { return forward.element_type(); }
+  int64_t batch_groups() const { return batch_is_shared ? 1 : std::min(forward.problem.batch, max_batch_groups); }
+  int64_t head_groups() const { return heads_are_shared ? 1 : forward.problem.kv_heads; }
+  int64_t num_tasks() const { return batch_groups() * head_groups() * splits; }
+};
+
+// A weight for each query and head, broadcast, in the type of the arithmetic.
+struct QueryWeight {
+  const void* data = nullptr;  // null: all are 1
+  ScoreStrides strides;        // its key stride is 0
+
+  template <class T>
+  T at(int64_t batch, int64_t head, int64_t query) const {
+    return data ? static_cast<const T*>(data)[strides.offset(batch, head, query, 0)] : T(1);
   }
-  VK_HOST_DEVICE int64_t head_groups() const { return heads_are_shared ? 1 : kv_heads; }
-  VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups() * head_groups() * splits; }
 };
 
-// O = P^T (w V') for the P of an attention: `value` holds V' [batch, queries, heads, dv], `out` and its gradient
-// [batch, keys, heads, dv]. The forward takes nothing of AttentionBackwardParams but its base.
-struct AttentionTransposedParams : AttentionBackwardParams {
-  const void* query_weight = nullptr;  // w, in the type of the arithmetic, or null
-  ScoreStrides weight_strides;         // its key stride is 0
+// O = P^T (w V') for the P of an attention, whose value is V' [batch, queries, heads, dv], and its output and the gradient
+// of that [batch, keys, heads, dv].
+struct AttentionTransposedParams {
+  AttentionParams attention;
+  QueryWeight weight;
+
+  DType element_type() const { return attention.element_type(); }
 };
 
-struct AttentionTransposedBackwardParams : AttentionTransposedParams {
+struct AttentionTransposedBackwardParams {
+  AttentionBackwardParams attention;
+  QueryWeight weight;
   void* grad_value_parts = nullptr;  // [splits, heads, rows, padded value_dim]: P dO, zero at first
   void* grad_row_weight = nullptr;   // [rows, heads]: of w, before it is summed to w's own shape
   void* grad_row_lse = nullptr;      // [rows, heads]
+
+  DType element_type() const { return attention.element_type(); }
 };
 
 struct MergeParams {

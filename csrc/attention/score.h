@@ -65,6 +65,7 @@ struct Score {
   double scale = 1.0;
   const void* head_scale = nullptr;  // [heads], or none
   ScoreTerm multiplier, bias, key_bias;
+  int64_t key_bias_axis_stride[kMaxAxes - 1] = {};  // of a map's first axes; that of the last one is the key stride
   GridTerms on_grid = {};
 
   VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data || on_grid.any(); }

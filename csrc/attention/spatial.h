@@ -4,9 +4,7 @@
 // them sees are a box as well. Rows and columns of a tile number the tokens of these boxes in row-major order.
 #pragma once
 
-#include "attention/pattern.h"
-#include "attention/score.h"
-#include "common/dtype.h"
+#include "attention/dense.h"
 
 namespace vitkernels {
 
@@ -52,20 +50,16 @@ struct AxisTiles {
 struct SpatialParams {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  const int64_t* kv_head_of = nullptr;  // as in AttentionParams
-  const int64_t* first_head = nullptr;
-  const int64_t* head_list = nullptr;
+  HostHeadGroups groups;
   int64_t query_size[kMaxAxes] = {1, 1, 1}, key_size[kMaxAxes] = {1, 1, 1};  // of the maps
   AxisTiles axis[kMaxAxes];
   double radius = 0.0;  // 0: none
   bool is_shared_query = false;
-  Score score;                       // its key_bias is not used, its grid is the tables'
+  Score score;                       // key_bias.grad is [splits, batch, heads, keys], zero at first
   MapTensor query, key, value, out;  // heads / kv_heads / kv_heads / heads
-  MapTensor key_bias;                // [batch, *map, heads] without dim, or null
   const void* key_fill = nullptr;    // [kv_heads, dim], contiguous: keys outside the map; null: zeros
   const void* value_fill = nullptr;
-  void* key_bias_sums = nullptr;  // [splits, batch, heads, keys]: its gradient, zero at first, or null
-  void* lse = nullptr;            // [batch, *map, heads], contiguous
+  void* lse = nullptr;  // [batch, *map, heads], contiguous
 
   DType element_type() const { return dtype; }
   VK_HOST_DEVICE int64_t num_queries() const { return query_size[0] * query_size[1] * query_size[2]; }
@@ -73,7 +67,11 @@ struct SpatialParams {
   VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].count * axis[1].count * axis[2].count; }
   VK_HOST_DEVICE int64_t max_queries() const { return axis[0].max_queries * axis[1].max_queries * axis[2].max_queries; }
   VK_HOST_DEVICE int64_t max_keys() const { return axis[0].max_keys * axis[1].max_keys * axis[2].max_keys; }
-  VK_HOST_DEVICE bool has_terms() const { return key_bias.data || score.on_grid.any(); }
+  VK_HOST_DEVICE MapTensor key_bias() const {
+    const auto& [batch, head, query, key] = score.key_bias.strides;
+    const int64_t* outer = score.key_bias_axis_stride;
+    return {const_cast<void*>(score.key_bias.data), batch, {outer[0], outer[1], key}, head};
+  }
 
   // The index of a query in [batch, *map].
   VK_HOST_DEVICE int64_t row(int64_t batch, const Place& place) const {
@@ -88,48 +86,42 @@ struct SplitTokens {
   int64_t first_row = 0;  // of the shared tokens among all parts
 };
 
-// The sums of a gradient, of float or double. Those of the owned tokens may be the gradient itself.
-struct SplitSums {
-  MapTensor owned;                        // [batch, *map, heads, width]: whole vectors
+// Partial sums of a gradient [batch, *map, heads, dim] in float or double, and the Params of the kernel that adds them.
+struct MapPartialSums {
+  DType dtype = DType::kFloat32;  // of the gradient
+  MapTensor gradient;
+  MapTensor owned;                        // [batch, *map, heads, width]; may be the gradient itself
   void* parts = nullptr;                  // for each split [batch, heads, shared tokens, width]
   const SplitTokens* of_split = nullptr;  // [splits]
+  int64_t splits = 1, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0, width = 0;  // width: in whole vectors
 
-  VK_HOST_DEVICE bool are_wanted() const { return owned.data; }
+  DType element_type() const { return dtype; }
+  bool are_wanted() const { return owned.data; }
+  int64_t num_lines() const { return batch * heads * size[0] * size[1]; }  // along the last axis
 
   template <class T>
-  VK_HOST_DEVICE T* part(int64_t split, int64_t batch, int64_t heads, int64_t entry, int64_t head,
-                         int64_t width) const {
+  T* part(int64_t split, int64_t of_batch, int64_t head) const {
     const SplitTokens& tokens = of_split[split];
-    const int64_t row =
-        tokens.first_row * batch * heads + (entry * heads + head) * (tokens.shared.end - tokens.shared.begin);
-    return static_cast<T*>(parts) + row * width;
+    const int64_t rows = tokens.shared.end - tokens.shared.begin;
+    return static_cast<T*>(parts) + (tokens.first_row * batch * heads + (of_batch * heads + head) * rows) * width;
   }
 };
 
 // The backward is partitioned by shapes alone: into groups of batches, kv heads, and `splits` ranges of query tiles. A
-// task writes the query gradients of its tiles. Gradients that several tasks add to have a partial sum for each, which are
-// added in order.
-struct SpatialBackwardParams : SpatialParams {
+// task writes the query gradients of its tiles. Gradients that several tasks add to have partial sums, which are added in
+// order.
+struct SpatialBackwardParams {
+  SpatialParams forward;
   MapTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null
   int64_t batch_groups = 1, splits = 1;
-  SplitSums key_sums, value_sums;     // none where every key has one tile, which writes its gradient
-  SplitSums query_sums;               // of a shared query, whose tokens are those of a window
-  double* head_scale_sums = nullptr;  // [parts, heads], zero at first, or null; parts are batch_groups * splits
+  MapPartialSums key_sums, value_sums;  // none if every key has one tile, which writes its gradient
+  MapPartialSums query_sums;            // of a shared query, whose tokens are those of a window
+  double* head_scale_sums = nullptr;    // [parts, heads], zero at first, or null; parts are batch_groups * splits
   double *key_fill_sums = nullptr, *value_fill_sums = nullptr;  // [parts, kv_heads, dim], likewise
 
-  VK_HOST_DEVICE int64_t num_tasks() const { return batch_groups * kv_heads * splits; }
-};
-
-// A gradient [batch, *map, heads, dim] to be made of its sums.
-struct SpatialSum {
-  DType dtype = DType::kFloat32;
-  MapTensor target;
-  SplitSums from;
-  int64_t splits = 1, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0;
-
-  DType element_type() const { return dtype; }
-  VK_HOST_DEVICE int64_t num_lines() const { return batch * heads * size[0] * size[1]; }  // along the last axis
+  DType element_type() const { return forward.element_type(); }
+  int64_t num_tasks() const { return batch_groups * forward.kv_heads * splits; }
 };
 
 }  // namespace vitkernels

@@ -17,15 +17,15 @@ class Backward {
   using E = Operand<S>;
 
  public:
-  Backward(const AttentionBackwardParams& params, void* memory) : p(params), scratch(memory) {}
+  Backward(const AttentionBackwardParams& params, void* memory) : params(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
 
-  int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * query_width * int64_t(sizeof(T)); }
+  int64_t parts_size() const { return params.splits * p.heads * forward.num_rows() * query_width * int64_t(sizeof(T)); }
 
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
-    for_each_key_tile(p, begin, end, [&](const KeyTileTask& task) {
+    for_each_key_tile(params, begin, end, [&](const KeyTileTask& task) {
       batch = task.batch, kv_head = task.kv_head, split = task.split, part = task.part;
       start_sequence();
       tile_of_keys(task.tile);
@@ -34,36 +34,36 @@ class Backward {
 
   // dQ of some (batch, head) pairs: adds the splits' partial sums in order, and applies the scale.
   void finish(int64_t begin, int64_t end) {
-    const int64_t part_size = p.heads * p.num_rows() * query_width;
+    const int64_t part_size = p.heads * forward.num_rows() * query_width;
     for (int64_t pair = begin; pair < end; ++pair) {
       batch = pair / p.heads, head = pair % p.heads;
       start_sequence();
       for (int64_t query = 0; query < axis.num_queries; ++query) {
         const int64_t token = sequence.first_query + query;
-        T* sum = query_gradient(0, query, p.grad_query_parts);
-        sum_splits(sum, query_width, p.splits, part_size);
-        if (p.query_dot) {
-          static_cast<T*>(p.query_dot)[head * p.num_rows() + sequence.first_row + query] =
+        T* sum = query_gradient(0, query, params.grad_query_parts);
+        sum_splits(sum, query_width, params.splits, part_size);
+        if (params.query_dot) {
+          static_cast<T*>(params.query_dot)[head * forward.num_rows() + sequence.first_row + query] =
               dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
         }
         T scale = p.score.scale_of<T>(head);
-        if (p.grad_rel_query_parts) {
-          T* relative = query_gradient(0, query, p.grad_rel_query_parts);
-          sum_splits(relative, query_width, p.splits, part_size);
+        if (params.grad_rel_query_parts) {
+          T* relative = query_gradient(0, query, params.grad_rel_query_parts);
+          sum_splits(relative, query_width, params.splits, part_size);
           for (int64_t c = 0; c < query_width; c += kWidth<T>) {
             store(sum + c, load(sum + c) * scale + load(relative + c));
           }
           scale = T(1);
         }
-        unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, p.grad_query.at<S>(batch, token, head),
-                       p.grad_query.token_stride);
+        unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, params.grad_query.at<S>(batch, token, head),
+                       params.grad_query.token_stride);
       }
     }
   }
 
  private:
   void start_sequence() {
-    sequence = p.sequence(batch);
+    sequence = forward.sequence(batch);
     axis = sequence.axis;
   }
 
@@ -73,16 +73,16 @@ class Backward {
                   {p.value.at<const S>(batch, first, kv_head), p.value.token_stride}, count);
 
     const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
-    for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
-      head = p.head_list[i];
+    for (int64_t i = forward.groups.first_head[kv_head]; i < forward.groups.first_head[kv_head + 1]; ++i) {
+      head = forward.groups.head_list[i];
       for (int64_t block = 0; block < blocks; ++block) {
         block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
     }
-    unpack_rows<T>(key_tile.key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, first, kv_head),
-                   p.grad_key.token_stride);
+    unpack_rows<T>(key_tile.key_gradient, query_width, count, p.head_dim, T(1),
+                   params.grad_key.at<S>(batch, first, kv_head), params.grad_key.token_stride);
     unpack_rows<T>(key_tile.value_gradient, key_tile.value_width, count, p.value_dim, T(1),
-                   p.grad_value.at<S>(batch, first, kv_head), p.grad_value.token_stride);
+                   params.grad_value.at<S>(batch, first, kv_head), params.grad_value.token_stride);
   }
 
   void block_of_queries(Range rows, Range tile) {
@@ -90,14 +90,14 @@ class Backward {
     if (seen.empty()) return;
     const int64_t first = sequence.first_query + rows.begin;
     const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
-    const EvenRows out_gradient{p.grad_out.at<const S>(batch, first, head), p.grad_out.token_stride};
+    const EvenRows out_gradient{params.grad_out.at<const S>(batch, first, head), params.grad_out.token_stride};
     if (p.score.on_grid.any()) {
       grid_row.start_block(head, rows, tile);
       grid_row.start_rows(queries, rows, tile);
     }
     const T scale = p.score.scale_of<T>(head);
     key_tile.add(
-        {queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, p.grad_query_parts)},
+        {queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, params.grad_query_parts)},
         {0, seen.end}, scale,
         [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
           const int64_t query = rows.begin + r;
@@ -106,26 +106,28 @@ class Backward {
                             numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &grid_row, part);
         },
         [](int) {});
-    if (p.grad_rel_query_parts) {
-      grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, p.grad_rel_query_parts), query_width);
+    if (params.grad_rel_query_parts) {
+      grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, params.grad_rel_query_parts), query_width);
     }
   }
 
   VK_INLINE RowNumbers<T> numbers_of_row(int64_t query, T scale) const {
     const int64_t token = sequence.first_query + query, row = (sequence.first_row + query) * p.heads + head;
     // delta = dO.O - dlse, so that dS = P * (dP - delta).
-    T delta =
-        dot_rows<T>(p.out.at<const S>(batch, token, head), p.grad_out.at<const S>(batch, token, head), p.value_dim);
-    if (p.grad_lse) delta -= static_cast<const T*>(p.grad_lse)[row];
-    return {scale, exponent_offset(static_cast<const T*>(p.lse)[row]), delta};
+    T delta = dot_rows<T>(forward.out.at<const S>(batch, token, head), params.grad_out.at<const S>(batch, token, head),
+                          p.value_dim);
+    if (params.grad_lse) delta -= static_cast<const T*>(params.grad_lse)[row];
+    return {scale, exponent_offset(static_cast<const T*>(forward.lse)[row]), delta};
   }
 
   T* query_gradient(int64_t of_split, int64_t query, void* parts) const {
-    const int64_t row = (of_split * p.heads + head) * p.num_rows() + sequence.first_row + query;
+    const int64_t row = (of_split * p.heads + head) * forward.num_rows() + sequence.first_row + query;
     return static_cast<T*>(parts) + row * query_width;
   }
 
-  const AttentionBackwardParams& p;
+  const AttentionBackwardParams& params;
+  const AttentionParams& forward = params.forward;
+  const Problem& p = forward.problem;
   Scratch scratch;
   const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
 

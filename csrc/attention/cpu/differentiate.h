@@ -18,24 +18,25 @@ struct KeyTileTask {
 
 // Calls f(KeyTileTask) for the KV tiles of the tasks [begin, end), in order.
 template <class Function>
-void for_each_key_tile(const AttentionBackwardParams& p, int64_t begin, int64_t end, Function&& f) {
+void for_each_key_tile(const AttentionBackwardParams& params, int64_t begin, int64_t end, Function&& f) {
+  const Problem& p = params.forward.problem;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t split = task % p.splits;
-    const int64_t head_group = task / p.splits % p.head_groups();
-    const int64_t batch_group = task / p.splits / p.head_groups();
-    const int64_t batch_groups = p.batch_groups();
+    const int64_t split = task % params.splits;
+    const int64_t head_group = task / params.splits % params.head_groups();
+    const int64_t batch_group = task / params.splits / params.head_groups();
+    const int64_t batch_groups = params.batch_groups();
     const Range batches{p.batch * batch_group / batch_groups, p.batch * (batch_group + 1) / batch_groups};
-    const Range kv_heads = p.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
+    const Range kv_heads = params.heads_are_shared ? Range{0, p.kv_heads} : Range{head_group, head_group + 1};
     for (int64_t batch = batches.begin; batch < batches.end; ++batch) {
-      const Axis axis = p.sequence(batch).axis;
+      const Axis axis = params.forward.sequence(batch).axis;
       const Tiling keys = backward_keys(axis);
-      const Range tiles{keys.count * split / p.splits, keys.count * (split + 1) / p.splits};
+      const Range tiles{keys.count * split / params.splits, keys.count * (split + 1) / params.splits};
       for (int64_t kv_head = kv_heads.begin; kv_head < kv_heads.end; ++kv_head) {
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
           f(KeyTileTask{batch,
                         kv_head,
                         split,
-                        batch_group * p.splits + split,
+                        batch_group * params.splits + split,
                         {tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)}});
         }
       }

@@ -22,14 +22,16 @@ class Forward {
   using E = Operand<S>;
 
  public:
-  Forward(const AttentionParams& params, void* memory) : p(params), scratch(memory) {}
+  Forward(const AttentionParams& params, void* memory) : params(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
 
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
-    batch = p.first_task ? std::upper_bound(p.first_task, p.first_task + p.batch + 1, begin) - p.first_task - 1
-                         : begin / tasks_per_batch;
+    batch = params.packing.first_task
+                ? std::upper_bound(params.packing.first_task, params.packing.first_task + p.batch + 1, begin) -
+                      params.packing.first_task - 1
+                : begin / tasks_per_batch;
     start_sequence();
     for (int64_t task = begin; task < end; ++task) {
       if (task >= first_task(batch + 1)) {
@@ -46,11 +48,11 @@ class Forward {
 
  private:
   int64_t first_task(int64_t of_batch) const {
-    return p.first_task ? p.first_task[of_batch] : of_batch * tasks_per_batch;
+    return params.packing.first_task ? params.packing.first_task[of_batch] : of_batch * tasks_per_batch;
   }
 
   void start_sequence() {
-    sequence = p.sequence(batch);
+    sequence = params.sequence(batch);
     axis = sequence.axis;
     keys = forward_keys(axis);
     packed_head = -1;
@@ -75,7 +77,7 @@ class Forward {
   }
 
   void pack(int64_t tile, Range tile_keys) {
-    const int64_t kv_head = p.kv_head_of[head];
+    const int64_t kv_head = params.groups.kv_head_of[head];
     if (packed_head == kv_head && packed_tile == tile) return;
     packed_head = kv_head, packed_tile = tile;
     const int64_t first = sequence.first_key + tile_keys.begin;
@@ -111,16 +113,17 @@ class Forward {
   void finish(Range rows) {
     const int64_t count = rows.end - rows.begin;
     finish_rows(states, count, results);
-    S* out = p.out.at<S>(batch, sequence.first_query + rows.begin, head);
+    S* out = params.out.at<S>(batch, sequence.first_query + rows.begin, head);
     key_tile.finish(results, acc, count,
-                    [out, stride = p.out.token_stride](int64_t r) VK_BODY { return out + r * stride; });
-    T* lse = static_cast<T*>(p.lse) + (sequence.first_row + rows.begin) * p.heads + head;
+                    [out, stride = params.out.token_stride](int64_t r) VK_BODY { return out + r * stride; });
+    T* lse = static_cast<T*>(params.lse) + (sequence.first_row + rows.begin) * p.heads + head;
     for (int64_t r = 0; r < count; ++r) lse[r * p.heads] = results[r].lse;
   }
 
-  const AttentionParams& p;
+  const AttentionParams& params;
+  const Problem& p = params.problem;
   Scratch scratch;
-  const int64_t tasks_per_batch = p.heads * forward_query_blocks(p.pattern.axis[0]);  // without packing
+  const int64_t tasks_per_batch = p.heads * forward_query_blocks(p.axis);  // without packing
   const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
   const int64_t max_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
 

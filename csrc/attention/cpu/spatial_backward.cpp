@@ -18,7 +18,7 @@ class SpatialBackward {
   using E = Operand<S>;
 
  public:
-  SpatialBackward(const SpatialBackwardParams& params, void* memory) : p(params), scratch(memory) {}
+  SpatialBackward(const SpatialBackwardParams& params, void* memory) : params(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
 
@@ -27,15 +27,15 @@ class SpatialBackward {
     std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
     const int64_t num_tiles = p.num_tiles();
     for (int64_t task = begin; task < end; ++task) {
-      split = task % p.splits, kv_head = task / p.splits % p.kv_heads;
-      const int64_t group = task / p.splits / p.kv_heads;
-      part = group * p.splits + split;
-      const Range batches{p.batch * group / p.batch_groups, p.batch * (group + 1) / p.batch_groups};
+      split = task % params.splits, kv_head = task / params.splits % p.kv_heads;
+      const int64_t group = task / params.splits / p.kv_heads;
+      part = group * params.splits + split;
+      const Range batches{p.batch * group / params.batch_groups, p.batch * (group + 1) / params.batch_groups};
       for (batch = batches.begin; batch < batches.end; ++batch) clear_sums();
-      for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
-        head = p.head_list[i], head_scale_sum = 0;
+      for (int64_t i = p.groups.first_head[kv_head]; i < p.groups.first_head[kv_head + 1]; ++i) {
+        head = p.groups.head_list[i], head_scale_sum = 0;
         for (batch = batches.begin; batch < batches.end; ++batch) {
-          const Range of_split{num_tiles * split / p.splits, num_tiles * (split + 1) / p.splits};
+          const Range of_split{num_tiles * split / params.splits, num_tiles * (split + 1) / params.splits};
           if (!of_split.empty()) find(of_split.begin);
           for (int64_t t = of_split.begin; t < of_split.end; ++t) {
             std::swap(present, next);
@@ -49,7 +49,7 @@ class SpatialBackward {
             one_tile();
           }
         }
-        if (p.head_scale_sums) p.head_scale_sums[part * p.heads + head] = head_scale_sum;
+        if (params.head_scale_sums) params.head_scale_sums[part * p.heads + head] = head_scale_sum;
       }
       terms.finish(part);
     }
@@ -88,34 +88,33 @@ class SpatialBackward {
     const Box &queries = next.boxes.queries, &outputs = next.boxes.outputs, &keys = next.boxes.keys;
     next.TileInputs<S>::find(p, next.boxes, batch, head, zeros);
     next.outputs.find(p.out, batch, head, outputs);
-    if (p.grad_out.is_laid_out_as(p.out)) {
-      next.out_gradients.find_as(next.outputs, p.out, p.grad_out);
+    if (params.grad_out.is_laid_out_as(p.out)) {
+      next.out_gradients.find_as(next.outputs, p.out, params.grad_out);
     } else {
-      next.out_gradients.find(p.grad_out, batch, head, outputs);
+      next.out_gradients.find(params.grad_out, batch, head, outputs);
     }
-    if (!p.query_sums.are_wanted()) next.query_gradients.find(p.grad_query, batch, head, queries);
-    if (!p.key_sums.are_wanted()) next.key_gradients.find(p.grad_key, batch, kv_head, keys, p.key_size, nullptr);
-    if (!p.value_sums.are_wanted()) next.value_gradients.find(p.grad_value, batch, kv_head, keys, p.key_size, nullptr);
+    if (!params.query_sums.are_wanted()) next.query_gradients.find(params.grad_query, batch, head, queries);
+    if (!params.key_sums.are_wanted())
+      next.key_gradients.find(params.grad_key, batch, kv_head, keys, p.key_size, nullptr);
+    if (!params.value_sums.are_wanted())
+      next.value_gradients.find(params.grad_value, batch, kv_head, keys, p.key_size, nullptr);
   }
 
   // The partial sums of this task, for one batch.
   void clear_sums() const {
-    clear_sums(p.key_sums, query_width);
-    clear_sums(p.value_sums, key_tile.value_width);
+    clear_sums(params.key_sums);
+    clear_sums(params.value_sums);
   }
-  void clear_sums(const SplitSums& sums, int64_t width) const {
+  void clear_sums(const MapPartialSums& sums) const {
     if (!sums.are_wanted()) return;
     const SplitTokens& tokens = sums.of_split[split];
-    std::fill_n(part_of(sums, width), (tokens.shared.end - tokens.shared.begin) * width, T(0));
+    std::fill_n(sums.part<T>(split, batch, kv_head), (tokens.shared.end - tokens.shared.begin) * sums.width, T(0));
     Box map;
     std::copy_n(p.key_size, kMaxAxes, map.size);
     map.for_each_line(tokens.owned, [&](int64_t, int64_t count, const Place& first) {
       T* row = sums.owned.at<T>(batch, first, kv_head);
-      for (int64_t i = 0; i < count; ++i, row += sums.owned.axis_stride[kLast]) std::fill_n(row, width, T(0));
+      for (int64_t i = 0; i < count; ++i, row += sums.owned.axis_stride[kLast]) std::fill_n(row, sums.width, T(0));
     });
-  }
-  T* part_of(const SplitSums& sums, int64_t width) const {
-    return sums.part<T>(split, p.batch, p.kv_heads, batch, kv_head, width);
   }
 
   void one_tile() {
@@ -136,11 +135,11 @@ class SpatialBackward {
         block_of_rows({rows, columns, block * kv_tiles.count + kv_tile, blocks * kv_tiles.count}, has_terms);
       }
       if (has_terms) terms.finish_columns(split, batch, head, columns);
-      add_gradient(present.key_gradients, p.key_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
-      add_gradient(present.value_gradients, p.value_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim,
-                   columns);
-      add_fill(p.key_fill_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
-      add_fill(p.value_fill_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim, columns);
+      add_gradient(present.key_gradients, params.key_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
+      add_gradient(present.value_gradients, params.value_sums, key_tile.value_gradient, key_tile.value_width,
+                   p.value_dim, columns);
+      add_fill(params.key_fill_sums, key_tile.key_gradient, query_width, p.head_dim, columns);
+      add_fill(params.value_fill_sums, key_tile.value_gradient, key_tile.value_width, p.value_dim, columns);
     }
     finish_queries(num_rows);
   }
@@ -152,7 +151,7 @@ class SpatialBackward {
       for (int64_t row = first; row < first + count; ++row, at += outputs.step[kLast] * p.heads) {
         // delta = dO.O - dlse, so that dS = P * (dP - delta).
         deltas[row] = dot_rows<T>(present.outputs[row], present.out_gradients[row], p.value_dim);
-        if (p.grad_lse) deltas[row] -= static_cast<const T*>(p.grad_lse)[at];
+        if (params.grad_lse) deltas[row] -= static_cast<const T*>(params.grad_lse)[at];
         offsets[row] = exponent_offset(static_cast<const T*>(p.lse)[at]);
       }
     });
@@ -214,8 +213,8 @@ class SpatialBackward {
   }
 
   // Adds the gradients of keys inside the map to their partial sums, or stores them if no other tile sees these keys.
-  void add_gradient(const TileTokens<S>& gradients, const SplitSums& sums, const T* rows, int64_t width, int64_t dim,
-                    Range columns) {
+  void add_gradient(const TileTokens<S>& gradients, const MapPartialSums& sums, const T* rows, int64_t width,
+                    int64_t dim, Range columns) {
     if (!sums.are_wanted()) {
       for (int64_t column = columns.begin; column < columns.end; ++column, rows += width) {
         if (gradients[column]) unpack_rows<T>(rows, width, 1, dim, T(1), gradients[column], 0);
@@ -223,7 +222,7 @@ class SpatialBackward {
       return;
     }
     const SplitTokens& tokens = sums.of_split[split];
-    T* part = part_of(sums, width);
+    T* part = sums.part<T>(split, batch, kv_head);
     const int64_t step = tile.keys.step[kLast], stride = step * sums.owned.axis_stride[kLast];
     tile.keys.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
       const Place place = tile.keys.on_map(first);
@@ -257,25 +256,26 @@ class SpatialBackward {
     const T scale = p.score.scale_of<T>(head);
     for (int64_t row = 0; row < num_rows; ++row) {
       T* sum = query_gradient + row * query_width;
-      if (p.head_scale_sums) head_scale_sum += dot_rows<T>(present.queries[row], sum, p.head_dim);
+      if (params.head_scale_sums) head_scale_sum += dot_rows<T>(present.queries[row], sum, p.head_dim);
       for (int64_t c = 0; c < query_width; c += kWidth<T>) {
         const Vec<T> scaled = load(sum + c) * scale;
         store(sum + c,
               relative_query_gradient ? scaled + load(relative_query_gradient + row * query_width + c) : scaled);
       }
-      if (!p.query_sums.are_wanted()) {
+      if (!params.query_sums.are_wanted()) {
         unpack_rows<T>(sum, query_width, 1, p.head_dim, T(1), present.query_gradients[row], 0);
         continue;
       }
-      T* to = split == 0 ? p.query_sums.owned.at<T>(batch, tile.queries.index(row), head)
-                         : p.query_sums.part<T>(split, p.batch, p.heads, batch, head, query_width) + row * query_width;
+      T* to = split == 0 ? params.query_sums.owned.at<T>(batch, tile.queries.index(row), head)
+                         : params.query_sums.part<T>(split, batch, head) + row * query_width;
       for (int64_t c = 0; c < query_width; c += kWidth<T>) store(to + c, load(to + c) + load(sum + c));
     }
   }
 
   static constexpr int kLast = kMaxAxes - 1;
 
-  const SpatialBackwardParams& p;
+  const SpatialBackwardParams& params;
+  const SpatialParams& p = params.forward;
   Scratch scratch;
   const int64_t max_keys = std::min(round_up(p.max_keys(), kTileAlignment), kSpatialBackwardKeyTile);
   const int64_t max_rows = p.max_queries();
@@ -309,41 +309,41 @@ class SumParts {
   using T = Compute<S>;
 
  public:
-  SumParts(const SpatialSum& params, void*) : p(params) {}
+  SumParts(const MapPartialSums& params, void*) : p(params) {}
 
   void run(int64_t begin, int64_t end) {
-    const int64_t width = round_up(p.dim, kWidth<T>), lines = p.size[0] * p.size[1];
-    const bool is_in_place = p.from.owned.data == p.target.data;
+    const int64_t lines = p.size[0] * p.size[1];
+    const bool is_in_place = p.owned.data == p.gradient.data;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t entry = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
+      const int64_t batch = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
       const Place place{{line / p.size[1], line % p.size[1], 0}};
-      S* to = p.target.at<S>(entry, place, head);
-      const T* from = p.from.owned.at<const T>(entry, place, head);
+      S* to = p.gradient.at<S>(batch, place, head);
+      const T* from = p.owned.at<const T>(batch, place, head);
       for (int64_t i = 0; i < p.size[2]; ++i) {
         const int64_t token = line * p.size[2] + i;
-        const auto is_shared = [&](int64_t split) { return p.from.of_split[split].shared.contains(token); };
+        const auto is_shared = [&](int64_t split) { return p.of_split[split].shared.contains(token); };
         bool is_done = is_in_place;
         for (int64_t split = 1; split < p.splits; ++split) is_done = is_done && !is_shared(split);
         for (int64_t c = 0; c < p.dim && !is_done; c += kWidth<T>) {
           Vec<T> sum = load(from + c);
           for (int64_t split = 1; split < p.splits; ++split) {
             if (!is_shared(split)) continue;
-            const T* part = p.from.part<T>(split, p.batch, p.heads, entry, head, width);
-            sum += load(part + (token - p.from.of_split[split].shared.begin) * width + c);
+            const T* part = p.part<T>(split, batch, head);
+            sum += load(part + (token - p.of_split[split].shared.begin) * p.width + c);
           }
           store_narrowed<T>(to + c, sum, std::min<int64_t>(p.dim - c, kWidth<T>));
         }
-        to += p.target.axis_stride[kMaxAxes - 1], from += p.from.owned.axis_stride[kMaxAxes - 1];
+        to += p.gradient.axis_stride[kMaxAxes - 1], from += p.owned.axis_stride[kMaxAxes - 1];
       }
     }
   }
 
  private:
-  const SpatialSum& p;
+  const MapPartialSums& p;
 };
 
 }  // namespace
 }  // namespace vitkernels::VK_ISA
 
 VK_KERNEL(SpatialBackward, SpatialBackwardParams);
-VK_KERNEL(SumParts, SpatialSum);
+VK_KERNEL(SumParts, MapPartialSums);

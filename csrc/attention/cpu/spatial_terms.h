@@ -18,27 +18,28 @@ class SpatialTerms {
       : p(params),
         expanded(p, sizes.max_rows, sizes.max_columns, sizes.max_logit_tiles, sizes.with_gradients, scratch),
         relative(terms, relative_sizes(sizes), scratch) {
-    if (p.key_bias.data) key_bias = scratch.take<T>(expanded.max_stride);
+    if (p.score.key_bias.data) key_bias = scratch.take<T>(expanded.max_stride);
     if (terms.has_rel_pos()) bias = scratch.take<T>(expanded.max_stride);
     if (!sizes.with_gradients) return;
     if (terms.has_rel_pos()) row_gradient = scratch.take<T>(expanded.max_stride);
-    if (p.key_bias_sums) key_bias_gradient = scratch.take<T>(expanded.max_stride);
+    if (p.score.key_bias.grad) key_bias_gradient = scratch.take<T>(expanded.max_stride);
   }
 
   // Whether the logits of a tile are changed or masked.
-  bool any_on(const SpatialTile& tile) const { return tile.has_holes || p.has_terms(); }
+  bool any_on(const SpatialTile& tile) const { return tile.has_holes || p.score.has_terms(); }
 
   // Before the logit tiles of some columns of a map tile.
   void start_columns(int64_t batch, int64_t head, const SpatialTile& of_tile, Range columns) {
     tile = &of_tile;
     if (!key_bias) return;
-    const int64_t step = p.key_bias.axis_stride[kLast] * tile->keys.step[kLast];
+    const MapTensor bias_map = p.key_bias();
+    const int64_t step = bias_map.axis_stride[kLast] * tile->keys.step[kLast];
     T* to = key_bias;
     const auto inside_on = [&](int axis) { return tile->keys.on_map(axis, p.key_size[axis]); };
     const Range inside[] = {inside_on(0), inside_on(1), inside_on(2)};
     tile->keys.for_each_line(columns, [&](int64_t, int64_t count, const Place& first) {
       const bool on_map = inside[0].contains(first.at[0]) && inside[1].contains(first.at[1]);
-      const T* from = p.key_bias.at<const T>(batch, tile->keys.on_map(first), head);
+      const T* from = bias_map.at<const T>(batch, tile->keys.on_map(first), head);
       for (int64_t i = 0; i < count; ++i) {
         to[i] = on_map && inside[kLast].contains(first.at[kLast] + i) ? from[i * step] : T(0);
       }
@@ -128,7 +129,7 @@ class SpatialTerms {
   // After the last logit tile of the columns.
   void finish_columns(int64_t split, int64_t batch, int64_t of_head, Range columns) const {
     if (!key_bias_gradient) return;
-    T* sums = static_cast<T*>(p.key_bias_sums) + ((split * p.batch + batch) * p.heads + of_head) * p.num_keys();
+    T* sums = static_cast<T*>(p.score.key_bias.grad) + ((split * p.batch + batch) * p.heads + of_head) * p.num_keys();
     const Range inside = tile->keys.on_map(kLast, p.key_size[kLast]);
     const T* from = key_bias_gradient;
     tile->keys.for_each_line(columns, [&](int64_t, int64_t count, const Place& first) {

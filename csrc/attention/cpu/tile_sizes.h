@@ -61,9 +61,9 @@ inline int64_t spatial_batch_groups(int64_t batch, int64_t kv_heads, bool has_ta
 
 // Splits of the query tiles, for parallelism with few heads. Fewer if each holds partial sums of the key gradients: with
 // a map of 56 x 56, four splits take 10% longer and 2.5 MB more.
-inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_sums) {
+inline int64_t spatial_backward_splits(const SpatialParams& p, int64_t batch_groups, bool has_sums) {
   constexpr int64_t kTasks = 32;
-  const int64_t wanted = kTasks / (p.batch_groups * p.kv_heads + 1), max_splits = has_sums ? 2 : 4;
+  const int64_t wanted = kTasks / (batch_groups * p.kv_heads + 1), max_splits = has_sums ? 2 : 4;
   return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, max_splits));
 }
 
@@ -71,7 +71,7 @@ inline int64_t spatial_backward_splits(const SpatialBackwardParams& p, bool has_
 // reads all queries again, so tiles are large if the accumulators of a key take little memory.
 inline constexpr int64_t kFewColumns = 8;  // of V'
 
-inline Tiling transposed_keys(const AttentionParams& p) {
+inline Tiling transposed_keys(const Problem& p) {
   constexpr int64_t kTasks = 16, kSmallestTile = 96;
   const int64_t wanted = kTasks / (p.batch * p.heads + 1) + 1, size = (p.num_keys() + wanted - 1) / wanted;
   const int64_t largest = p.value_dim <= kFewColumns ? kForwardKeyTile : kBackwardKeyTile;
@@ -80,12 +80,13 @@ inline Tiling transposed_keys(const AttentionParams& p) {
 
 // Split-KV, for parallelism with few heads. Each split holds a partial query gradient in float32, so long sequences
 // get fewer.
-inline int64_t backward_splits(const AttentionBackwardParams& p) {
+inline int64_t backward_splits(const AttentionBackwardParams& params) {
   constexpr int64_t kTasks = 32, kMaxSplits = 4, kPartElements = int64_t(1) << 23;
-  const int64_t part = p.num_rows() * p.heads * p.head_dim;
+  const Problem& p = params.forward.problem;
+  const int64_t part = params.forward.num_rows() * p.heads * p.head_dim;
   const int64_t max_splits = part * kMaxSplits <= kPartElements ? kMaxSplits : 2;
-  const int64_t wanted = kTasks / (p.batch_groups() * p.head_groups() + 1);
-  const int64_t tiles = p.query_offsets ? 1 : backward_keys(p.pattern.axis[0]).count;  // packed: one task per sequence
+  const int64_t wanted = kTasks / (params.batch_groups() * params.head_groups() + 1);
+  const int64_t tiles = params.forward.packing ? 1 : backward_keys(p.axis).count;  // packed: one task per sequence
   const int64_t splits = std::min(wanted, max_splits);
   return splits < 1 || tiles < 1 ? 1 : splits < tiles ? splits : tiles;
 }

@@ -122,7 +122,7 @@ struct TileInputs {
 
   // Keys outside the map are those of the fill, or `zeros`.
   void find(const SpatialParams& p, const TileBoxes& boxes, int64_t batch, int64_t head, const S* zeros) {
-    const int64_t kv_head = p.kv_head_of[head];
+    const int64_t kv_head = p.groups.kv_head_of[head];
     const auto fill = [&](const void* rows, int64_t dim) {
       return rows ? static_cast<const S*>(rows) + kv_head * dim : zeros;
     };

@@ -50,7 +50,7 @@ class Transposed {
   using E = Operand<S>;  // of the first product; the second has float32 probabilities
 
  public:
-  Transposed(const AttentionTransposedParams& params, void* memory) : p(params), scratch(memory) {}
+  Transposed(const AttentionTransposedParams& params, void* memory) : params(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
 
@@ -77,7 +77,7 @@ class Transposed {
   }
 
   void pack(Range tile) {
-    const int64_t kv_head = p.kv_head_of[head];
+    const int64_t kv_head = params.attention.groups.kv_head_of[head];
     if (packed_batch == batch && packed_head == kv_head && packed_key == tile.begin) return;
     packed_batch = batch, packed_head = kv_head, packed_key = tile.begin;
     key_tile.pack(EvenRows{p.key.at<const S>(batch, tile.begin, kv_head), p.key.token_stride}, tile.end - tile.begin);
@@ -93,7 +93,7 @@ class Transposed {
       group_of_rows({rows.begin + first, rows.begin + count * (group + 1) / groups}, tile, seen.end,
                     probabilities + first * logits_stride);
     }
-    pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);  // [count, dv]
+    pack_weighted_values<T, S>(p, params.weight, batch, head, rows, values, value_width);  // [count, dv]
     if (is_narrow) {
       for (int64_t c = 0; c < p.value_dim; ++c) {
         add_weighted_rows(values + c, value_width, probabilities, logits_stride, count, seen.end,
@@ -114,8 +114,8 @@ class Transposed {
     key_tile.multiply(queries, count, {0, width}, prob, logits_stride);        // [count, width]
     for (int64_t query = rows.begin; query < rows.end; ++query, prob += logits_stride) {
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-      const T offset =
-          exponent_offset(static_cast<const T*>(p.lse)[(batch * p.num_queries() + query) * p.heads + head]);
+      const T offset = exponent_offset(
+          static_cast<const T*>(params.attention.lse)[(batch * p.num_queries() + query) * p.heads + head]);
       if (p.score.has_terms()) {
         const ScoreRow<T> score(p.score, batch, head, query, tile.begin);
         exponentiate(prob, visible, offset,
@@ -136,16 +136,18 @@ class Transposed {
 
   void finish(Range tile) {
     const int64_t count = tile.end - tile.begin;
-    S* out = p.out.at<S>(batch, tile.begin, head);
-    if (!is_narrow) return unpack_rows<T>(acc, acc_stride, count, p.value_dim, T(1), out, p.out.token_stride);
-    for (int64_t key = 0; key < count; ++key, out += p.out.token_stride) {
+    S* out = params.attention.out.at<S>(batch, tile.begin, head);
+    if (!is_narrow)
+      return unpack_rows<T>(acc, acc_stride, count, p.value_dim, T(1), out, params.attention.out.token_stride);
+    for (int64_t key = 0; key < count; ++key, out += params.attention.out.token_stride) {
       for (int64_t c = 0; c < p.value_dim; ++c) store_narrowed<T>(out + c, broadcast(acc[c * acc_stride + key]), 1);
     }
   }
 
-  const AttentionTransposedParams& p;
+  const AttentionTransposedParams& params;
+  const Problem& p = params.attention.problem;
   Scratch scratch;
-  const Axis axis = p.pattern.axis[0];
+  const Axis axis = p.axis;
   const Tiling keys = transposed_keys(p);
   const bool is_narrow = p.value_dim <= kFewColumns;
   const int64_t block_rows = is_narrow ? kRowGroup<E> : kBackwardQueryBlock;

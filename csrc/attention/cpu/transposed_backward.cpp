@@ -22,14 +22,16 @@ class TransposedBackward {
   using T = Compute<S>;
 
  public:
-  TransposedBackward(const AttentionTransposedBackwardParams& params, void* memory) : p(params), scratch(memory) {}
+  TransposedBackward(const AttentionTransposedBackwardParams& params, void* memory) : params(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
 
-  int64_t parts_size() const { return p.splits * p.heads * p.num_rows() * value_width * int64_t(sizeof(T)); }
+  int64_t parts_size() const {
+    return attention.splits * p.heads * forward.num_rows() * value_width * int64_t(sizeof(T));
+  }
 
   void run(int64_t begin, int64_t end) {
-    for_each_key_tile(p, begin, end, [&](const KeyTileTask& task) {
+    for_each_key_tile(attention, begin, end, [&](const KeyTileTask& task) {
       batch = task.batch, split = task.split;
       tile_of_keys(task.kv_head, task.tile);
     });
@@ -37,18 +39,18 @@ class TransposedBackward {
 
   // dV', dw and dlse of some (batch, head) pairs.
   void finish(int64_t begin, int64_t end) {
-    const int64_t part = p.heads * p.num_rows() * value_width;
+    const int64_t part = p.heads * forward.num_rows() * value_width;
     for (int64_t pair = begin; pair < end; ++pair) {
       batch = pair / p.heads, head = pair % p.heads;
       for (int64_t query = 0; query < p.num_queries(); ++query) {
-        T* u = row_of(p.grad_value_parts, 0, query, value_width);
-        sum_splits(u, value_width, p.splits, part);
-        const T weight = query_weight<T>(p, batch, head, query);
+        T* u = row_of(params.grad_value_parts, 0, query, value_width);
+        sum_splits(u, value_width, attention.splits, part);
+        const T weight = params.weight.at<T>(batch, head, query);
         const T grad_weight = dot_rows<T>(p.value.at<const S>(batch, query, head), u, p.value_dim);
         const int64_t row = (batch * p.num_queries() + query) * p.heads + head;
-        static_cast<T*>(p.grad_row_weight)[row] = grad_weight;
-        static_cast<T*>(p.grad_row_lse)[row] = -weight * grad_weight;
-        unpack_rows<T>(u, value_width, 1, p.value_dim, weight, p.grad_value.at<S>(batch, query, head), 0);
+        static_cast<T*>(params.grad_row_weight)[row] = grad_weight;
+        static_cast<T*>(params.grad_row_lse)[row] = -weight * grad_weight;
+        unpack_rows<T>(u, value_width, 1, p.value_dim, weight, attention.grad_value.at<S>(batch, query, head), 0);
       }
     }
   }
@@ -62,17 +64,18 @@ class TransposedBackward {
     std::fill_n(key_gradient, count * query_width, T(0));
 
     const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
-    for (int64_t i = p.first_head[kv_head]; i < p.first_head[kv_head + 1]; ++i) {
-      head = p.head_list[i];
-      const EvenRows gradient_rows{p.grad_out.at<const S>(batch, tile.begin, head), p.grad_out.token_stride};
+    for (int64_t i = forward.groups.first_head[kv_head]; i < forward.groups.first_head[kv_head + 1]; ++i) {
+      head = forward.groups.head_list[i];
+      const EvenRows gradient_rows{attention.grad_out.at<const S>(batch, tile.begin, head),
+                                   attention.grad_out.token_stride};
       pack_transposed<T>(gradient_rows, count, p.value_dim, out_gradient_panels);
       pack_rows<T>(gradient_rows, count, p.value_dim, T(1), out_gradient, value_width);
       for (int64_t block = 0; block < blocks; ++block) {
         block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
     }
-    unpack_rows<T>(key_gradient, query_width, count, p.head_dim, T(1), p.grad_key.at<S>(batch, tile.begin, kv_head),
-                   p.grad_key.token_stride);
+    unpack_rows<T>(key_gradient, query_width, count, p.head_dim, T(1),
+                   attention.grad_key.at<S>(batch, tile.begin, kv_head), attention.grad_key.token_stride);
   }
 
   void block_of_queries(Range rows, Range tile) {
@@ -82,7 +85,7 @@ class TransposedBackward {
 
     const EvenRows query_rows{p.query.at<const S>(batch, rows.begin, head), p.query.token_stride};
     pack_rows<T>(query_rows, count, p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    pack_weighted_values<T, S>(p, batch, head, rows, values, value_width);                         // [count, dv]
+    pack_weighted_values<T, S>(p, params.weight, batch, head, rows, values, value_width);          // [count, dv]
     key_tile.multiply(queries, count, {0, seen.end}, logits, logits_stride);                       // [count, seen]
     matmul<T, false>({values, value_width, 1}, {out_gradient_panels, kPanel<T>, p.value_dim * kPanel<T>}, count,
                      round_up(seen.end, kWidth<T>), p.value_dim, gradients, logits_stride);  // [count, seen]
@@ -90,29 +93,32 @@ class TransposedBackward {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t query = rows.begin + r;
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
-      const T lse = static_cast<const T*>(p.lse)[(batch * p.num_queries() + query) * p.heads + head];
+      const T lse = static_cast<const T*>(forward.lse)[(batch * p.num_queries() + query) * p.heads + head];
       differentiate_row(p.score, {batch, head, query, tile.begin, visible, seen.end},
                         RowNumbers<T>{T(1), exponent_offset(lse), T(0)}, logits + r * logits_stride,
                         gradients + r * logits_stride);
     }
 
     matmul<T, true>({logits, logits_stride, 1}, {out_gradient, value_width, kPanel<T>}, count, value_width, seen.end,
-                    row_of(p.grad_value_parts, split, rows.begin, value_width), value_width);  // [count, dv]
+                    row_of(params.grad_value_parts, split, rows.begin, value_width), value_width);  // [count, dv]
     matmul<T, true>({gradients, 1, logits_stride}, {queries, query_width, kPanel<T>}, seen.end, query_width, count,
                     key_gradient, query_width);  // [keys, d]
     matmul<T, true>({gradients, logits_stride, 1}, {key_copy, query_width, kPanel<T>}, count, query_width, seen.end,
-                    row_of(p.grad_query_parts, split, rows.begin, query_width), query_width);  // [count, d]
+                    row_of(attention.grad_query_parts, split, rows.begin, query_width), query_width);  // [count, d]
   }
 
   // A query's row in an array [splits, heads, rows, width].
   T* row_of(void* parts, int64_t of_split, int64_t query, int64_t width) const {
-    const int64_t row = (of_split * p.heads + head) * p.num_rows() + batch * p.num_queries() + query;
+    const int64_t row = (of_split * p.heads + head) * forward.num_rows() + batch * p.num_queries() + query;
     return static_cast<T*>(parts) + row * width;
   }
 
-  const AttentionTransposedBackwardParams& p;
+  const AttentionTransposedBackwardParams& params;
+  const AttentionBackwardParams& attention = params.attention;
+  const AttentionParams& forward = attention.forward;
+  const Problem& p = forward.problem;
   Scratch scratch;
-  const Axis axis = p.pattern.axis[0];
+  const Axis axis = p.axis;
   const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);

@@ -25,7 +25,7 @@ struct TableKernel {
   struct Tiles {
     int64_t batch, query_tiles, key_tiles;
 
-    VK_HOST_DEVICE explicit Tiles(const AttentionParams& p)
+    VK_HOST_DEVICE explicit Tiles(const Problem& p)
         : batch(p.batch),
           query_tiles(ceil_div<int64_t>(p.num_queries(), Tile::kQueries)),
           key_tiles(ceil_div<int64_t>(p.num_keys(), Tile::kKeys)) {}
@@ -90,7 +90,7 @@ template <class Element>
 struct RelativeLogitsKernel {
   using Tile = GradientTile<Element>;
 
-  static VK_HOST_DEVICE int64_t query_tiles(const AttentionParams& p) {
+  static VK_HOST_DEVICE int64_t query_tiles(const Problem& p) {
     return ceil_div<int64_t>(p.num_queries(), Tile::kQueries);
   }
 

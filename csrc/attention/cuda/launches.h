@@ -21,7 +21,9 @@ struct DeviceIntegers {
   }
 };
 
-struct AttentionCudaParams : AttentionParams {
+struct AttentionCudaParams : Problem {
+  TokenTensor out;
+  void* lse = nullptr;                          // [rows, heads], contiguous
   DeviceIntegers head_map;                      // [heads], or absent: equal groups
   DeviceIntegers cu_seqlens_q, cu_seqlens_k;    // [batch + 1] of a packed batch, else absent
   int64_t packed_queries = 0, packed_keys = 0;  // tokens of a packed batch
@@ -50,7 +52,7 @@ struct AttentionCudaParams : AttentionParams {
   VK_HOST_DEVICE int64_t key_tiles(int64_t size) const { return tiles(num_keys(), packed_keys, size); }
 
   VK_HOST_DEVICE Sequence sequence(int64_t entry) const {
-    Sequence s{.axis = pattern.axis[0], .first_row = entry * num_queries()};
+    Sequence s{.axis = axis, .first_row = entry * num_queries()};
     if (is_packed()) {
       const Range queries = tokens_of(cu_seqlens_q, entry, num_queries(), packed_queries);
       const Range keys = tokens_of(cu_seqlens_k, entry, num_keys(), packed_keys);

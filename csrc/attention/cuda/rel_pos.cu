@@ -48,18 +48,18 @@ struct QueryTile {
   Range tokens;
 };
 
-__device__ QueryTile query_tile(const AttentionParams& p, TaskIndex index) {
+__device__ QueryTile query_tile(const Problem& p, TaskIndex index) {
   const int64_t tokens = p.score.on_grid.grid.num_tokens(), tile = index.take(ceil_div<int64_t>(tokens, kRows));
   const int64_t head = index.take(p.heads);
   return {index.rest(), head, tile_of(tile, kRows, tokens)};
 }
 
-int64_t num_query_tiles(const AttentionParams& p) {
+int64_t num_query_tiles(const Problem& p) {
   return ceil_div<int64_t>(p.score.on_grid.grid.num_tokens(), kRows) * p.heads * p.batch;
 }
 
 template <class Element>
-__device__ const Element* query_of(const AttentionParams& p, int64_t batch, int64_t head) {
+__device__ const Element* query_of(const Problem& p, int64_t batch, int64_t head) {
   return p.query.at<const Element>(batch, p.score.on_grid.grid.num_prefix, head);
 }
 
@@ -145,13 +145,13 @@ __global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
 struct EmbeddingWork {
   int64_t embeddings, embedding_tiles, column_tiles, chunks;  // a chunk: kDepth queries of an entry of the batch
 
-  VK_HOST_DEVICE EmbeddingWork(const AttentionParams& p, int axis)
+  VK_HOST_DEVICE EmbeddingWork(const Problem& p, int axis)
       : embeddings(p.score.on_grid.grid.num_offsets(axis)),
         embedding_tiles(ceil_div<int64_t>(embeddings, kRows)),
         column_tiles(ceil_div<int64_t>(p.head_dim, kColumns)),
         chunks(ceil_div<int64_t>(p.score.on_grid.grid.num_tokens(), kDepth)) {}
 
-  VK_HOST_DEVICE int64_t num_owners(const AttentionParams& p) const { return embedding_tiles * column_tiles * p.heads; }
+  VK_HOST_DEVICE int64_t num_owners(const Problem& p) const { return embedding_tiles * column_tiles * p.heads; }
 };
 
 template <class Element>

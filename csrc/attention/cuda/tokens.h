@@ -52,7 +52,7 @@ auto dispatch_element(DType dtype, Function&& f) {
 
 // Calls f(padded head dimension).
 template <class Function>
-auto dispatch_dim(const AttentionParams& p, Function&& f) {
+auto dispatch_dim(const Problem& p, Function&& f) {
   const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
   if (dim <= 32) return f(cute::Int<32>{});
   if (dim <= 64) return f(cute::Int<64>{});

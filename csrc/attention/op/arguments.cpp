@@ -242,27 +242,28 @@ std::vector<int64_t> AttentionArguments::lse_sizes() const {
   return sizes;
 }
 
-void AttentionArguments::fill(AttentionParams& params) const {
-  params.dtype = dtype;
-  params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
-  params.head_dim = head_dim, params.value_dim = value_dim;
-  params.kv_head_of = heads_of.kv_head_of.data();
-  params.first_head = heads_of.first_head.data();
-  params.head_list = heads_of.head_list.data();
-  params.query_offsets = query_offsets.empty() ? nullptr : query_offsets.data();
-  params.key_offsets = key_offsets.empty() ? nullptr : key_offsets.data();
-  params.first_task = first_task.empty() ? nullptr : first_task.data();
-  params.pattern.axis[0] = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
+void AttentionArguments::fill(Problem& problem) const {
+  problem.dtype = dtype;
+  problem.batch = batch, problem.heads = heads, problem.kv_heads = kv_heads;
+  problem.head_dim = head_dim, problem.value_dim = value_dim;
+  problem.axis = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
   const ScoreFields<OptionalTensor>& terms = score.terms;
-  params.score = {.scale = score.scale,
-                  .head_scale = terms.head_scale ? terms.head_scale->const_data_ptr() : nullptr,
-                  .multiplier = score_term(terms.multiplier, 4),
-                  .bias = score_term(terms.bias, 4),
-                  .key_bias = score_term(terms.key_bias, 3)};
-  on_grid.fill(params.score.on_grid);
-  params.query = token_tensor(query);
-  params.key = token_tensor(key);
-  params.value = token_tensor(value);
+  problem.score = {.scale = score.scale,
+                   .head_scale = terms.head_scale ? terms.head_scale->const_data_ptr() : nullptr,
+                   .multiplier = score_term(terms.multiplier, 4),
+                   .bias = score_term(terms.bias, 4),
+                   .key_bias = score_term(terms.key_bias, 3)};
+  on_grid.fill(problem.score.on_grid);
+  problem.query = token_tensor(query);
+  problem.key = token_tensor(key);
+  problem.value = token_tensor(value);
+}
+
+void AttentionArguments::fill(AttentionParams& params) const {
+  fill(params.problem);
+  params.groups = heads_of.view();
+  if (query_offsets.empty()) return;
+  params.packing = {query_offsets.data(), key_offsets.data(), first_task.empty() ? nullptr : first_task.data()};
 }
 
 TokenTensor token_tensor(const Tensor& t) {
@@ -278,11 +279,12 @@ TokenTensor token_tensor(const Tensor& t) {
           .is_aligned = is_aligned && t.size(t.dim() - 1) % elements == 0};
 }
 
-Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params) {
+Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const Problem& problem) {
   const ScoreStrides strides = score_strides(tensor, rank, true);
   term.grad_strides = strides;
-  term.grad_is_double = (strides.batch == 0 && params.batch > 1) || (strides.head == 0 && params.heads > 1) ||
-                        (strides.query == 0 && params.num_queries() > 1) || (strides.key == 0 && params.num_keys() > 1);
+  term.grad_is_double = (strides.batch == 0 && problem.batch > 1) || (strides.head == 0 && problem.heads > 1) ||
+                        (strides.query == 0 && problem.num_queries() > 1) ||
+                        (strides.key == 0 && problem.num_keys() > 1);
   Tensor grad = zeros_as(tensor, sizes_of(tensor), term.grad_is_double ? ScalarType::Double : tensor.scalar_type());
   term.grad = grad.mutable_data_ptr();
   return grad;

@@ -19,6 +19,8 @@ struct HeadMap {
   HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads, int64_t kv_heads,
           ReadIntegers read = read_host_integers);
 
+  HostHeadGroups view() const { return {kv_head_of.data(), first_head.data(), head_list.data()}; }
+
   std::vector<int64_t> kv_head_of, first_head, head_list;
 };
 
@@ -38,7 +40,8 @@ class AttentionArguments {
  public:
   AttentionArguments(const Checker& checker, DenseCall call, const DevicePolicy& policy = {});
 
-  void fill(AttentionParams& params) const;
+  void fill(Problem& problem) const;
+  void fill(AttentionParams& params) const;  // on the host
   std::vector<int64_t> out_sizes() const;
   std::vector<int64_t> lse_sizes() const;
 
@@ -72,6 +75,6 @@ void check_score_term(const Checker& checker, const char* name, const OptionalTe
                       ScalarType type, const std::vector<int64_t>& target, const char* takes);
 
 // The gradient of a score term: zero, in the term's own shape. Sums over batch, heads or tokens are float64.
-Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const AttentionParams& params);
+Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const Problem& problem);
 
 }  // namespace vitkernels

@@ -43,9 +43,6 @@ DevicePolicy device_policy() {
 void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params) {
   args.fill(params);
   params.allow_tf32 = args.allow_tf32;
-  // Those are on the host.
-  params.kv_head_of = params.first_head = params.head_list = nullptr;
-  params.query_offsets = params.key_offsets = params.first_task = nullptr;
   params.out = token_tensor(out);
   params.lse = const_cast<void*>(lse.const_data_ptr());
   if (args.head_map) params.head_map = integers(*args.head_map);

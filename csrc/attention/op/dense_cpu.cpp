@@ -17,7 +17,7 @@ void attention(Call& call) {
   params.lse = lse.mutable_data_ptr();
 
   if (args.num_tasks > 0) {
-    const int64_t of_head = params.first_task ? 1 : args.num_tasks / (params.batch * params.heads);
+    const int64_t of_head = params.packing ? 1 : args.num_tasks / (args.batch * args.heads);
     run_kernel(kernel<AttentionParams>(), params, args.num_tasks, of_head, args.query);
   }
   call.give(out, "out");
@@ -33,10 +33,10 @@ void attention_backward(Call& call) {
   const Tensor grad_value = empty_as(args.value, sizes_of(args.value), args.value.scalar_type());
 
   AttentionBackwardParams params;
-  args.fill(params);
-  params.out = token_tensor(from.out);
+  args.fill(params.forward);
+  params.forward.out = token_tensor(from.out);
   params.grad_out = token_tensor(from.grad_out);
-  params.lse = const_cast<void*>(from.lse.const_data_ptr());
+  params.forward.lse = const_cast<void*>(from.lse.const_data_ptr());
   params.grad_lse = from.grad_lse ? from.grad_lse->const_data_ptr() : nullptr;
   params.grad_value = token_tensor(grad_value);
   LogitGradients grads(args, from.needed, params);

@@ -32,6 +32,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
       key(empty_as(args.key, sizes_of(args.key), args.key.scalar_type())),
       grid_gradients(args.on_grid, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
+  Problem& problem = params.forward.problem;
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
 
@@ -40,33 +41,33 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
   params.splits = 0;
   const auto attach = [&](ScoreTerm& term, bool is_needed, const OptionalTensor& tensor, int64_t rank) {
     if (!is_needed) return OptionalTensor{};
-    const Tensor grad = attach_gradient(term, *tensor, rank, params);
-    params.batch_is_shared |= term.grad_strides.batch == 0 && params.batch > 1;
-    params.heads_are_shared |= term.grad_strides.head == 0 && params.heads > 1;
+    const Tensor grad = attach_gradient(term, *tensor, rank, problem);
+    params.batch_is_shared |= term.grad_strides.batch == 0 && problem.batch > 1;
+    params.heads_are_shared |= term.grad_strides.head == 0 && problem.heads > 1;
     // One value for all keys: the splits would write to the same place.
     if (term.grad_strides.key == 0) params.splits = 1;
     return OptionalTensor(grad);
   };
   const ScoreFields<OptionalTensor>& given = args.score.terms;
-  terms.bias = attach(params.score.bias, needed.bias, given.bias, 4);
-  terms.key_bias = attach(params.score.key_bias, needed.key_bias, given.key_bias, 3);
-  terms.multiplier = attach(params.score.multiplier, needed.multiplier, given.multiplier, 4);
+  terms.bias = attach(problem.score.bias, needed.bias, given.bias, 4);
+  terms.key_bias = attach(problem.score.key_bias, needed.key_bias, given.key_bias, 3);
+  terms.multiplier = attach(problem.score.multiplier, needed.multiplier, given.multiplier, 4);
   if (params.splits == 0) params.splits = backward_splits(params);
   const int64_t parts = params.batch_groups() * params.splits;
   if (grid_gradients.any()) {
-    grid_gradients.allocate(params.score.on_grid, params.heads, parts, none_as(args.query, statistics));
+    grid_gradients.allocate(problem.score.on_grid, problem.heads, parts, none_as(args.query, statistics));
   }
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t part_elements = kernel<AttentionBackwardParams>().parts(params) / element_size;
   query_parts = zeros_as(args.query, {part_elements}, statistics);
   params.grad_query_parts = query_parts->mutable_data_ptr();
-  if (params.score.on_grid.has_rel_pos()) {
+  if (problem.score.on_grid.has_rel_pos()) {
     relative_query_parts = zeros_as(args.query, {part_elements}, statistics);
     params.grad_rel_query_parts = relative_query_parts->mutable_data_ptr();
   }
   if (needed.head_scale) {
-    query_dot = empty_as(args.query, {args.heads, params.num_rows()}, statistics);
+    query_dot = empty_as(args.query, {args.heads, params.forward.num_rows()}, statistics);
     params.query_dot = query_dot->mutable_data_ptr();
   }
 }
@@ -81,7 +82,7 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
   for (OptionalTensor* grad : {&terms.bias, &terms.key_bias, &terms.multiplier}) {
     if (*grad) *grad = torch::stable::to(**grad, statistics);
   }
-  grid_gradients.finish(params.heads, terms);
+  grid_gradients.finish(args.heads, terms);
   if (query_dot) terms.head_scale = sum_head_scale(args, *query_dot);
 }
 

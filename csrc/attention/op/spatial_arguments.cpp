@@ -197,9 +197,7 @@ void SpatialArguments::fill(SpatialParams& params) const {
   params.dtype = dtype;
   params.batch = batch, params.heads = heads, params.kv_heads = kv_heads;
   params.head_dim = head_dim, params.value_dim = value_dim;
-  params.kv_head_of = heads_of.kv_head_of.data();
-  params.first_head = heads_of.first_head.data();
-  params.head_list = heads_of.head_list.data();
+  params.groups = heads_of.view();
   for (int axis = 0; axis < kMaxAxes; ++axis) {
     params.query_size[axis] = pattern.axis[axis].num_queries;
     params.key_size[axis] = pattern.axis[axis].num_keys;
@@ -217,7 +215,12 @@ void SpatialArguments::fill(SpatialParams& params) const {
   params.query = map_tensor(query, axes);
   params.key = map_tensor(key, axes);
   params.value = map_tensor(value, axes);
-  if (terms.key_bias) params.key_bias = key_bias_tensor(*terms.key_bias, axes);
+  if (terms.key_bias) {
+    const MapTensor map = key_bias_tensor(*terms.key_bias, axes);
+    params.score.key_bias.data = map.data;
+    params.score.key_bias.strides = {map.batch_stride, map.head_stride, 0, map.axis_stride[kMaxAxes - 1]};
+    std::copy_n(map.axis_stride, kMaxAxes - 1, params.score.key_bias_axis_stride);
+  }
   params.key_fill = terms.key_fill ? terms.key_fill->const_data_ptr() : nullptr;
   params.value_fill = terms.value_fill ? terms.value_fill->const_data_ptr() : nullptr;
 }

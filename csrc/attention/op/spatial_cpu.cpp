@@ -30,10 +30,10 @@ void spatial_attention_backward(Call& call) {
   from.check(call.checker, args.query, args.out_sizes());
 
   SpatialBackwardParams params;
-  args.fill(params);
-  params.out = map_tensor(from.out, args.axes);
+  args.fill(params.forward);
+  params.forward.out = map_tensor(from.out, args.axes);
   params.grad_out = map_tensor(from.grad_out, args.axes);
-  params.lse = const_cast<void*>(from.lse.const_data_ptr());
+  params.forward.lse = const_cast<void*>(from.lse.const_data_ptr());
   params.grad_lse = from.grad_lse ? from.grad_lse->const_data_ptr() : nullptr;
   SpatialGradients grads(args, from.needed, params);
   if (!args.is_empty()) run_kernel(kernel<SpatialBackwardParams>(), params, params.num_tasks(), 1, args.query);

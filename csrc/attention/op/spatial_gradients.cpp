@@ -16,7 +16,7 @@ bool key_has_one_tile(const SpatialArguments& args, const SpatialParams& params)
     if (!axis.covers_keys_once) return false;
   }
   for (int64_t g = 0; g < params.kv_heads; ++g) {
-    if (params.first_head[g + 1] - params.first_head[g] != 1) return false;
+    if (params.groups.first_head[g + 1] - params.groups.first_head[g] != 1) return false;
   }
   return true;
 }
@@ -74,8 +74,8 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFiel
   params.grad_key = map_tensor(key, args.axes);
   params.grad_value = map_tensor(value, args.axes);
   params.batch_groups = spatial_batch_groups(args.batch, args.kv_heads, grid_gradients.any());
-  const bool has_sums = !key_has_one_tile(args, params);
-  params.splits = spatial_backward_splits(params, has_sums);
+  const bool has_sums = !key_has_one_tile(args, params.forward);
+  params.splits = spatial_backward_splits(params.forward, params.batch_groups, has_sums);
   const int64_t parts = params.batch_groups * params.splits;
   const auto zeros = [&](bool is_needed, const std::vector<int64_t>& sizes, ScalarType type) {
     return is_needed ? OptionalTensor(zeros_as(args.query, sizes, type)) : std::nullopt;
@@ -88,12 +88,13 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFiel
   key_fill_sums = zeros(needed.key_fill, {parts, args.kv_heads, args.head_dim}, ScalarType::Double);
   value_fill_sums = zeros(needed.value_fill, {parts, args.kv_heads, args.value_dim}, ScalarType::Double);
   head_scale_sums = zeros(needed.head_scale, {parts, args.heads}, ScalarType::Double);
-  key_bias_sums = zeros(needed.key_bias, {params.splits, args.batch, args.heads, params.num_keys()}, statistics);
+  key_bias_sums =
+      zeros(needed.key_bias, {params.splits, args.batch, args.heads, params.forward.num_keys()}, statistics);
   params.key_fill_sums = sums(key_fill_sums), params.value_fill_sums = sums(value_fill_sums);
   params.head_scale_sums = sums(head_scale_sums);
-  params.key_bias_sums = data(key_bias_sums);
+  params.forward.score.key_bias.grad = data(key_bias_sums);
   if (grid_gradients.any()) {
-    grid_gradients.allocate(params.score.on_grid, args.heads, parts, none_as(args.query, statistics));
+    grid_gradients.allocate(params.forward.score.on_grid, args.heads, parts, none_as(args.query, statistics));
   }
 }
 
@@ -103,7 +104,7 @@ void SpatialGradients::finish(const SpatialArguments& args, const SpatialBackwar
   if (key_fill_sums) terms.key_fill = sum_of_parts(*key_fill_sums, 1.0, *given.key_fill);
   if (value_fill_sums) terms.value_fill = sum_of_parts(*value_fill_sums, 1.0, *given.value_fill);
   if (head_scale_sums) terms.head_scale = sum_of_parts(*head_scale_sums, args.score.scale, *given.head_scale);
-  if (key_bias_sums) terms.key_bias = sum_key_bias(*key_bias_sums, *given.key_bias, args.axes, params);
+  if (key_bias_sums) terms.key_bias = sum_key_bias(*key_bias_sums, *given.key_bias, args.axes, params.forward);
   grid_gradients.finish(args.heads, terms);
 }
 

@@ -18,7 +18,7 @@ class SpatialGradients {
 
  private:
   GridGradients grid_gradients;
-  SpatialSums key_sums, value_sums, query_sums;
+  MapPartialSumsOwner key_sums, value_sums, query_sums;
   OptionalTensor key_fill_sums, value_fill_sums, head_scale_sums, key_bias_sums;
 };
 

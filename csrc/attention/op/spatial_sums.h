@@ -1,4 +1,4 @@
-// Gradients that several tasks of an attention over maps add to: of keys that several tiles or heads see, and of a query
+// Gradients of an attention over maps that several tasks add to: of keys that several tiles or heads see, and of a query
 // window that all windows share.
 #pragma once
 
@@ -6,14 +6,15 @@
 
 namespace vitkernels {
 
-class SpatialSums {
+// Owns partial sums.
+class MapPartialSumsOwner {
  public:
-  // Of `gradient`, for a kernel that clears the sums, and of which each split sees a range of the tokens of its map.
+  // Of `gradient`, for a kernel that clears them, and of which each split sees a range of the tokens of its map.
   void attach_keys(const SpatialArguments& args, const SpatialBackwardParams& params, const Tensor& gradient);
-  // Of a query window, which every split sees. The sums are zero.
+  // Of a query window, which every split sees. They are zero.
   void attach_window(const SpatialArguments& args, const SpatialBackwardParams& params, const Tensor& gradient);
 
-  const SplitSums& view() const { return sum.from; }
+  const MapPartialSums& view() const { return sums; }
 
   // After the kernel: the gradient is made of the sums.
   void finish() const;
@@ -21,9 +22,9 @@ class SpatialSums {
  private:
   void allocate(const SpatialArguments& args, const Tensor& gradient, const int64_t (&size)[kMaxAxes], bool is_zero);
 
-  SpatialSum sum;
+  MapPartialSums sums;
   std::vector<SplitTokens> of_split;
-  OptionalTensor sums, parts;
+  OptionalTensor owned, parts;
 };
 
 }  // namespace vitkernels

@@ -10,14 +10,16 @@ namespace {
 
 using torch::stable::parallel_for;
 
-void fill(const TransposedArguments& args, AttentionTransposedParams& params) {
+void fill(const TransposedArguments& args, AttentionParams& params) {
   args.attention.fill(params);
-  params.value = token_tensor(args.value);
-  params.value_dim = args.value.size(3);
+  params.problem.value = token_tensor(args.value);
+  params.problem.value_dim = args.value.size(3);
   params.lse = const_cast<void*>(args.lse.const_data_ptr());
-  if (!args.query_weight) return;
-  params.query_weight = args.query_weight->const_data_ptr();
-  params.weight_strides = weight_strides(*args.query_weight, false);
+}
+
+QueryWeight weight_of(const TransposedArguments& args) {
+  if (!args.query_weight) return {};
+  return {args.query_weight->const_data_ptr(), weight_strides(*args.query_weight, false)};
 }
 
 void attention_transposed(Call& call) {
@@ -25,11 +27,12 @@ void attention_transposed(Call& call) {
   const Tensor& query = args.attention.query;
   const Tensor out = empty_as(query, args.out_sizes(), query.scalar_type());
   if (out.numel() == 0) return call.give(out, "");
-  AttentionTransposedParams params;
-  fill(args, params);
-  params.out = token_tensor(out);
-  const int64_t tasks = params.batch * params.heads * transposed_keys(params).count;
-  const int64_t of_kv_head = std::max<int64_t>(params.heads / std::max<int64_t>(params.kv_heads, 1), 1);
+  AttentionTransposedParams params{.attention = {}, .weight = weight_of(args)};
+  fill(args, params.attention);
+  params.attention.out = token_tensor(out);
+  const Problem& problem = params.attention.problem;
+  const int64_t tasks = problem.batch * problem.heads * transposed_keys(problem).count;
+  const int64_t of_kv_head = std::max<int64_t>(problem.heads / std::max<int64_t>(problem.kv_heads, 1), 1);
   run_kernel(kernel<AttentionTransposedParams>(), params, tasks, of_kv_head, query);
   call.give(out, "");
 }
@@ -69,13 +72,14 @@ void attention_transposed_backward(Call& call) {
   const Tensor grad_value = empty_as(value, sizes_of(value), value.scalar_type());
   const Tensor grad_lse = empty_as(lse, sizes_of(lse), lse.scalar_type());
   const Tensor grad_row_weight = empty_as(lse, sizes_of(lse), lse.scalar_type());
-  AttentionTransposedBackwardParams params;
-  fill(args, params);
-  params.grad_out = token_tensor(out_gradient);
-  params.grad_value = token_tensor(grad_value);
+  AttentionTransposedBackwardParams params{.attention = {}, .weight = weight_of(args)};
+  AttentionBackwardParams& attention = params.attention;
+  fill(args, attention.forward);
+  attention.grad_out = token_tensor(out_gradient);
+  attention.grad_value = token_tensor(grad_value);
   params.grad_row_lse = grad_lse.mutable_data_ptr();
   params.grad_row_weight = grad_row_weight.mutable_data_ptr();
-  LogitGradients grads(args.attention, needed, params);
+  LogitGradients grads(args.attention, needed, attention);
   const Kernel<AttentionTransposedBackwardParams>& kernel = vitkernels::kernel<AttentionTransposedBackwardParams>();
   const int64_t part_elements = kernel.parts(params) / int64_t(lse.element_size());
   const Tensor value_parts = zeros_as(lse, {part_elements}, lse.scalar_type());
@@ -83,12 +87,12 @@ void attention_transposed_backward(Call& call) {
 
   // An empty tensor may claim any batch size.
   const bool is_empty = query.numel() == 0 && args.attention.key.numel() == 0;
-  if (params.num_tasks() > 0 && !is_empty) run_kernel(kernel, params, params.num_tasks(), 1, query);
+  if (attention.num_tasks() > 0 && !is_empty) run_kernel(kernel, params, attention.num_tasks(), 1, query);
   if (query.numel() > 0) {
-    parallel_for(0, params.batch * params.heads, 1,
+    parallel_for(0, args.attention.batch * args.attention.heads, 1,
                  [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
   }
-  grads.finish(args.attention, params);
+  grads.finish(args.attention, attention);
   call.give(grads.query, "grad_query");
   call.give(grads.key, "grad_key");
   call.give(grad_value, "grad_value_q");
