@@ -123,16 +123,18 @@ def _recorders(op: Operator, gradient: NoGradient) -> Sequence[Call]:
     An ``autograd.Function`` finds tensors among its arguments, but not in lists.
     """
 
+    entry, has_lists, save = entry_of(op.overload), op.has_lists, gradient.save
+
     def forward(*args: Any) -> Any:
         with below_autograd():
-            output = op.overload(*(op.grouped(args) if op.has_lists else args))
-        return tuple(output) if op.has_lists else output
+            output = entry(*(op.grouped(args) if has_lists else args))
+        return tuple(output) if has_lists else output
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        if op.has_lists:
+        if has_lists:
             inputs = op.grouped(inputs)
             ctx.leaves = op.flat(op.leaves(inputs))
-        gradient.save(ctx, inputs, output)
+        save(ctx, inputs, output)
 
     def record(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
