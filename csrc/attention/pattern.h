@@ -1,7 +1,7 @@
 // Which keys a query sees. Host and device, no torch.
 //
 // A pattern is a product over axes of contiguous key ranges: a query with coordinates (u0, u1, ...) sees the keys
-// whose coordinate on every axis lies in that axis' range. Each axis has a query grid and a key grid of its own.
+// whose coordinate on every axis lies in that axis' range. Each axis has its own numbers of queries and keys.
 // Kernels ask per tile: skip it, take it whole, or look at the range of every row.
 //
 // Dense attention has one Axis. Spatial attention has an AxisRule for each axis of the map.
@@ -26,13 +26,6 @@ struct Axis {
 };
 
 inline constexpr int kMaxAxes = 3;
-
-struct Pattern {
-  Axis axis[kMaxAxes];
-
-  VK_HOST_DEVICE int64_t num_queries() const { return axis[0].num_queries * axis[1].num_queries * axis[2].num_queries; }
-  VK_HOST_DEVICE int64_t num_keys() const { return axis[0].num_keys * axis[1].num_keys * axis[2].num_keys; }
-};
 
 enum class Rule : int32_t {
   kFull,          // all keys
@@ -63,7 +56,7 @@ struct AxisRule {
     return result;
   }
 
-  // Where a query is on the key grid.
+  // The coordinate of a query among the keys.
   VK_HOST_DEVICE int64_t place(int64_t u) const { return num_queries == num_keys ? u : u * num_keys / num_queries; }
 
   // The block of a query, and the queries of a block. Block 0 is empty without a shift.

@@ -92,8 +92,8 @@ class Backward {
     const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
     const EvenRows out_gradient{params.grad_out.at<const S>(batch, first, head), params.grad_out.token_stride};
     if (p.score.on_grid.any()) {
-      grid_row.start_block(head, rows, tile);
-      grid_row.start_rows(queries, rows, tile);
+      offset_row.start_block(head, rows, tile);
+      offset_row.start_rows(queries, rows, tile);
     }
     const T scale = p.score.scale_of<T>(head);
     key_tile.add(
@@ -103,11 +103,11 @@ class Backward {
           const int64_t query = rows.begin + r;
           const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
           differentiate_row(p.score, {batch, head, query, tile.begin, visible, width},
-                            numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &grid_row, part);
+                            numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &offset_row, part);
         },
         [](int) {});
     if (params.grad_rel_query_parts) {
-      grid_row.finish_rows(part, rows, query_gradient(split, rows.begin, params.grad_rel_query_parts), query_width);
+      offset_row.finish_rows(part, rows, query_gradient(split, rows.begin, params.grad_rel_query_parts), query_width);
     }
   }
 
@@ -133,7 +133,7 @@ class Backward {
 
   BackwardTile<S> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t query_width = key_tile.query_width;
-  GridRow<T> grid_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, max_keys, true}, scratch};
+  OffsetRow<T> offset_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, max_keys, true}, scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
   Sequence sequence;

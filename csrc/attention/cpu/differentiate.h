@@ -142,7 +142,7 @@ VK_INLINE void differentiate_products(Range visible, RowNumbers<T> with, T* logi
 
 template <class T>
 VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
-                                  GridRow<T>* grid_row, int64_t part) {
+                                  OffsetRow<T>* offset_row, int64_t part) {
   const ScoreGradRow<T> score_gradients(s, at);
   if (!s.on_grid.any()) {
     const ScoreRow<T> score(s, at.batch, at.head, at.query, at.first_key);
@@ -150,22 +150,22 @@ VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers
                         [&](auto... vector) { score_gradients.add(vector...); });
     return;
   }
-  const GridScoreRow<T> score = grid_row->expand(at.batch, at.query, at.first_key, at.visible);
+  const OffsetScoreRow<T> score = offset_row->expand(at.batch, at.query, at.first_key, at.visible);
   differentiate_score(score, at.visible, with, logits, gradients,
                       [&](Vec<T> grad, Vec<T> product, int64_t c, Range lanes) {
                         score_gradients.add(grad, product * score.multiplier.at(c, lanes), c, lanes);
-                        grid_row->set_gradient(score, grad, product, c, lanes);
+                        offset_row->set_gradient(score, grad, product, c, lanes);
                       });
-  grid_row->add_gradient(part);
+  offset_row->add_gradient(part);
 }
 
 // S, dP -> P, dS = P * (dP - delta) for one row, in place. Adds the gradients of the score terms, those by offset to the
 // partial sum `part`.
 template <class T>
 VK_INLINE void differentiate_row(const Score& score, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
-                                 GridRow<T>* grid_row = nullptr, int64_t part = 0) {
+                                 OffsetRow<T>* offset_row = nullptr, int64_t part = 0) {
   if (score.has_terms()) {
-    differentiate_terms(score, at, with, logits, gradients, grid_row, part);
+    differentiate_terms(score, at, with, logits, gradients, offset_row, part);
   } else {
     differentiate_products(at.visible, with, logits, gradients);
   }

@@ -9,7 +9,7 @@ namespace vitkernels::VK_ISA {
 
 // All score terms along one row, including those by offset.
 template <class T>
-struct GridScoreRow {
+struct OffsetScoreRow {
   ScoreRow<T> others;
   TermRow<T> multiplier, bias;
 
@@ -49,14 +49,14 @@ VK_INLINE T sum_of(const T* values, int64_t count) {
 
 // Expands the terms by offset along one row at a time, in the memory of a thread.
 template <class T>
-class GridRow {
+class OffsetRow {
  public:
   struct Sizes {
     int64_t head_dim, max_block, max_rows, max_keys;
     bool with_gradients;
   };
 
-  GridRow(const Score& score, const Sizes& sizes, Scratch& scratch)
+  OffsetRow(const Score& score, const Sizes& sizes, Scratch& scratch)
       : score(score), relative(score.on_grid, relative_sizes(score.on_grid.grid, sizes), scratch) {
     if (!terms.any()) return;
     const int64_t columns = round_up(sizes.max_keys, kWidth<T>) + kWidth<T>;  // and a vector of padding
@@ -87,7 +87,7 @@ class GridRow {
   }
 
   // All terms of a query along the keys first_key + visible.
-  VK_NOINLINE GridScoreRow<T> expand(int64_t batch, int64_t query, int64_t first_key, Range visible) {
+  VK_NOINLINE OffsetScoreRow<T> expand(int64_t batch, int64_t query, int64_t first_key, Range visible) {
     first_column = grid.num_prefix - first_key;
     token = query - grid.num_prefix;
     keys = relative_to(visible, first_column);
@@ -111,7 +111,7 @@ class GridRow {
   }
 
   // One vector of the gradient of the row expanded last.
-  VK_INLINE void set_gradient(const GridScoreRow<T>& row, Vec<T> grad, Vec<T> product, int64_t column, Range lanes) {
+  VK_INLINE void set_gradient(const OffsetScoreRow<T>& row, Vec<T> grad, Vec<T> product, int64_t column, Range lanes) {
     store(bias_gradient + column, grad);
     if (multiplier) store(multiplier_gradient + column, row.others.to_product(grad * product, column, lanes));
   }
