@@ -1,14 +1,16 @@
-// Tiles on their way from global to shared memory, asynchronously, 16 bytes a thread and step.
+// Copies of tiles from global to shared memory: asynchronous, 16 bytes a thread and step.
 #pragma once
 
 #include <cute/tensor.hpp>
 
 #include "cuda/launch.h"
+#include "cuda/rows.h"
 
 namespace vitkernels::cuda {
 
-// A tile in shared memory. Chunks of 16 bytes are permuted within groups of eight rows, so that neither the copy into it
-// meets a bank conflict nor what reads eight rows of a column of chunks (ldmatrix) or four rows of two (float by float).
+// A swizzled tile in shared memory. Chunks of 16 bytes are permuted within groups of eight rows, so that these are free
+// of bank conflicts: the copy into it, reads of eight rows of a column of chunks (ldmatrix), and of four rows of two
+// (float).
 template <class Element, int kRows, int kColumns>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(Element), kLogChunk = kChunk == 8 ? 3 : 2;
@@ -33,48 +35,53 @@ struct TileCopy {
   using Copy = decltype(cute::make_tiled_copy(Atom{}, Threads{}, Values{}));
 };
 
-// Starts copying the tile `gT`, of which `rows` x `columns` elements exist, to `sT`; the others become zero. `columns`
-// is a multiple of the vector, and rows of `gT` begin at multiples of 16 bytes.
-template <class Copy, class Global, class Shared>
-__device__ void copy_tile_async(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns) {
+// Starts copying num_rows x num_columns elements to `sT`, whose others become zero. `num_columns` is a multiple of the
+// vector, and rows begin at multiples of 16 bytes.
+template <class Copy, class Rows, class Shared>
+__device__ void copy_tile_async(const Copy& copy, const Rows& rows, const Shared& sT, int num_rows, int num_columns) {
   const auto thread = copy.get_slice(threadIdx.x);
   cute::Tensor cT = cute::make_identity_tensor(cute::product_each(cute::shape(sT)));  // (rows,columns) -> (row,column)
-  cute::Tensor tgT = thread.partition_S(gT);                                          // (CPY,CPY_M,CPY_K)
   cute::Tensor tsT = thread.partition_D(sT);                                          // (CPY,CPY_M,CPY_K)
   cute::Tensor tcT = thread.partition_S(cT);                                          // (CPY,CPY_M,CPY_K)
+  const int first_row = cute::get<0>(tcT(0, 0, 0));
+  const Rows thread_rows = rows.from(first_row);
   CUTE_UNROLL
   for (int m = 0; m < cute::size<1>(tsT); ++m) {
+    const int row = cute::get<0>(tcT(0, m, 0));
+    const auto* data = thread_rows[row - first_row];
     CUTE_UNROLL
     for (int k = 0; k < cute::size<2>(tsT); ++k) {
-      const bool exists = cute::get<0>(tcT(0, m, k)) < rows && cute::get<1>(tcT(0, m, k)) < columns;
-      cute::copy(copy.with(exists), tgT(cute::_, m, k), tsT(cute::_, m, k));
+      const int column = cute::get<1>(tcT(0, m, k));
+      const auto gV = cute::make_tensor(cute::make_gmem_ptr(data + column), cute::make_layout(cute::size<0>(tsT)));
+      cute::copy(copy.with(row < num_rows && column < num_columns), gV, tsT(cute::_, m, k));  // (CPY)
     }
   }
 }
 
-// The same with loads of single elements, for rows that begin anywhere.
-template <class Copy, class Global, class Shared>
-__device__ void copy_tile_by_elements(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns) {
+// The same with loads of single elements, for rows of any alignment.
+template <class Copy, class Rows, class Shared>
+__device__ void copy_tile_by_elements(const Copy& copy, const Rows& rows, const Shared& sT, int num_rows,
+                                      int num_columns) {
   using Element = typename Shared::value_type;
   const auto thread = copy.get_slice(threadIdx.x);
   cute::Tensor cT = cute::make_identity_tensor(cute::product_each(cute::shape(sT)));  // (rows,columns) -> (row,column)
   cute::Tensor tcT = thread.partition_S(cT);                                          // (CPY,CPY_M,CPY_K)
   for (int i = 0; i < cute::size(tcT); ++i) {
     const int row = cute::get<0>(tcT(i)), column = cute::get<1>(tcT(i));
-    sT(row, column) = row < rows && column < columns ? gT(row, column) : Element(0);
+    sT(row, column) = row < num_rows && column < num_columns ? rows[row][column] : Element(0);
   }
 }
 
-template <class Copy, class Global, class Shared>
-__device__ void copy_tile(const Copy& copy, const Global& gT, const Shared& sT, int rows, int columns, bool aligned) {
-  if (aligned) {
-    copy_tile_async(copy, gT, sT, rows, columns);
+template <class Copy, class Rows, class Shared>
+__device__ void copy_tile(const Copy& copy, const Rows& rows, const Shared& sT, int num_rows, int num_columns) {
+  if (rows.is_aligned) {
+    copy_tile_async(copy, rows, sT, num_rows, num_columns);
   } else {
-    copy_tile_by_elements(copy, gT, sT, rows, columns);
+    copy_tile_by_elements(copy, rows, sT, num_rows, num_columns);
   }
 }
 
-// Waits for all but the `kLater` groups that were committed last; a barrier shows the data to the other threads.
+// Waits for all but the last `kLater` committed groups; a barrier then makes the data visible to the other threads.
 template <int kLater>
 __device__ void wait_for_copies() {
   cute::cp_async_wait<kLater>();

@@ -1,4 +1,4 @@
-// The device and the stream of an operator's call, through torch's stable ABI; for operator files, not for kernels.
+// The device and the stream of an operator's call, through torch's stable ABI. For operators, not for kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace vitkernels {
 
-// Makes the device of `t` the current one, as long as this lives.
+// Makes the device of `t` the current one for the lifetime of this object.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
@@ -26,7 +26,7 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// Where the library has no code for the GPU, the message says for which it has.
+// If the library has no code for the GPU, the message names the architectures that it has.
 void check_cuda(const Checker& checker, cudaError_t error);
 
 }  // namespace vitkernels

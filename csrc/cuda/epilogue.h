@@ -1,4 +1,4 @@
-// The way out: results in registers become rows in global memory, through shared memory that nobody reads any more.
+// The epilogue: accumulators become rows in global memory, through shared memory that is free by then.
 #pragma once
 
 #include "cuda/fragments.h"
@@ -6,7 +6,7 @@
 
 namespace vitkernels::cuda {
 
-// rows x columns of `sT` to rows `stride` apart.
+// Copies rows x columns of `sT` to rows `stride` apart.
 template <int kThreads, class Shared, class Element>
 __device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t stride, int rows, int columns,
                                     bool aligned) {
@@ -26,26 +26,26 @@ __device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t s
   }
 }
 
-// Sums (rows,columns) as they are, straight from the registers: of each row a quad of threads writes whole sectors.
-// `coordinates` gives the (row,column) of each in the tile.
-template <class Sums, class Coordinates>
-__device__ void store_sums(const Sums& sums, const Coordinates& coordinates, float* target, int64_t stride, int rows,
-                           int columns) {
+// Stores accumulators (rows,columns) in float32, straight from registers: a quad of threads writes whole sectors of a
+// row. `coordinates` gives the (row,column) of each in the tile.
+template <class Acc, class Coordinates>
+__device__ void store_acc(const Acc& acc, const Coordinates& coordinates, float* target, int64_t stride, int rows,
+                          int columns) {
   CUTE_UNROLL
-  for (int r = 0; r < cute::size<0>(sums); ++r) {
+  for (int r = 0; r < cute::size<0>(acc); ++r) {
     CUTE_UNROLL
-    for (int c = 0; c < cute::size<1>(sums); ++c) {
+    for (int c = 0; c < cute::size<1>(acc); ++c) {
       const int row = cute::get<0>(coordinates(r, c)), column = cute::get<1>(coordinates(r, c));
-      if (row < rows && column < columns) target[row * stride + column] = sums(r, c);
+      if (row < rows && column < columns) target[row * stride + column] = acc(r, c);
     }
   }
 }
 
-// The sums `rC` of a tile, rounded, to `rows` x `columns` elements at `target`, through `sC`.
-template <int kThreads, class Mma, class Sums, class Shared, class Element>
-__device__ void store_tile(const Mma& mma, const Sums& rC, Shared& sC, Element* target, int64_t stride, int rows,
+// Rounds the accumulators `rC` of a tile and stores `rows` x `columns` elements at `target`, through `sC`.
+template <int kThreads, class Mma, class Acc, class Shared, class Element>
+__device__ void store_tile(const Mma& mma, const Acc& rC, Shared& sC, Element* target, int64_t stride, int rows,
                            int columns, bool aligned) {
-  __syncthreads();                                                 // nobody reads what was there before
+  __syncthreads();                                                 // all reads of the tile's previous contents are done
   cute::Tensor tCsC = mma.get_slice(threadIdx.x).partition_C(sC);  // (MMA,MMA_M,MMA_N)
   cute::copy(cute::AutoVectorizingCopy{}, convert<Element>(rC), tCsC);
   __syncthreads();

@@ -1,11 +1,12 @@
-// Products of small matrices in float32 without tensor cores: for what is little work and must not be rounded.
+// Products of small matrices in float32 without tensor cores, where the work is little and operands must not be
+// rounded.
 #pragma once
 
 #include "cuda/launch.h"
 
 namespace vitkernels::cuda {
 
-// A block's tile of a product. The operands are functions of their places: they may be gathered, widened or zero.
+// A block's tile of a product. Operands are functions of their coordinates: they may be gathered, widened or zero.
 struct FloatProduct {
   static constexpr int kRows = 64, kColumns = 64, kDepth = 16, kThreads = 128;
   static constexpr int kRowsOfThread = 8, kColumnsOfThread = 4;
@@ -15,16 +16,16 @@ struct FloatProduct {
     alignas(16) float a[kDepth][kRows + 4], b[kDepth][kColumns + 4];
   };
 
-  float sums[kRowsOfThread][kColumnsOfThread] = {};
+  float acc[kRowsOfThread][kColumnsOfThread] = {};
 
   static __device__ int first_row() { return int(threadIdx.x) / (kColumns / kColumnsOfThread) * kRowsOfThread; }
   static __device__ int first_column() { return int(threadIdx.x) % (kColumns / kColumnsOfThread) * kColumnsOfThread; }
 
-  // sums += the product over kDepth of a(row, depth) and b(depth, column). Where an operand's depth is contiguous in
+  // acc += the product over kDepth of a(row, depth) and b(depth, column). Where an operand's depth is contiguous in
   // memory, neighbouring threads take neighbours in depth.
   template <bool kDepthIsContiguousInA, bool kDepthIsContiguousInB, class A, class B>
   __device__ void add(Shared& shared, A&& a, B&& b) {
-    __syncthreads();  // nobody reads the last operands any more
+    __syncthreads();  // all reads of the previous operands are done
     for (int i = threadIdx.x; i < kDepth * kRows; i += kThreads) {
       const int depth = kDepthIsContiguousInA ? i % kDepth : i / kRows;
       const int row = kDepthIsContiguousInA ? i / kDepth : i % kRows;
@@ -42,7 +43,7 @@ struct FloatProduct {
       for (int r = 0; r < kRowsOfThread; ++r) {
 #pragma unroll
         for (int c = 0; c < kColumnsOfThread; ++c) {
-          sums[r][c] += shared.a[depth][first_row() + r] * shared.b[depth][first_column() + c];
+          acc[r][c] += shared.a[depth][first_row() + r] * shared.b[depth][first_column() + c];
         }
       }
     }
@@ -54,7 +55,7 @@ struct FloatProduct {
 #pragma unroll
     for (int r = 0; r < kRowsOfThread; ++r) {
 #pragma unroll
-      for (int c = 0; c < kColumnsOfThread; ++c) f(first_row() + r, first_column() + c, sums[r][c]);
+      for (int c = 0; c < kColumnsOfThread; ++c) f(first_row() + r, first_column() + c, acc[r][c]);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Results of tensor cores in the registers of a warp: as rows and columns, and as operands of the next product.
+// Accumulator fragments: viewed as rows and columns, and as operands of the next MMA.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -18,8 +18,9 @@ __device__ auto by_rows(Fragment&& fragment) {
                         cute::make_layout(cute::get<0, 0>(divided), cute::get<2>(divided))));  // ((2,MMA_M),(2,MMA_N))
 }
 
-// Sums as the first operand of a product whose depth were their columns. Of 16-bit elements two instructions' columns are
-// one's depth. Of float one's are, in another order: a thread has columns 2 t and 2 t + 1 and is taken to have t and t + 4.
+// A C fragment read as the next MMA's A operand: its N becomes K. With 16-bit elements the N of two instructions make
+// one K. With float the N of one do, permuted: a thread holds columns 2t and 2t + 1, which operand A takes for t and t
+// + 4.
 template <class Fragment>
 __device__ auto as_operand_a(Fragment&& fragment) {
   if constexpr (sizeof(typename std::remove_cvref_t<Fragment>::value_type) == 4) {

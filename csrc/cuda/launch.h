@@ -1,4 +1,4 @@
-// How work is laid out on a grid, and what a launch returns.
+// Launch grids and launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,13 +17,13 @@ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Blocks for `tasks` of which each takes `tasks_per_block`; a kernel goes on in strides of the grid where that is more
-// than a grid can have. A grid without blocks cannot be launched.
+// Blocks for `tasks`, `tasks_per_block` each. Kernels loop in strides of the launch grid, whose size is limited. An
+// empty grid cannot be launched.
 inline unsigned blocks_for(int64_t tasks, int64_t tasks_per_block) {
   return unsigned(std::clamp<int64_t>(ceil_div(tasks, tasks_per_block), 1, kMaxBlocks));
 }
 
-// One thread block for each task. Above 48 KB of shared memory a kernel must be told.
+// One thread block for each task. More than 48 KB of dynamic shared memory need the attribute.
 template <class... Params>
 cudaError_t launch_tasks(void (*kernel)(Params...), int64_t tasks, int threads, int shared_bytes, cudaStream_t stream,
                          const std::type_identity_t<Params>&... params) {
@@ -35,7 +35,7 @@ cudaError_t launch_tasks(void (*kernel)(Params...), int64_t tasks, int threads, 
   return cudaGetLastError();
 }
 
-// Read anew by each call: what follows from it need not stay in registers from before a loop until after it.
+// Read again by each call, so that values derived from it need not stay in registers across a loop.
 __device__ inline int64_t block_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
@@ -44,7 +44,7 @@ __device__ inline int64_t block_index() {
 
 __device__ inline int lane_index() { return int(threadIdx.x) % kWarpSize; }
 
-// Of a grid of one dimension, whose blocks are whole warps.
+// In a one-dimensional launch grid whose blocks are whole warps.
 __device__ inline int64_t warp_of_grid() { return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarpSize; }
 __device__ inline int64_t warps_in_grid() { return int64_t(gridDim.x) * blockDim.x / kWarpSize; }
 

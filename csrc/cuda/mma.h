@@ -1,4 +1,4 @@
-// Products of tiles on tensor cores: operands from shared memory or registers, float sums in registers.
+// Products of tiles on tensor cores: operands in shared memory or registers, float accumulators in registers.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -27,18 +27,18 @@ struct TensorCore<float> {
 template <class Element>
 inline constexpr int kDepthOfStep = 32 / sizeof(Element);
 
-// Warps stacked along the rows of the result. A step takes 16 columns, two instructions wide, so that one ldmatrix of
+// Warps are stacked along M. A step takes 16 columns, two instructions wide, so that one ldmatrix of
 // four matrices feeds it; or 8, where a tile has no more.
 template <class Element, int kWarps, int kColumns = 16>
 struct TileMma
     : cute::TiledMMA<cute::MMA_Atom<typename TensorCore<Element>::Atom>,
                      cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
                      cute::Tile<cute::Int<16 * kWarps>, cute::Int<kColumns>, cute::Int<kDepthOfStep<Element>>>> {
-  // From shared memory to the registers of an operand whose depth is contiguous, 8 rows of 16 bytes a matrix.
+  // From shared memory to an operand fragment whose depth is contiguous: 8 rows of 16 bytes a matrix.
   using CopyA = cute::Copy_Atom<cute::SM75_U32x4_LDSM_N, Element>;
   using CopyB =
       cute::Copy_Atom<std::conditional_t<kColumns == 16, cute::SM75_U32x4_LDSM_N, cute::SM75_U32x2_LDSM_N>, Element>;
-  // Operands whose depth is not contiguous are transposed on their way. ldmatrix does that with 16 bits alone.
+  // Operands whose depth is not contiguous are transposed on the way. ldmatrix does that for 16-bit elements only.
   using CopyTransposedB =
       cute::Copy_Atom<std::conditional_t<sizeof(Element) == 2, cute::SM75_U16x8_LDSM_T, cute::UniversalCopy<Element>>,
                       Element>;
@@ -48,10 +48,10 @@ struct TileMma
   __device__ explicit TileMma(bool allow_tf32) : allow_tf32(allow_tf32) {}
 };
 
-// sums += a b^T for one tile, over the first `depth` columns. `sA` is (rows, depth), `sB` is (columns, depth), both in
+// acc += a b^T for one tile, over the first `depth` columns. `sA` is (rows, depth), `sB` is (columns, depth), both in
 // shared memory and zero behind the depth. A warp has sixteen rows.
-template <class Mma, class Sums, class TileA, class TileB>
-__device__ __forceinline__ void multiply_tile(const Mma& mma, Sums& sums, const TileA& sA, const TileB& sB, int depth) {
+template <class Mma, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void multiply_tile(const Mma& mma, Acc& acc, const TileA& sA, const TileB& sB, int depth) {
   using Element = typename TileA::value_type;
   const auto thread = mma.get_slice(threadIdx.x);
   cute::Tensor rA = cute::make_fragment_like<Element>(thread.partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
@@ -75,13 +75,13 @@ __device__ __forceinline__ void multiply_tile(const Mma& mma, Sums& sums, const 
       const auto a = arithmetic.prepare(rA(cute::_, 0, k));  // (MMA)
       CUTE_UNROLL
       for (int n = 0; n < cute::size<1>(rB); ++n) {
-        arithmetic.multiply_add(mma, a, arithmetic.prepare(rB(cute::_, n, k)), sums(cute::_, 0, n));
+        arithmetic.multiply_add(mma, a, arithmetic.prepare(rB(cute::_, n, k)), acc(cute::_, 0, n));
       }
     }
   });
 }
 
-// (depth,columns) as (columns,depth), the depth in the order in which a thread holds the columns of a product's sums.
+// (depth,columns) as (columns,depth), the depth in the order in which a thread holds the columns of an accumulator.
 template <class TileB>
 __device__ auto transposed(const TileB& sB) {
   constexpr int kDepth = decltype(cute::size<0>(sB))::value, kColumns = decltype(cute::size<1>(sB))::value;
@@ -96,10 +96,10 @@ __device__ auto transposed(const TileB& sB) {
   }
 }
 
-// sums += a b, a in registers (operand A, (MMA,MMA_M,MMA_K)), `sB` (depth, columns) in shared memory; the first `columns`
-// columns only.
-template <class Mma, class Sums, class OperandA, class TileB>
-__device__ __forceinline__ void multiply_operand(const Mma& mma, Sums& sums, const OperandA& rA, const TileB& sB,
+// acc += a b, a in registers (operand A, (MMA,MMA_M,MMA_K)), `sB` (depth, columns) in shared memory; the first
+// `columns` columns only.
+template <class Mma, class Acc, class OperandA, class TileB>
+__device__ __forceinline__ void multiply_operand(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB,
                                                  int columns) {
   using Element = typename TileB::value_type;
   const auto sBt = transposed(sB);  // (columns,depth)
@@ -115,14 +115,14 @@ __device__ __forceinline__ void multiply_operand(const Mma& mma, Sums& sums, con
     CUTE_UNROLL
     for (int k = 0; k < cute::size<2>(rA); ++k) {
       const auto a = arithmetic.prepare(rA(cute::_, 0, k));  // (MMA)
-      // The branch is also what keeps the compiler from loading far more ahead than registers can hold.
+      // The branch also keeps the compiler from hoisting more loads than registers can hold.
       CUTE_UNROLL
       for (int c = 0; c < cute::size<1>(tBrB); ++c) {
         if (c * kColumnsOfCopy >= columns) break;
         cute::copy(atom, tBsB(cute::_, c, k), tBrB(cute::_, c, k));
         CUTE_UNROLL
         for (int n = c * kColumnsOfCopy / 8; n < (c + 1) * kColumnsOfCopy / 8; ++n) {
-          arithmetic.multiply_add(mma, a, arithmetic.prepare(rB(cute::_, n, k)), sums(cute::_, 0, n));
+          arithmetic.multiply_add(mma, a, arithmetic.prepare(rB(cute::_, n, k)), acc(cute::_, 0, n));
         }
       }
     }

@@ -1,4 +1,4 @@
-// Softmax of rows that come in tiles of columns, in the registers of a warp.
+// Online softmax of rows that arrive in tiles of columns, in the registers of a warp.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -10,49 +10,50 @@ namespace vitkernels::cuda {
 
 inline constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// e^(x - offset). The difference first: a mask may hold the lowest finite number, which times log2(e) is none.
+// e^(x - offset). The subtraction comes first: a mask may hold the lowest finite number, which times log2(e) overflows.
 __device__ inline float exp_from(float x, float offset) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"((x - offset) * kLog2e));
   return y;
 }
 
-// Of a row whose exponentials relative to its maximum have this sum. NaN stays NaN.
+// The LSE of a row whose exponentials relative to its maximum add up to `sum`. NaN stays NaN.
 __device__ inline float lse_of(float max, float sum) {
   return sum == 0.0f ? -std::numeric_limits<float>::infinity() : max + log2f(sum) * kLn2;
 }
 
-// The four lanes that share a row of a tensor core's result.
+// Reduces over the four lanes that share a row of an MMA accumulator.
 template <class Combine>
 __device__ float combine_quad(float x, Combine combine) {
   x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
+// The running softmax state of a thread's rows.
 template <int kRows>
 struct OnlineSoftmax {
-  static constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
   float max[kRows], sum[kRows];  // sum: of this thread's columns only, until total()
 
   __device__ OnlineSoftmax() {
     CUTE_UNROLL
-    for (int r = 0; r < kRows; ++r) max[r] = kNothing, sum[r] = 0.0f;
+    for (int r = 0; r < kRows; ++r) max[r] = kMinusInfinity, sum[r] = 0.0f;
   }
 
-  // Logits become exponentials relative to the new maximum; `rescale(row, factor)` brings along what was added up before.
+  // Logits become exponentials relative to the new maximum; `rescale(row, factor)` corrects the accumulators.
   template <class Logits, class Rescale>
   __device__ void exponentiate(Logits& logits, Rescale&& rescale) {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      float largest = max[r];
+      float row_max = max[r];
       CUTE_UNROLL
-      for (int c = 0; c < cute::size<1>(logits); ++c) largest = fmaxf(largest, logits(r, c));
-      largest = combine_quad(largest, [](float a, float b) { return fmaxf(a, b); });
-      // A row that saw nothing yet must not give inf - inf.
-      const float offset = largest == kNothing ? 0.0f : largest;
+      for (int c = 0; c < cute::size<1>(logits); ++c) row_max = fmaxf(row_max, logits(r, c));
+      row_max = combine_quad(row_max, [](float a, float b) { return fmaxf(a, b); });
+      // inf - inf must not arise in a row that has seen no key yet.
+      const float offset = row_max == kMinusInfinity ? 0.0f : row_max;
       const float factor = exp_from(max[r], offset);
-      max[r] = largest;
+      max[r] = row_max;
       sum[r] *= factor;
       rescale(r, factor);
       CUTE_UNROLL

@@ -1,4 +1,4 @@
-// What tensor cores make of the elements of an operand: of float they take eleven significant bits (TF32).
+// The precision of MMA operands: of float, tensor cores read eleven significant bits (TF32).
 #pragma once
 
 #include <cmath>
@@ -7,22 +7,22 @@
 
 namespace vitkernels::cuda {
 
-// Ties away from zero; what is too large becomes infinite. The instruction leaves the 13 bits open that are cut off.
+// Ties away from zero; overflow becomes infinite. The instruction leaves the 13 low bits undefined.
 __device__ inline float round_to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return __uint_as_float(bits & ~0x1fffu);
 }
 
-// Elements of 16 bits: as they are.
+// 16-bit elements, which are exact.
 struct WholeElements {
   template <class Fragment>
   static __device__ Fragment prepare(const Fragment& fragment) {
     return fragment;
   }
-  template <class Mma, class A, class B, class Sums>
-  static __device__ void multiply_add(const Mma& mma, const A& a, const B& b, Sums&& sums) {
-    cute::gemm(mma, a, b, sums);
+  template <class Mma, class A, class B, class Acc>
+  static __device__ void multiply_add(const Mma& mma, const A& a, const B& b, Acc&& acc) {
+    cute::gemm(mma, a, b, acc);
   }
 };
 
@@ -34,13 +34,13 @@ struct RoundedToTf32 {
     for (int i = 0; i < cute::size(fragment); ++i) rounded(i) = round_to_tf32(fragment(i));
     return rounded;
   }
-  template <class Mma, class A, class B, class Sums>
-  static __device__ void multiply_add(const Mma& mma, const A& a, const B& b, Sums&& sums) {
-    cute::gemm(mma, a, b, sums);
+  template <class Mma, class A, class B, class Acc>
+  static __device__ void multiply_add(const Mma& mma, const A& a, const B& b, Acc&& acc) {
+    cute::gemm(mma, a, b, acc);
   }
 };
 
-// An element is the sum of two that tensor cores take, to 23 bits: x y is large large + large small + small large.
+// 3xTF32: an element is the sum of two TF32 numbers, to 23 bits, and x y = large large + large small + small large.
 struct ThreeTimesTf32 {
   template <class Rounded>
   struct Parts {
@@ -56,24 +56,24 @@ struct ThreeTimesTf32 {
     for (int i = 0; i < cute::size(fragment); ++i) {
       const float x = fragment(i), rounded = round_to_tf32(x);
       const bool is_infinite = fabsf(rounded) == std::numeric_limits<float>::infinity();
-      parts.large(i) = is_infinite ? x : rounded;  // of the largest numbers tensor cores cut off what they do not take
+      parts.large(i) = is_infinite ? x : rounded;  // tensor cores truncate the largest numbers
       parts.finite(i) = is_infinite ? 0.0f : rounded;
       parts.small(i) = is_infinite ? 0.0f : round_to_tf32(x - rounded);
     }
     return parts;
   }
 
-  // Tensor cores round sums towards zero, which long ones would show: those are made outside, of sums over one step's
-  // depth (Ootomo and Yokota, 2022, section 3).
-  template <class Mma, class A, class B, class Sums>
-  static __device__ void multiply_add(const Mma& mma, const A& a, const B& b, Sums&& sums) {
-    cute::Tensor step = cute::make_fragment_like(sums);
+  // Tensor cores round accumulators towards zero, a bias that grows with the depth. So they sum one step's depth only,
+  // and the FPU adds the steps (Ootomo and Yokota, 2022, section 3).
+  template <class Mma, class A, class B, class Acc>
+  static __device__ void multiply_add(const Mma& mma, const A& a, const B& b, Acc&& acc) {
+    cute::Tensor step = cute::make_fragment_like(acc);
     cute::clear(step);
     cute::gemm(mma, a.small, b.finite, step);
     cute::gemm(mma, a.finite, b.small, step);
     cute::gemm(mma, a.large, b.large, step);
     CUTE_UNROLL
-    for (int i = 0; i < cute::size(sums); ++i) sums(i) += step(i);
+    for (int i = 0; i < cute::size(acc); ++i) acc(i) += step(i);
   }
 };
 

@@ -1,4 +1,4 @@
-// Which piece of the work a block of threads takes.
+// Which task a thread block takes.
 #pragma once
 
 #include "common/range.h"
@@ -6,7 +6,7 @@
 
 namespace vitkernels::cuda {
 
-// A block's index, taken apart into coordinates: the fastest one first.
+// A block's index, decomposed into coordinates: the fastest-varying one first.
 class TaskIndex {
  public:
   explicit VK_HOST_DEVICE TaskIndex(int64_t index) : rest_(index) {}
@@ -27,7 +27,7 @@ VK_HOST_DEVICE Range tile_of(int64_t index, int64_t size, int64_t count) {
   return intersect({index * size, (index + 1) * size}, {0, count});
 }
 
-// One of `parts` shares of `count` pieces of work.
+// One of `parts` shares of `count` units of work.
 VK_HOST_DEVICE Range part_of(int64_t count, int64_t part, int64_t parts) {
   return {part * count / parts, (part + 1) * count / parts};
 }

@@ -1,4 +1,4 @@
-// Several elements of a tensor at once, widened to the type of the arithmetic and narrowed back.
+// Vectors of elements, widened to the type of the arithmetic and narrowed back.
 #pragma once
 
 #include <cuda_bf16.h>

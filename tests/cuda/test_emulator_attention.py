@@ -29,7 +29,7 @@ def test_hostile_offsets(offsets, of_queries, of_keys, cuda_kernels):
 def test_hostile_offsets_of_split_keys(cuda_kernels):
     """Forward and backward; in float32 parts that are joined."""
     check_packed(packed_call([7, 525], [0, 530], queries=530, keys=530, longest=(515, 512), heads=1))
-    assert {"merge", "sum_splits"} <= set(kernels_of(cuda_kernels))
+    assert {"merge", "sum_parts"} <= set(kernels_of(cuda_kernels))
 
 
 @pytest.mark.parametrize("longest", [(0, 6), (4, 0), (0, 0), (2**31, 2**31)], ids=str)

@@ -1,7 +1,8 @@
-// Gradients of the terms by place on a grid on a GPU: of tables, and of the relative logits.
+// Gradients of the terms by offset on a GPU: of tables, and of the relative logits.
 //
-// A block computes tiles of the logits' gradient again, one after another, and adds each from shared memory to sums that
-// nobody else writes: a thread owns some of the sums and finds the pairs of the tile that belong to each, in order.
+// A block recomputes tiles of the logits' gradient, one after another, and adds each from shared memory to accumulators
+// that no other block writes: a thread owns some of them and visits the pairs of the tile that belong to each, in
+// order.
 
 #include "attention/cuda/gradient_tile.h"
 #include "cuda/parts.h"
@@ -12,15 +13,15 @@ namespace {
 using namespace cuda;
 using namespace cute;
 
-// Tokens of a tile that have a place, counted from the first one on the grid.
+// Tokens of a tile that are on the offset grid, counted from the first one there.
 __device__ Range on_grid(const Grid& grid, Range tokens) {
   return intersect(relative_to(tokens, grid.num_prefix), {0, grid.num_tokens()});
 }
 
-// A block owns a part of the tiles of a head, and a table of its own.
+// A block takes a part of the tiles of a head, and owns a partial table.
 template <class Element>
 struct TableKernel {
-  using Tile = GradientTile<Element>;
+  using Tile = GradientTile<Element, DenseKeys>;
 
   struct Tiles {
     int64_t batch, query_tiles, key_tiles;
@@ -33,10 +34,12 @@ struct TableKernel {
   };
 
   static __device__ void run(const AttentionBackwardCudaParams& p, const TableGradient& table, Element* shared) {
+    const Problem& problem = p.forward.problem;
+    const GridTerms& terms = problem.score.on_grid;
     TaskIndex owner(blockIdx.x);
-    const int64_t head = owner.take(p.heads), part = owner.rest();
-    float* sums = table.sums.data + part * table.sums.stride + head * p.score.on_grid.grid.num_entries();
-    const Tiles tiles(p);
+    const int64_t head = owner.take(problem.heads), part = owner.rest();
+    float* sums = table.sums.part(part) + head * terms.grid.num_entries();
+    const Tiles tiles(problem);
     const Tile tile{p, shared};
     const Range own = part_of(tiles.count(), part, table.sums.count);
     for (int64_t i = own.begin; i < own.end; ++i) {
@@ -44,14 +47,14 @@ struct TableKernel {
       const int64_t key_tile = index.take(tiles.key_tiles), query_tile = index.take(tiles.query_tiles);
       TileTask task;
       if (!Tile::find(p, index.rest(), head, query_tile, key_tile, task)) continue;
-      add(p.score.on_grid, tile.share(tile.gradient(task, table.factor)), task, sums);
+      add(terms, tile.share(tile.gradient(task, table.factor)), task.tile, sums);
     }
   }
 
-  // A thread takes some of the offsets that pairs of the tile have, and goes through the queries.
+  // A thread takes some of the offsets between tokens of the tile, and iterates over the queries.
   template <class Shared>
-  static __device__ void add(const GridTerms& terms, const Shared& sS, const TileTask& task, float* sums) {
-    const Range queries = on_grid(terms.grid, task.rows), keys = on_grid(terms.grid, task.keys);
+  static __device__ void add(const GridTerms& terms, const Shared& sS, const LogitTile& tile, float* sums) {
+    const Range queries = on_grid(terms.grid, tile.queries), keys = on_grid(terms.grid, tile.keys);
     if (queries.empty() || keys.empty()) return;
     const SmallGrid& grid = terms.small;
     int first[kMaxAxes], count[kMaxAxes];
@@ -62,8 +65,8 @@ struct TableKernel {
       count[axis] = int(u.end - 1 - v.begin) - first[axis] + 1;
     }
     const int num_keys = int(keys.end - keys.begin), num_queries = int(queries.end - queries.begin);
-    const int first_row = int(queries.begin + grid.num_prefix - task.rows.begin);
-    const int first_column = int(keys.begin + grid.num_prefix - task.keys.begin);
+    const int first_row = int(queries.begin + grid.num_prefix - tile.queries.begin);
+    const int first_column = int(keys.begin + grid.num_prefix - tile.keys.begin);
     const SmallGrid::Place first_place = grid.place(int(queries.begin));
     for (int i = threadIdx.x; i < count[0] * count[1] * count[2]; i += Tile::kThreads) {
       const int row = i / count[2], width = first[2] + i - row * count[2];
@@ -75,7 +78,7 @@ struct TableKernel {
       for (int r = 0; r < num_queries; ++r, ++key) {
         const bool exists = unsigned(x) < unsigned(grid.size[2]) && unsigned(y) < unsigned(grid.size[1]);
         if (exists && unsigned(key) < unsigned(num_keys)) sum += sS(first_row + r, first_column + key);
-        if (++x == grid.size[2] - width) {  // the next query begins a row of the grid
+        if (++x == grid.size[2] - width) {  // the next query begins a row of the offset grid
           x = -width;
           if (++y == grid.size[1] - height) y = -height;
         }
@@ -85,43 +88,45 @@ struct TableKernel {
   }
 };
 
-// A block owns the rows of a tile of queries.
+// A block owns the rows of a query tile.
 template <class Element>
 struct RelativeLogitsKernel {
-  using Tile = GradientTile<Element>;
+  using Tile = GradientTile<Element, DenseKeys>;
 
   static VK_HOST_DEVICE int64_t query_tiles(const Problem& p) {
     return ceil_div<int64_t>(p.num_queries(), Tile::kQueries);
   }
 
   static __device__ void run(const AttentionBackwardCudaParams& p, float* grads, Element* shared) {
+    const Problem& problem = p.forward.problem;
+    const GridTerms& terms = problem.score.on_grid;
     TaskIndex owner(blockIdx.x);
-    const int64_t query_tile = owner.take(query_tiles(p)), head = owner.take(p.heads), batch = owner.rest();
-    const RelativeLogits& logits = p.score.on_grid.relative;
-    float* sums = grads + batch * logits.batch_stride + head * logits.head_stride;
+    const int64_t query_tile = owner.take(query_tiles(problem)), head = owner.take(problem.heads);
+    const int64_t batch = owner.rest();
+    float* sums = grads + batch * terms.relative.batch_stride + head * terms.relative.head_stride;
     const Tile tile{p, shared};
-    for (int64_t key_tile = 0; key_tile < ceil_div<int64_t>(p.num_keys(), Tile::kKeys); ++key_tile) {
+    for (int64_t key_tile = 0; key_tile < ceil_div<int64_t>(problem.num_keys(), Tile::kKeys); ++key_tile) {
       TileTask task;
       if (!Tile::find(p, batch, head, query_tile, key_tile, task)) continue;
-      add(p.score.on_grid, tile.share(tile.gradient(task, TermFactor::kBias)), task, sums);
+      add(terms, tile.share(tile.gradient(task, TermFactor::kBias)), task.tile, sums);
     }
   }
 
-  // A thread takes some of the queries' sums by a coordinate of the keys, and goes through the keys that have it.
+  // A thread takes some of the pairs (query, coordinate of keys), and iterates over the keys that have the coordinate.
   template <class Shared>
-  static __device__ void add(const GridTerms& terms, const Shared& sS, const TileTask& task, float* sums) {
+  static __device__ void add(const GridTerms& terms, const Shared& sS, const LogitTile& tile, float* sums) {
     const Grid& grid = terms.grid;
-    const Range queries = on_grid(grid, task.rows), keys = on_grid(grid, task.keys);
+    const Range queries = on_grid(grid, tile.queries), keys = on_grid(grid, tile.keys);
     if (queries.empty() || keys.empty()) return;
-    const int first_row = int(queries.begin + grid.num_prefix - task.rows.begin);
-    const int64_t first_key = task.keys.begin - grid.num_prefix;
+    const int first_row = int(queries.begin + grid.num_prefix - tile.queries.begin);
+    const int64_t first_key = tile.keys.begin - grid.num_prefix;
     int64_t inner = 1;  // consecutive tokens with the same coordinate
     for (int axis = kMaxAxes - 1; axis >= 0; inner *= grid.size[axis], --axis) {
       if (!terms.rel_pos[axis].data) continue;
       const Range range = grid.coordinates(axis, keys);
-      const int count = int(range.end - range.begin), num_sums = int(queries.end - queries.begin) * count;
+      const int count = int(range.end - range.begin), num_pairs = int(queries.end - queries.begin) * count;
       const int64_t period = inner * grid.size[axis], first_period = keys.begin / period * period;
-      for (int i = threadIdx.x; i < num_sums; i += Tile::kThreads) {
+      for (int i = threadIdx.x; i < num_pairs; i += Tile::kThreads) {
         const int row = i / count, coordinate = int(range.begin) + i - row * count;
         float sum = 0.0f;
         for (int64_t begin = first_period + coordinate * inner; begin < keys.end; begin += period) {
@@ -135,7 +140,7 @@ struct RelativeLogitsKernel {
 };
 
 template <class Element>
-__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
+__global__ void __launch_bounds__(GradientTile<Element, DenseKeys>::kThreads)
     attention_backward_table(const __grid_constant__ AttentionBackwardCudaParams p,
                              const __grid_constant__ TableGradient table) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -143,7 +148,7 @@ __global__ void __launch_bounds__(GradientTile<Element>::kThreads)
 }
 
 template <class Element>
-__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
+__global__ void __launch_bounds__(GradientTile<Element, DenseKeys>::kThreads)
     relative_logits_backward(const __grid_constant__ AttentionBackwardCudaParams p, float* grads) {
   extern __shared__ __align__(128) unsigned char shared[];
   RelativeLogitsKernel<Element>::run(p, grads, reinterpret_cast<Element*>(shared));
@@ -152,25 +157,27 @@ __global__ void __launch_bounds__(GradientTile<Element>::kThreads)
 }  // namespace
 
 int64_t parts_of_table(const AttentionBackwardCudaParams& p) {
-  return dispatch_element(p.dtype, [&]<class Element>(Element) {
-    return parts_for(p.heads, typename TableKernel<Element>::Tiles(p).count(),
-                     p.heads * p.score.on_grid.grid.num_entries());
+  const Problem& problem = p.forward.problem;
+  return dispatch_element(problem.dtype, [&]<class Element>(Element) {
+    return parts_for(problem.heads, typename TableKernel<Element>::Tiles(problem).count(),
+                     problem.heads * problem.score.on_grid.grid.num_entries());
   });
 }
 
 cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& p, const TableGradient& table,
                                             cudaStream_t stream) {
-  return dispatch_element(p.dtype, [&]<class Element>(Element) {
-    using Tile = GradientTile<Element>;
-    return launch_tasks(attention_backward_table<Element>, p.heads * table.sums.count, Tile::kThreads,
+  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
+    using Tile = GradientTile<Element, DenseKeys>;
+    return launch_tasks(attention_backward_table<Element>, p.forward.problem.heads * table.sums.count, Tile::kThreads,
                         Tile::kSharedBytes, stream, p, table);
   });
 }
 
 cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& p, float* grads, cudaStream_t stream) {
-  return dispatch_element(p.dtype, [&]<class Element>(Element) {
-    using Tile = GradientTile<Element>;
-    const int64_t tasks = RelativeLogitsKernel<Element>::query_tiles(p) * p.heads * p.batch;
+  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
+    using Tile = GradientTile<Element, DenseKeys>;
+    const Problem& problem = p.forward.problem;
+    const int64_t tasks = RelativeLogitsKernel<Element>::query_tiles(problem) * problem.heads * problem.batch;
     return launch_tasks(relative_logits_backward<Element>, tasks, Tile::kThreads, Tile::kSharedBytes, stream, p, grads);
   });
 }

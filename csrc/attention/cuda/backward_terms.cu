@@ -1,9 +1,10 @@
 // Gradients of the score terms on a GPU: biases and multiplier, each in its own broadcast shape, the same bits in every
 // run.
 //
-// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it computes a tile of
-// the logits' gradient again and adds it to sums in shared memory, in order; at the end it adds the rows or columns of
-// that tile which the term does not tell apart. Where few elements serve many pairs, several blocks share them (cuda/parts.h).
+// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it recomputes a
+// tile of the logits' gradient and accumulates it in shared memory, in a fixed order; at the end it reduces the axes of
+// that tile along which the term is broadcast. Where few elements serve many pairs, several blocks share them
+// (cuda/parts.h).
 
 #include "attention/cuda/gradient_tile.h"
 #include "cuda/parts.h"
@@ -14,7 +15,7 @@ namespace {
 using namespace cuda;
 using namespace cute;
 
-// Along one axis: what an element of the term serves, and how many owners there are.
+// One axis: how many owners there are, and how much an element of the term serves.
 struct TermAxis {
   int64_t count;
   bool is_shared;
@@ -26,20 +27,21 @@ struct TermAxis {
 
 template <class Element>
 struct TermKernel {
-  using Tile = GradientTile<Element>;
+  using Tile = GradientTile<Element, DenseKeys>;
   static constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kFloatBytes;
 
   struct Axes {
     TermAxis batch, head, query_tile, key_tile;
 
-    // An element has an owner even where no entry of a packed batch is so long.
+    // An element has an owner even where no sequence of a packed batch is that long.
     VK_HOST_DEVICE Axes(const AttentionCudaParams& p, const ScoreStrides& strides)
-        : batch{p.batch, strides.batch == 0},
-          head{p.heads, strides.head == 0},
-          query_tile{
-              strides.query == 0 ? p.query_tiles(Tile::kQueries) : ceil_div<int64_t>(p.num_queries(), Tile::kQueries),
-              strides.query == 0},
-          key_tile{strides.key == 0 ? p.key_tiles(Tile::kKeys) : ceil_div<int64_t>(p.num_keys(), Tile::kKeys),
+        : batch{p.problem.batch, strides.batch == 0},
+          head{p.problem.heads, strides.head == 0},
+          query_tile{strides.query == 0 ? p.packing.query_tiles(p.problem, Tile::kQueries)
+                                        : ceil_div<int64_t>(p.problem.num_queries(), Tile::kQueries),
+                     strides.query == 0},
+          key_tile{strides.key == 0 ? p.packing.key_tiles(p.problem, Tile::kKeys)
+                                    : ceil_div<int64_t>(p.problem.num_keys(), Tile::kKeys),
                    strides.key == 0} {}
 
     VK_HOST_DEVICE int64_t num_owners() const {
@@ -51,17 +53,18 @@ struct TermKernel {
   };
 
   static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, Element* shared) {
-    const Axes axes(p, term.strides);
+    const Axes axes(p.forward, term.strides);
     TaskIndex owner(blockIdx.x);
     const int64_t part = owner.take(term.sums.count);
     const int64_t own_keys = owner.take(axes.key_tile.num_owners());
     const int64_t own_queries = owner.take(axes.query_tile.num_owners());
     const int64_t own_head = owner.take(axes.head.num_owners()), own_batch = owner.rest();
 
+    const Problem& problem = p.forward.problem;
     const Tile tile{p, shared};
-    Tensor sums = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));  // (queries,keys)
-    Tensor own_sums = tile.mma.get_slice(threadIdx.x).partition_C(sums);       // (MMA,MMA_M,MMA_N)
-    clear(own_sums);
+    Tensor acc = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));  // (queries,keys)
+    Tensor own_acc = tile.mma.get_slice(threadIdx.x).partition_C(acc);        // (MMA,MMA_M,MMA_N)
+    clear(own_acc);
     const Range served = part_of(axes.num_served(), part, term.sums.count);
     for (int64_t i = served.begin; i < served.end; ++i) {
       TaskIndex index(i);
@@ -72,19 +75,20 @@ struct TermKernel {
       if (!Tile::find(p, axes.batch.at(own_batch, index.rest()), head, query_tile, key_tile, task)) continue;
       Tensor grads = tile.gradient(task, term.factor);  // (MMA,MMA_M,MMA_N)
       CUTE_UNROLL
-      for (int j = 0; j < size(grads); ++j) own_sums(j) += grads(j);
+      for (int j = 0; j < size(grads); ++j) own_acc(j) += grads(j);
     }
-    // Where rows or columns are summed, those that do not exist are zero.
-    const Range rows =
-        axes.query_tile.is_shared ? Range{0, Tile::kQueries} : tile_of(own_queries, Tile::kQueries, p.num_queries());
-    const Range keys = axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, p.num_keys());
+    // Where rows or columns are reduced, those that do not exist are zero.
+    const Range rows = axes.query_tile.is_shared ? Range{0, Tile::kQueries}
+                                                 : tile_of(own_queries, Tile::kQueries, problem.num_queries());
+    const Range keys =
+        axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, problem.num_keys());
     __syncthreads();
-    finish(term, sums, term.sums.data + part * term.sums.stride, own_batch, own_head, rows, keys);
+    finish(term, acc, term.sums.part(part), own_batch, own_head, rows, keys);
   }
 
-  // Writes the elements of the tile `rows` x `keys`, or the sums over what has no stride.
-  template <class Sums>
-  static __device__ void finish(const TermGradient& term, const Sums& sums, float* target, int64_t batch, int64_t head,
+  // Writes the elements of the tile `rows` x `keys`, summed over the axes that have no stride.
+  template <class Acc>
+  static __device__ void finish(const TermGradient& term, const Acc& acc, float* target, int64_t batch, int64_t head,
                                 Range rows, Range keys) {
     const int num_rows = int(rows.end - rows.begin), num_keys = int(keys.end - keys.begin);
     const int rows_of_element = term.strides.query == 0 ? num_rows : 1;
@@ -94,7 +98,7 @@ struct TermKernel {
       const int first_row = i / width, first_key = i % width;
       double total = 0.0;
       for (int r = 0; r < rows_of_element; ++r) {
-        for (int c = 0; c < keys_of_element; ++c) total += double(sums(first_row + r, first_key + c));
+        for (int c = 0; c < keys_of_element; ++c) total += double(acc(first_row + r, first_key + c));
       }
       target[term.strides.offset(batch, head, rows.begin + first_row, keys.begin + first_key)] = float(total);
     }
@@ -102,7 +106,7 @@ struct TermKernel {
 };
 
 template <class Element>
-__global__ void __launch_bounds__(GradientTile<Element>::kThreads)
+__global__ void __launch_bounds__(GradientTile<Element, DenseKeys>::kThreads)
     attention_backward_term(const __grid_constant__ AttentionBackwardCudaParams p,
                             const __grid_constant__ TermGradient term) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -112,17 +116,17 @@ __global__ void __launch_bounds__(GradientTile<Element>::kThreads)
 }  // namespace
 
 int64_t parts_of_term(const AttentionBackwardCudaParams& p, const ScoreStrides& strides, int64_t elements) {
-  return dispatch_element(p.dtype, [&]<class Element>(Element) {
-    const typename TermKernel<Element>::Axes axes(p, strides);
+  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
+    const typename TermKernel<Element>::Axes axes(p.forward, strides);
     return parts_for(axes.num_owners(), axes.num_served(), elements);
   });
 }
 
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& p, const TermGradient& term,
                                            cudaStream_t stream) {
-  return dispatch_element(p.dtype, [&]<class Element>(Element) {
-    const typename TermKernel<Element>::Axes axes(p, term.strides);
-    using Tile = GradientTile<Element>;
+  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
+    const typename TermKernel<Element>::Axes axes(p.forward, term.strides);
+    using Tile = GradientTile<Element, DenseKeys>;
     return launch_tasks(attention_backward_term<Element>, axes.num_owners() * term.sums.count, Tile::kThreads,
                         TermKernel<Element>::kSharedBytes, stream, p, term);
   });

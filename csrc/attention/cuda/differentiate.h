@@ -1,5 +1,5 @@
-// What every backward kernel shares: a tile's operands on their way to shared memory, and the way from logits and the
-// gradient of P to P and the gradient of the logits, in the registers of a warp.
+// What the backward kernels share: copies of operand tiles to shared memory, and the step from logits and the gradient
+// of P to P and the gradient of the logits, in the registers of a warp.
 #pragma once
 
 #include "attention/cuda/score.h"
@@ -13,7 +13,7 @@ namespace vitkernels::cuda {
 
 constexpr Side other_side(Side side) { return side == Side::kKeys ? Side::kQueries : Side::kKeys; }
 
-// Tokens of an entry, for a query head and the kv head that it reads.
+// Tokens of a sequence, for a query head and the kv head that it reads.
 struct TokensOfHead {
   const Sequence& sequence;
   int64_t batch, head, kv_head;
@@ -25,7 +25,7 @@ struct TokensOfHead {
   }
 };
 
-// kRows tokens of both tensors of a side in shared memory, one behind the other.
+// kRows tokens of both tensors of a side in shared memory, one after the other.
 template <class Element, int kRows, int kDim>
 struct SharedPair {
   using Tile = SharedTile<Element, kRows, kDim>;
@@ -33,7 +33,7 @@ struct SharedPair {
 
   Element* data;
 
-  // `column` begins a whole number of the tile's chunks: those lie one behind the other.
+  // `column` is a multiple of the tile's swizzled columns, which are contiguous.
   template <int kPart = kDim>
   __device__ auto part(int index, int column = 0) const {
     return cute::make_tensor(cute::make_smem_ptr(data + index * int{Tile::kElements} + column * kRows),
@@ -42,45 +42,46 @@ struct SharedPair {
   __device__ auto first() const { return part(0); }
   __device__ auto second() const { return part(1); }
 
-  // Starts the copy of an entry's tokens, of the values the columns from `column` on.
+  // Starts the copy of the tokens, of the values the columns from `column` on.
   template <Side kSide, class Copy>
   __device__ void copy(const AttentionBackwardCudaParams& p, const TokensOfHead& of, int column = 0) const {
     constexpr bool kQueries = kSide == Side::kQueries;
-    start_tile<Copy>(first(), kQueries ? p.query : p.key, of.batch, kQueries ? of.head : of.kv_head,
-                     of.template in_tensor<kSide>(), 0, int(p.head_dim));
+    const Problem& problem = p.forward.problem;
+    start_tile<Copy>(first(), kQueries ? problem.query : problem.key, of.batch, kQueries ? of.head : of.kv_head,
+                     of.template in_tensor<kSide>(), 0, int(problem.head_dim));
     copy_values<kSide, Copy>(p, of, column);
   }
 
-  // Those of the values alone. A kernel that has no use for them is not given any.
+  // The values alone. A launch that does not need them has none.
   template <Side kSide, class Copy>
   __device__ void copy_values(const AttentionBackwardCudaParams& p, const TokensOfHead& of, int column) const {
     constexpr bool kQueries = kSide == Side::kQueries;
     const TokenTensor& values = kQueries ? p.query_value : p.key_value;
     if (values.data) {
       start_tile<Copy>(second(), values, of.batch, kQueries || p.key_value_has_query_heads ? of.head : of.kv_head,
-                       of.template in_tensor<kSide>(), column, min(int(p.value_dim) - column, kDim));
+                       of.template in_tensor<kSide>(), column, min(int(p.forward.problem.value_dim) - column, kDim));
     }
     commit_copies();
   }
 };
 
-// grads += the product of both sides' values. Where the tiles hold some of the columns only, all of them pass through, the
-// first ones last, so that these stay. `is_stale`: the owner's are of another head.
+// grads += the product of both sides' values. Where tiles hold only some of the columns, blocks of columns pass through
+// them, the first block last, so that it stays. `is_stale`: the owner's values in shared memory are of another head.
 template <Side kOwner, class Copy, class Mma, class Grads, class Owned, class Streamed>
 __device__ void multiply_values(const Mma& mma, Grads& grads, const AttentionBackwardCudaParams& p, const Owned& owned,
                                 const TokensOfHead& of_owner, const Streamed& streamed, const TokensOfHead& of_other,
                                 bool is_stale) {
   constexpr int kDim = Owned::kColumns;
-  const int last = (int(p.value_dim) - 1) / kDim * kDim;
+  const int value_dim = int(p.forward.problem.value_dim), last = (value_dim - 1) / kDim * kDim;
   for (int column = last; column >= 0; column -= kDim) {
     if (last > 0 || is_stale) {
-      __syncthreads();  // nobody reads what was there before
+      __syncthreads();  // all reads of the previous columns are done
       owned.template copy_values<kOwner, Copy>(p, of_owner, column);
       streamed.template copy_values<other_side(kOwner), Copy>(p, of_other, column);
       wait_for_copies<0>();
       __syncthreads();
     }
-    multiply_tile(mma, grads, owned.second(), streamed.second(), min(int(p.value_dim) - column, kDim));
+    multiply_tile(mma, grads, owned.second(), streamed.second(), min(value_dim - column, kDim));
   }
 }
 
@@ -94,7 +95,7 @@ __device__ auto queries_by_keys(Rows&& rows) {
   }
 }
 
-// For a thread, the (query,key) of each sum of a tile of kRows x kColumns, as (queries,keys).
+// The (query,key) of each of a thread's accumulators of a tile of kRows x kColumns, as (queries,keys).
 template <Side kRowsAre, int kRows, int kColumns, class Mma>
 __device__ auto coordinates_of(const Mma& mma) {
   const auto thread = mma.get_slice(threadIdx.x);
@@ -111,20 +112,19 @@ __device__ auto coordinates_of(const Mma& mma) {
 // `logits` and `grads`, the gradient of P, both (queries,keys), become P and P * (dP - delta), weighted if kWeighted.
 template <bool kWeighted, class Logits, class Grads, class Coordinates>
 __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& coordinates,
-                              const AttentionBackwardCudaParams& p, const Sequence& sequence, int64_t batch,
-                              int64_t head, Range rows) {
+                              const AttentionBackwardCudaParams& p, const Sequence& sequence, const LogitTile& tile) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   CUTE_UNROLL
   for (int r = 0; r < cute::size<0>(logits); ++r) {
-    const int64_t query = rows.begin + cute::get<0>(coordinates(r, 0));
-    // A query that does not exist, or saw no key, has probabilities of zero.
+    const int64_t query = tile.queries.begin + cute::get<0>(coordinates(r, 0));
+    // A query that does not exist, or saw no key, has zero probabilities.
     float offset = kInfinity, delta = 0.0f, weight = 1.0f;
-    if (query < rows.end) {
-      const int64_t row = (sequence.first_row + query) * p.heads + head;
-      const float lse = static_cast<const float*>(p.lse)[row];
+    if (query < tile.queries.end) {
+      const int64_t row = (sequence.first_row + query) * p.forward.problem.heads + tile.head;
+      const float lse = p.forward.lse[row];
       offset = lse == -kInfinity ? kInfinity : lse;
       if (p.delta) delta = p.delta[row];
-      if (kWeighted) weight = p.weight(batch, query, head);
+      if (kWeighted) weight = p.weight(tile.batch, query, tile.head);
     }
     CUTE_UNROLL
     for (int c = 0; c < cute::size<1>(logits); ++c) logits(r, c) = exp_from(logits(r, c), offset);
@@ -140,10 +140,10 @@ __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& c
 // The gradient of the logits becomes that of the scaled products: times `factor` and the multipliers.
 template <class Grads, class Coordinates>
 __device__ void multiply_grads(Grads& grads, const Coordinates& coordinates, const Score& score, float factor,
-                               int64_t batch, int64_t head, Range rows, Range keys) {
+                               const LogitTile& tile) {
   CUTE_UNROLL
   for (int i = 0; i < cute::size(grads); ++i) grads(i) *= factor;
-  multiply_by_terms(grads, coordinates, score, {batch, head, rows, keys});
+  multiply_by_terms(grads, coordinates, score, tile);
 }
 
 }  // namespace vitkernels::cuda

@@ -1,4 +1,4 @@
-// Joining attention results over disjoint sets of keys on a GPU: a warp takes a row, its lanes the columns.
+// Merges attention results over disjoint sets of keys on a GPU: a warp takes a row, its lanes the columns.
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +15,7 @@ using namespace cuda;
 
 constexpr int kWarps = 4;  // of a block
 
-// MergeParams with the lists of pointers inside: a kernel cannot read those of the host.
+// MergeParams with the lists of pointers by value: a kernel cannot read host memory.
 struct MergeKernelParams {
   int32_t parts;
   int64_t rows, dim;
@@ -52,8 +52,8 @@ struct MergeKernelParams {
   }
 };
 
-// The weight of part p is sum_p exp(max_p - max) over the sum of these. It is not exp(lse_p - lse): a large lse is rounded
-// by more than the logarithm of that sum, and the weights would not add up to one. NaN stays NaN.
+// The weight of part p is sum_p exp(max_p - max) over the sum of these. It is not exp(lse_p - lse): a large lse is
+// rounded by more than the logarithm of that sum, and the weights would not add up to one. NaN stays NaN.
 template <class T>
 class PartWeights {
  public:

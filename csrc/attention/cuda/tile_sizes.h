@@ -6,8 +6,9 @@
 
 namespace vitkernels {
 
-// A block of threads takes `queries` queries of one head, sixteen a warp, and goes through the keys in tiles.
-struct ForwardTile {
+// A thread block takes a tile of `queries` queries of one head, sixteen a warp, and iterates over KV tiles of `keys`
+// keys.
+struct ForwardTileShape {
   int queries, keys, warps;
 
   constexpr int threads() const { return warps * 32; }
@@ -15,9 +16,9 @@ struct ForwardTile {
   constexpr int shared_bytes(int dim, int element_bytes) const { return (queries + 2 * keys) * dim * element_bytes; }
 };
 
-// By the padded head dimension; elements of two bytes, or four. All fit into the 99 KB of consumer GPUs. Not measured on
-// a GPU yet.
-constexpr ForwardTile forward_tile(int dim, int element_bytes) {
+// By the padded head dimension, for elements of two or four bytes. All fit into the 99 KB of shared memory of consumer
+// GPUs. Not measured on a GPU yet.
+constexpr ForwardTileShape forward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
   if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};                 // 16 KB, 32 KB; 128 keys spill
   if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};                 // 32 KB, 64 KB
@@ -25,11 +26,12 @@ constexpr ForwardTile forward_tile(int dim, int element_bytes) {
   return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB
 }
 
-// A block of threads owns keys (or queries), sixteen a warp, and goes through the queries (or keys) in tiles of which one
-// arrives while the other is multiplied.
-struct BackwardTile {
+// A thread block owns a tile of keys (or queries), sixteen a warp, and streams tiles of queries (or keys) past it, in
+// two stages.
+struct BackwardTileShape {
   int owned, streamed, warps;
-  int columns;  // of the gradients of keys and values that fit into registers together
+  int columns;         // of the accumulators of both dK and dV: what fits into registers
+  int min_blocks = 1;  // of a multiprocessor, which bounds the registers
 
   constexpr int threads() const { return warps * 32; }
   // Two tensors of each: keys and values, queries and output gradients. A gradient of the score terms needs one stage.
@@ -38,27 +40,29 @@ struct BackwardTile {
   }
 };
 
-// As forward_tile. The worst is float above 128 columns: two warps a block, which has all the shared memory there is, and
-// eight tokens a tile. Some kernels spill, up to 240 bytes (docs/cuda_report.md). Tried and left: sixteen streamed tokens
-// at 128 columns of 16 bits, which spill nothing but have twice the barriers; launch bounds of one block at 32 columns,
-// which spill nothing but take 184 registers for 168, two blocks of a multiprocessor's three; and the task computed again
-// for the stores, which spills more. Not measured on a GPU yet.
-constexpr BackwardTile backward_tile(int dim, int element_bytes) {
+// As forward_tile. The worst case is float above 128 columns: two warps a block, which takes all shared memory, and
+// eight streamed tokens a tile. Some kernels spill, up to 240 bytes (docs/cuda_report.md). Rejected: sixteen streamed
+// tokens at 128 columns of 16 bits (no spills, but twice the barriers); two blocks a multiprocessor instead of three at
+// 32 columns (no spills, but 184 registers instead of 168); recomputing the task for the stores (more spills). Not
+// measured on a GPU yet.
+constexpr BackwardTileShape backward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
-  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32};                   // 16 KB, 32 KB
-  if (dim <= 64) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64};                   // 32 KB, 64 KB
-  if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 32, .warps = 4, .columns = 128};  // 64 KB, 96 KB
-  if (is_wide) return {.owned = 32, .streamed = 8, .warps = 2, .columns = 128};                     // 96 KB
-  return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                                 // 96 KB
+  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32, .min_blocks = 3};  // 16 KB, 32 KB
+  if (dim <= 64)
+    return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64, .min_blocks = is_wide ? 2 : 1};  // 32 KB, 64 KB
+  if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 32, .warps = 4, .columns = 128};   // 64 KB, 96 KB
+  if (is_wide) return {.owned = 32, .streamed = 8, .warps = 2, .columns = 128};                      // 96 KB
+  return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                                  // 96 KB
 }
 
-// Into how many ranges the tokens are split that stream past a kernel's blocks. By shapes alone, whatever the GPU: so many
-// blocks keep a large one busy, and fewer tokens are not worth the sums in memory. Not measured on a GPU yet.
-inline constexpr int64_t kBlocksOfLargeGpu = 256, kLeastTokensOfSplit = 256;
+// The number of splits of the tokens that stream past a kernel's blocks. It depends on shapes alone, not on the GPU, so
+// that results do not either: so many blocks keep a large GPU busy, and splits of fewer tokens are not worth their
+// partial sums in memory. Not measured on a GPU yet.
+inline constexpr int64_t kBlocksOfLargeGpu = 256, kMinTokensPerSplit = 256;
 
 constexpr int64_t splits_of(int64_t blocks, int64_t tokens) {
   if (blocks == 0) return 1;
-  return std::max<int64_t>(1, std::min(kBlocksOfLargeGpu / blocks, tokens / kLeastTokensOfSplit));
+  return std::max<int64_t>(1, std::min(kBlocksOfLargeGpu / blocks, tokens / kMinTokensPerSplit));
 }
 
 }  // namespace vitkernels

@@ -1,4 +1,4 @@
-// Tiles of token tensors, and the kernel instance that takes their elements and head dimension.
+// Rows of token tensors, and the kernel instance for their dtype and head dimension.
 #pragma once
 
 #include <algorithm>
@@ -9,26 +9,23 @@
 
 namespace vitkernels::cuda {
 
-// kRows tokens of one head from `first` on, kColumns of their columns from `column` on.
-template <class Element, int kRows, int kColumns>
-__device__ auto token_tile(const TokenTensor& t, int64_t batch, int64_t first, int64_t head, int64_t column) {
-  const Element* data = t.at<const Element>(batch, first, head) + column;
-  return cute::make_tensor(cute::make_gmem_ptr(data),
-                           cute::make_layout(cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{},
-                                             cute::make_stride(t.token_stride, cute::_1{})));  // (rows,columns)
+// The rows of one head's tokens from `first` on, and their columns from `column` on.
+template <class Element>
+__device__ StridedRows<Element> rows_of(const TokenTensor& t, int64_t batch, int64_t first, int64_t head,
+                                        int64_t column) {
+  return {t.at<const Element>(batch, first, head) + column, t.token_stride, t.is_aligned};
 }
 
-// Starts the copy of a tile's `tokens` and its columns from `column` on; those that do not exist become zero.
+// Starts the copy of `tokens` and their columns from `column` on to a tile, which is zero past them.
 template <class Copy, class Shared>
 __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch, int64_t head, Range tokens,
                            int64_t column, int columns) {
   using Element = typename Shared::value_type;
-  constexpr int kRows = decltype(cute::size<0>(sT))::value, kColumns = decltype(cute::size<1>(sT))::value;
-  copy_tile(Copy{}, token_tile<Element, kRows, kColumns>(t, batch, tokens.begin, head, column), sT,
-            int(tokens.end - tokens.begin), columns, t.is_aligned);
+  copy_tile(Copy{}, rows_of<Element>(t, batch, tokens.begin, head, column), sT, int(tokens.end - tokens.begin),
+            columns);
 }
 
-// Calls f(token) for those of an entry's slot that its sequence does not cover; the threads of the block share them.
+// Calls f(token) for those of a sequence's slot that it does not cover; the threads of the block share them.
 template <class Function>
 __device__ void for_uncovered(Range slot, Range covered, Function&& f) {
   const auto share = [&](Range tokens) {

@@ -41,16 +41,13 @@ DevicePolicy device_policy() {
 }
 
 void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params) {
-  args.fill(params);
-  params.allow_tf32 = args.allow_tf32;
+  args.fill(params.problem);
   params.out = token_tensor(out);
-  params.lse = const_cast<void*>(lse.const_data_ptr());
-  if (args.head_map) params.head_map = integers(*args.head_map);
+  params.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  params.allow_tf32 = args.allow_tf32;
+  if (args.head_map) params.head_map.kv_head_of = integers(*args.head_map);
   if (!args.cu_seqlens_q) return;
-  params.cu_seqlens_q = integers(*args.cu_seqlens_q);
-  params.cu_seqlens_k = integers(*args.cu_seqlens_k);
-  params.packed_queries = args.query.size(0);
-  params.packed_keys = args.key.size(0);
+  params.packing = {integers(*args.cu_seqlens_q), integers(*args.cu_seqlens_k), args.query.size(0), args.key.size(0)};
 }
 
 }  // namespace vitkernels

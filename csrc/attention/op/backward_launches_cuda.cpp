@@ -1,6 +1,6 @@
 #include "attention/op/backward_launches_cuda.h"
 
-#include "attention/op/sums_in_parts_cuda.h"
+#include "attention/op/partial_sums_cuda.h"
 
 namespace vitkernels {
 
@@ -17,27 +17,28 @@ Tensor BackwardLaunches::gradient_of(const Tensor& t) const {
 OptionalTensor BackwardLaunches::sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,
                                      const Tensor* probs, bool needs_dots) const {
   if (is_empty_) return {};
-  OwnedSums sums;
-  if (logit_grads) sums.logit_grads = {.tensor = token_tensor(*logit_grads), .size = logit_grads->numel()};
-  if (probs) sums.probs = {.tensor = token_tensor(*probs), .size = probs->numel()};
-  sums.splits = attention_backward_splits(params, sums, owner);
-  const auto floats = [&](std::vector<int64_t> sizes) { return empty_as(args_.query, sizes, ScalarType::Float); };
-  const int64_t splits = sums.splits > 1 ? sums.splits : 0;
-  const Tensor logit_parts = floats({splits, sums.logit_grads.size}), prob_parts = floats({splits, sums.probs.size});
-  if (splits > 0) {
-    if (logit_grads) sums.logit_grads.parts = static_cast<float*>(logit_parts.mutable_data_ptr());
-    if (probs) sums.probs.parts = static_cast<float*>(prob_parts.mutable_data_ptr());
-  }
+  OwnedGrads grads;
+  if (logit_grads) grads.logit_grads = token_tensor(*logit_grads);
+  if (probs) grads.probs = token_tensor(*probs);
+  grads.splits = attention_backward_splits(params, grads, owner);
+  std::vector<PartialSumsOwner> owners;
+  const auto parts_of = [&](const Tensor* grad) {
+    return grad ? owners.emplace_back(*grad, grads.splits, grad->numel()).parts() : PartialSums{};
+  };
+  grads.logit_grad_parts = parts_of(logit_grads), grads.prob_parts = parts_of(probs);
   OptionalTensor dots;
   if (needs_dots) {
-    dots = floats({attention_backward_dot_parts(params, sums), params.num_rows(), params.heads});
-    sums.dots = static_cast<float*>(dots->mutable_data_ptr());
+    const int64_t parts = attention_backward_dot_parts(params, grads), rows = params.forward.num_rows();
+    dots = empty_as(args_.query, {parts, rows, args_.heads}, ScalarType::Float);
+    grads.dots = dots_of(*dots);
   }
-  check(launch_attention_backward(params, sums, owner, stream()));
-  for (const SumTarget& target : {sums.logit_grads, sums.probs}) {
-    if (target.parts) check(launch_sum_splits(target, splits, params.dtype, stream()));
-  }
+  check(launch_attention_backward(params, grads, owner, stream()));
+  for (const PartialSumsOwner& sums : owners) check(sums.add(args_.dtype, stream()));
   return dots;
+}
+
+PartialSums BackwardLaunches::dots_of(const Tensor& dots) {
+  return {static_cast<float*>(dots.mutable_data_ptr()), dots.size(0), dots.size(1) * dots.size(2)};
 }
 
 ScoreFields<OptionalTensor> BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& params,
@@ -47,17 +48,17 @@ ScoreFields<OptionalTensor> BackwardLaunches::sum_queries(const AttentionBackwar
   const OptionalTensor dots = sum(params, Side::kQueries, &grad_query, nullptr, needed_.head_scale);
   if (needed_.head_scale) grads.head_scale = gradient_of(*given.head_scale);
   if (dots) {
-    check(launch_sum_rows({.rows = static_cast<const float*>(dots->const_data_ptr()),
-                           .parts = dots->size(0),
-                           .batch = params.is_packed() ? 1 : params.batch,
-                           .queries = params.is_packed() ? params.packed_queries : params.num_queries(),
-                           .heads = params.heads,
-                           .weight = params.query_weight,
-                           .weight_strides = params.weight_strides,
-                           .factor = params.score.scale,
-                           .strides = {.head = 1},
-                           .sums = static_cast<float*>(grads.head_scale->mutable_data_ptr())},
-                          stream()));
+    const int64_t batch = params.forward.packing ? 1 : args_.batch;
+    check(launch_row_reduction({.rows = dots_of(*dots),
+                                .batch = batch,
+                                .queries = params.forward.num_rows() / batch,
+                                .heads = args_.heads,
+                                .weight = params.query_weight,
+                                .weight_strides = params.weight_strides,
+                                .factor = params.forward.problem.score.scale,
+                                .strides = {.head = 1},
+                                .out = static_cast<float*>(grads.head_scale->mutable_data_ptr())},
+                               stream()));
   }
   if (needed_.bias) grads.bias = term(params, *given.bias, TermFactor::kBias, 4);
   if (needed_.key_bias) grads.key_bias = term(params, *given.key_bias, TermFactor::kBias, 3);
@@ -69,10 +70,9 @@ Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const T
                               int64_t rank) const {
   if (is_empty_) return gradient_of(tensor);
   const ScoreStrides strides = score_strides(tensor, rank, true);
-  const SumsInParts sums(tensor, parts_of_term(params, strides, tensor.numel()), tensor.numel(),
-                         SumsInParts::Start::kAnything);
+  const PartialSumsOwner sums(gradient_of(tensor), parts_of_term(params, strides, tensor.numel()), tensor.numel());
   check(launch_attention_backward_term(params, {factor, strides, sums.sums()}, stream()));
-  check(sums.add(stream()));
+  check(sums.add(DType::kFloat32, stream()));
   return sums.gradient();
 }
 

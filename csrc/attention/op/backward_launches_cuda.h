@@ -21,6 +21,7 @@ class BackwardLaunches {
   // Sums for each token of a side; what is null is not wanted. Returns the dots, if asked for: [parts, rows, heads].
   OptionalTensor sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,
                      const Tensor* probs, bool needs_dots = false) const;
+  static PartialSums dots_of(const Tensor& dots);
   // dQ and the gradients of all terms but those by offset.
   ScoreFields<OptionalTensor> sum_queries(const AttentionBackwardCudaParams& params, const Tensor& grad_query) const;
 

@@ -44,14 +44,14 @@ void attention_backward(Call& call) {
   const Tensor value = launches.gradient_of(args.value);
 
   AttentionBackwardCudaParams params;
-  fill_on_device(args, from.out, from.lse, params);
+  fill_on_device(args, from.out, from.lse, params.forward);
   params.query_value = token_tensor(from.grad_out);
-  params.key_value = params.value;
+  params.key_value = params.forward.problem.value;
   params.grad_lse = from.grad_lse ? static_cast<const float*>(from.grad_lse->const_data_ptr()) : nullptr;
   params.delta = static_cast<float*>(delta.mutable_data_ptr());
   OptionalTensor relative_logits;
   if (!launches.is_empty()) {
-    relative_logits = launch_relative_logits(call.checker, args, params, launches.stream());
+    relative_logits = launch_relative_logits(call.checker, args, params.forward, launches.stream());
     launches.check(launch_attention_backward_delta(params, launches.stream()));
   }
   const GridGradientsOnDevice on_grid(launches, args, from.needed, params);

@@ -14,17 +14,17 @@ auto dispatch_launches(DType dtype, Function&& f) {
   return f(AttentionLaunches<DType::kFloat16>{});
 }
 
-cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
-  const int64_t rows = p.num_rows() * p.heads;
+cudaError_t merge_splits(const AttentionCudaParams& p, cudaStream_t stream) {
+  const int64_t rows = p.num_rows() * p.problem.heads, dim = p.problem.value_dim;
   const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
   for (int64_t split = 0; split < p.splits; ++split) {
-    outs[split] = p.split_out + split * rows * p.value_dim;
+    outs[split] = p.split_out + split * rows * dim;
     lses[split] = p.split_max + split * rows;
   }
-  return launch_merge_attentions({.out_dtype = p.dtype,
+  return launch_merge_attentions({.out_dtype = p.problem.dtype,
                                   .parts = p.splits,
                                   .rows = rows,
-                                  .dim = p.value_dim,
+                                  .dim = dim,
                                   .outs = outs,
                                   .lses = lses,
                                   .sums = p.split_sum,
@@ -37,29 +37,30 @@ cudaError_t join_splits(const AttentionCudaParams& p, cudaStream_t stream) {
 
 int64_t attention_key_splits(const AttentionCudaParams& p) {
   const int64_t blocks =
-      dispatch_launches(p.dtype, [&]<class Launches>(Launches) { return Launches::forward_blocks(p); });
-  return std::min(splits_of(blocks, p.key_tiles(1)), kMaxMergeParts);
+      dispatch_launches(p.problem.dtype, [&]<class Launches>(Launches) { return Launches::forward_blocks(p); });
+  return std::min(splits_of(blocks, p.packing.key_tiles(p.problem, 1)), kMaxMergeParts);
 }
 
 cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
   const cudaError_t error =
-      dispatch_launches(p.dtype, [&]<class Launches>(Launches) { return Launches::forward(p, stream); });
-  return error != cudaSuccess || p.splits == 1 ? error : join_splits(p, stream);
+      dispatch_launches(p.problem.dtype, [&]<class Launches>(Launches) { return Launches::forward(p, stream); });
+  return error != cudaSuccess || p.splits == 1 ? error : merge_splits(p, stream);
 }
 
-int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner) {
-  return dispatch_launches(p.dtype,
-                           [&]<class Launches>(Launches) { return Launches::backward_splits(p, sums, owner); });
+int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner) {
+  return dispatch_launches(p.forward.problem.dtype,
+                           [&]<class Launches>(Launches) { return Launches::backward_splits(p, grads, owner); });
 }
 
-int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedSums& sums) {
-  return dispatch_launches(p.dtype, [&]<class Launches>(Launches) { return Launches::backward_dot_parts(p, sums); });
+int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const OwnedGrads& grads) {
+  return dispatch_launches(p.forward.problem.dtype,
+                           [&]<class Launches>(Launches) { return Launches::backward_dot_parts(p, grads); });
 }
 
-cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedSums& sums, Side owner,
+cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner,
                                       cudaStream_t stream) {
-  return dispatch_launches(p.dtype,
-                           [&]<class Launches>(Launches) { return Launches::backward(p, sums, owner, stream); });
+  return dispatch_launches(p.forward.problem.dtype,
+                           [&]<class Launches>(Launches) { return Launches::backward(p, grads, owner, stream); });
 }
 
 }  // namespace vitkernels

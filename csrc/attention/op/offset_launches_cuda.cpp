@@ -1,14 +1,12 @@
 #include "attention/op/offset_launches_cuda.h"
 
-#include "attention/op/sums_in_parts_cuda.h"
+#include "attention/op/partial_sums_cuda.h"
 
 namespace vitkernels {
 
-using Start = SumsInParts::Start;
-
 OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArguments& args,
                                       AttentionCudaParams& params, cudaStream_t stream) {
-  const GridTerms& terms = params.score.on_grid;
+  const GridTerms& terms = params.problem.score.on_grid;
   if (!terms.has_rel_pos()) return {};
   RelativeLogits relative;
   for (int axis = 0; axis < kMaxAxes; ++axis) {
@@ -19,7 +17,7 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
   relative.batch_stride = args.heads * relative.head_stride;
   const Tensor logits = empty_as(args.query, {args.batch, relative.batch_stride}, ScalarType::Float);
   relative.data = static_cast<const float*>(logits.const_data_ptr());
-  params.score.on_grid.relative = relative;
+  params.problem.score.on_grid.relative = relative;
   check_cuda(checker, launch_relative_logits(params, static_cast<float*>(logits.mutable_data_ptr()), stream));
   return logits;
 }
@@ -27,7 +25,7 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
 GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
                                              const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params)
     : launches_(launches), args_(args), needed_(needed) {
-  const GridTerms& terms = params.score.on_grid;
+  const GridTerms& terms = params.forward.problem.score.on_grid;
   if (!terms.has_rel_pos() || launches.is_empty()) return;
   relative_grads_ = zeros_as(args.query, {args.batch, terms.relative.batch_stride}, ScalarType::Float);
   relative_grad_query_ =
@@ -54,21 +52,23 @@ void GridGradientsOnDevice::compute(const AttentionBackwardCudaParams& params,
 Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, const Tensor& given,
                                     TermFactor factor) const {
   if (launches_.is_empty()) return launches_.gradient_of(given);
-  const SumsInParts sums(given, parts_of_table(params), args_.heads * params.score.on_grid.grid.num_entries(),
-                         Start::kZero);
+  const int64_t entries = params.forward.problem.score.on_grid.grid.num_entries();
+  const PartialSumsOwner sums(zeros_as(given, sizes_of(given), ScalarType::Float), parts_of_table(params),
+                              args_.heads * entries, PartialSumsOwner::Start::kZero);
   launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));
-  launches_.check(sums.add(launches_.stream()));
+  launches_.check(sums.add(DType::kFloat32, launches_.stream()));
   return sums.gradient();
 }
 
 Tensor GridGradientsOnDevice::embedding(const AttentionBackwardCudaParams& params, int axis) const {
   const Tensor& given = *args_.on_grid.from.rel_pos[axis];
   if (launches_.is_empty()) return launches_.gradient_of(given);
-  const SumsInParts sums(given, parts_of_embedding(params, axis),
-                         args_.heads * params.score.on_grid.grid.num_offsets(axis) * args_.head_dim, Start::kAnything);
+  const int64_t offsets = params.forward.problem.score.on_grid.grid.num_offsets(axis);
+  const PartialSumsOwner sums(launches_.gradient_of(given), parts_of_embedding(params, axis),
+                              args_.heads * offsets * args_.head_dim);
   const float* grads = static_cast<const float*>(relative_grads_->const_data_ptr());
   launches_.check(launch_relative_grad_embedding(params, {axis, grads, sums.sums()}, launches_.stream()));
-  launches_.check(sums.add(launches_.stream()));
+  launches_.check(sums.add(DType::kFloat32, launches_.stream()));
   return sums.gradient();
 }
 

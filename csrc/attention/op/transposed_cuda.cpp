@@ -8,8 +8,8 @@ namespace {
 // A backward whose values are the queries'; `out_gradient` is null in the forward.
 AttentionBackwardCudaParams params_of(const TransposedArguments& args, const Tensor* out_gradient) {
   AttentionBackwardCudaParams params;
-  fill_on_device(args.attention, args.value, args.lse, params);
-  params.value_dim = args.value.size(3);
+  fill_on_device(args.attention, args.value, args.lse, params.forward);
+  params.forward.problem.value_dim = args.value.size(3);
   params.query_value = token_tensor(args.value);
   params.key_value_has_query_heads = true;
   if (out_gradient) params.key_value = token_tensor(*out_gradient);
@@ -37,14 +37,14 @@ Tensor sum_query_weight(const BackwardLaunches& launches, const Tensor& weight, 
   if (weight.numel() == of_rows.numel()) return torch::stable::view(of_rows, sizes_of(weight));
   Tensor grad = launches.gradient_of(weight);
   if (launches.is_empty()) return grad;
-  launches.check(launch_sum_rows({.rows = static_cast<const float*>(of_rows.const_data_ptr()),
-                                  .batch = of_rows.size(0),
-                                  .queries = of_rows.size(1),
-                                  .heads = of_rows.size(2),
-                                  .weight_strides = {},
-                                  .strides = weight_strides(weight, true),
-                                  .sums = static_cast<float*>(grad.mutable_data_ptr())},
-                                 launches.stream()));
+  launches.check(launch_row_reduction({.rows = {.data = static_cast<float*>(of_rows.mutable_data_ptr())},
+                                       .batch = of_rows.size(0),
+                                       .queries = of_rows.size(1),
+                                       .heads = of_rows.size(2),
+                                       .weight_strides = {},
+                                       .strides = weight_strides(weight, true),
+                                       .out = static_cast<float*>(grad.mutable_data_ptr())},
+                                      launches.stream()));
   return grad;
 }
 
@@ -66,7 +66,7 @@ void attention_transposed_backward(Call& call) {
   launches.sum(params, Side::kKeys, &grad_key, nullptr);
   const ScoreFields<OptionalTensor> terms = launches.sum_queries(params, grad_query);
   if (const OptionalTensor dots = launches.sum(params, Side::kQueries, nullptr, &grad_value, true)) {
-    launches.check(launch_transposed_rows(params, static_cast<const float*>(dots->const_data_ptr()), dots->size(0),
+    launches.check(launch_transposed_rows(params, BackwardLaunches::dots_of(*dots),
                                           static_cast<float*>(grad_row_weight.mutable_data_ptr()),
                                           static_cast<float*>(grad_lse.mutable_data_ptr()), launches.stream()));
   }

@@ -32,13 +32,8 @@ __global__ void __launch_bounds__(kThreads) matmul(const Element* a, const Eleme
   __shared__ alignas(128) Element smem_b[kStages * Shared::kElements];
 
   const auto tile = Shape<Int<kTile>, Int<kTile>>{};
-  Tensor mA =
-      make_tensor(make_gmem_ptr(a + (kMistake == kMisaligned)), make_shape(m, k), make_stride(k, _1{}));  // (M,K)
-  Tensor mB = make_tensor(make_gmem_ptr(b), make_shape(n, k), make_stride(k, _1{}));                      // (N,K)
-  Tensor mC = make_tensor(make_gmem_ptr(c), make_shape(m, n), make_stride(n, _1{}));                      // (M,N)
-  Tensor gA = local_tile(mA, tile, make_coord(blockIdx.x, _));           // (TILE,TILE,k)
-  Tensor gB = local_tile(mB, tile, make_coord(blockIdx.y, _));           // (TILE,TILE,k)
-  Tensor gC = local_tile(mC, tile, make_coord(blockIdx.x, blockIdx.y));  // (TILE,TILE)
+  Tensor mC = make_tensor(make_gmem_ptr(c), make_shape(m, n), make_stride(n, _1{}));  // (M,N)
+  Tensor gC = local_tile(mC, tile, make_coord(blockIdx.x, blockIdx.y));               // (TILE,TILE)
   const int rows = m - blockIdx.x * kTile, columns = n - blockIdx.y * kTile;
 
   const typename TileCopy<Element, kThreads, kTile>::Copy copy;
@@ -46,13 +41,17 @@ __global__ void __launch_bounds__(kThreads) matmul(const Element* a, const Eleme
   const auto shared_tile = [&](Element* smem, int stage) {
     return make_tensor(make_smem_ptr(smem + stage * Shared::kElements), typename Shared::Layout{});  // (TILE,TILE)
   };
+  const auto rows_of = [&](const Element* matrix, int block, int step) {
+    return StridedRows<Element>{matrix + int64_t(block) * kTile * k + step * kTile, k, true};
+  };
   const auto start_copy = [&](int step) {
     const int depth = k - step * kTile;
     if (kMistake != kCopiedByHalf || threadIdx.x < kThreads / 2) {
-      copy_tile_async(copy, gA(_, _, step), shared_tile(smem_a, step % kStages), rows, depth);
+      copy_tile_async(copy, rows_of(a + (kMistake == kMisaligned), blockIdx.x, step),
+                      shared_tile(smem_a, step % kStages), rows, depth);
     }
-    copy_tile_async(copy, gB(_, _, step), shared_tile(smem_b, step % kStages), columns + (kMistake == kRowTooMany),
-                    depth);
+    copy_tile_async(copy, rows_of(b, blockIdx.y, step), shared_tile(smem_b, step % kStages),
+                    columns + (kMistake == kRowTooMany), depth);
     commit_copies();
   };
 

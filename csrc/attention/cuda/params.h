@@ -1,0 +1,190 @@
+// What the attention kernels on a GPU are told. Plain data.
+#pragma once
+
+#include "attention/dense.h"
+
+namespace vitkernels {
+
+inline constexpr int64_t kMaxCudaHeadDim = 256;
+
+// Integers in a tensor on the device: kernels read and check them.
+struct DeviceIntegers {
+  const void* data = nullptr;  // null: absent
+  bool is_int64 = false;
+
+  VK_HOST_DEVICE explicit operator bool() const { return data; }
+  VK_HOST_DEVICE int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+struct DeviceHeadMap {
+  DeviceIntegers kv_head_of;  // [heads], or absent: equal groups
+
+  // The kv head that a query head reads, -1 if the map names none that exists.
+  VK_HOST_DEVICE int64_t kv_head(const Problem& p, int64_t head) const {
+    if (!kv_head_of) return head / (p.heads / p.kv_heads);
+    const int64_t mapped = kv_head_of[head];
+    return mapped >= 0 && mapped < p.kv_heads ? mapped : -1;
+  }
+};
+
+// A packed batch: the tokens of all sequences follow one another along the token axis. The offsets are not trusted:
+// whatever they hold, kernels touch existing tokens only and write every token of their outputs.
+struct DevicePacking {
+  DeviceIntegers cu_seqlens_q, cu_seqlens_k;  // [batch + 1], or absent: the batch is not packed
+  int64_t num_queries = 0, num_keys = 0;      // of the packed tensors
+
+  VK_HOST_DEVICE explicit operator bool() const { return bool(cu_seqlens_q); }
+  VK_HOST_DEVICE int64_t num_rows(const Problem& p) const { return *this ? num_queries : p.batch * p.num_queries(); }
+
+  // The extent of a launch grid. A packed batch has at least one sequence and a sequence at least one tile, even if
+  // empty: some block must clear the tokens that no sequence covers.
+  VK_HOST_DEVICE int64_t num_sequences(const Problem& p) const { return *this ? at_least_one(p.batch) : p.batch; }
+  VK_HOST_DEVICE int64_t query_tiles(const Problem& p, int64_t size) const {
+    return tiles(p.num_queries(), num_queries, size);
+  }
+  VK_HOST_DEVICE int64_t key_tiles(const Problem& p, int64_t size) const { return tiles(p.num_keys(), num_keys, size); }
+
+  VK_HOST_DEVICE Sequence sequence(const Problem& p, int64_t batch) const {
+    Sequence s{.axis = p.axis, .first_row = batch * p.num_queries()};
+    if (*this) {
+      const Range queries = tokens_of(p, cu_seqlens_q, batch, p.num_queries(), num_queries);
+      const Range keys = tokens_of(p, cu_seqlens_k, batch, p.num_keys(), num_keys);
+      s.first_row = s.first_query = queries.begin, s.first_key = keys.begin;
+      s.axis.num_queries = queries.end - queries.begin, s.axis.num_keys = keys.end - keys.begin;
+    }
+    return s;
+  }
+
+  // The slot of a sequence: from its offset to the next one's. A sequence clears the tokens of its slot that it does
+  // not cover. Slots cover every token, whatever the offsets are: they lead from 0 to the end, and one step passes the
+  // token.
+  VK_HOST_DEVICE Range query_slot(const Problem& p, int64_t batch) const {
+    return slot(p, cu_seqlens_q, batch, num_queries);
+  }
+  VK_HOST_DEVICE Range key_slot(const Problem& p, int64_t batch) const {
+    return slot(p, cu_seqlens_k, batch, num_keys);
+  }
+
+ private:
+  static VK_HOST_DEVICE int64_t at_least_one(int64_t count) { return count > 0 ? count : 1; }
+
+  VK_HOST_DEVICE int64_t tiles(int64_t longest, int64_t packed, int64_t size) const {
+    if (*this) longest = at_least_one(longest < packed ? longest : packed);
+    return (longest + size - 1) / size;
+  }
+
+  // Existing tokens, and at most as many as the longest sequence has.
+  static VK_HOST_DEVICE Range tokens_of(const Problem& p, const DeviceIntegers& offsets, int64_t batch, int64_t longest,
+                                        int64_t count) {
+    if (batch >= p.batch) return {0, 0};
+    const int64_t begin = offsets[batch], end = offsets[batch + 1];
+    if (begin < 0 || begin > count || end < begin) return {0, 0};
+    return intersect({begin, begin + longest}, {begin, end < count ? end : count});
+  }
+
+  static VK_HOST_DEVICE Range slot(const Problem& p, const DeviceIntegers& offsets, int64_t batch, int64_t count) {
+    const auto begin_of = [&](int64_t b) {
+      const int64_t begin = offsets[b];
+      return begin < 0 ? 0 : begin < count ? begin : count;
+    };
+    return {batch == 0 ? 0 : begin_of(batch), batch + 1 >= p.batch ? count : begin_of(batch + 1)};
+  }
+};
+
+struct AttentionCudaParams {
+  Problem problem;
+  DevicePacking packing;
+  DeviceHeadMap head_map;
+  TokenTensor out;
+  float* lse = nullptr;     // [rows, heads]
+  bool allow_tf32 = false;  // operands of float32 products are rounded to TF32
+  // Split-KV. Where there are several splits, each has partial results, which are merged afterwards: softmax statistics
+  // in place of an LSE, since a large LSE cannot hold the logarithm of the sum.
+  int64_t splits = 1;
+  float* split_out = nullptr;  // [splits, rows, heads, value_dim]
+  float* split_max = nullptr;  // [splits, rows, heads]: of the logits
+  float* split_sum = nullptr;  // [splits, rows, heads]: of exp(logit - max)
+
+  VK_HOST_DEVICE int64_t num_rows() const { return packing.num_rows(problem); }
+  VK_HOST_DEVICE int64_t kv_head(int64_t head) const { return head_map.kv_head(problem, head); }
+  VK_HOST_DEVICE Sequence sequence(int64_t batch) const { return packing.sequence(problem, batch); }
+};
+
+enum class Side { kQueries, kKeys };
+
+// Each side has two tensors: query and key make the logits, their values the gradient of P. In the backward of
+// attention these are dO and V; attention_transposed has values of the queries, and dO is the keys'.
+struct AttentionBackwardCudaParams {
+  AttentionCudaParams forward;
+  TokenTensor query_value, key_value;
+  bool key_value_has_query_heads = false;  // else kv heads
+  const float* query_weight = nullptr;     // of P, or null
+  ScoreStrides weight_strides;             // its key stride is 0
+  const float* grad_lse = nullptr;         // as lse, or null
+  float* delta = nullptr;                  // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta); null: zero
+  // [batch, heads, tokens on the offset grid, head_dim], or null: the query's gradient through the relative logits.
+  const float* relative_grad_query = nullptr;
+
+  VK_HOST_DEVICE float weight(int64_t batch, int64_t query, int64_t head) const {
+    return query_weight ? query_weight[weight_strides.offset(batch, head, query, 0)] : 1.0f;
+  }
+};
+
+// Partial sums in `count` parts, `stride` elements apart. Each part has a share of the work, cut by shapes alone.
+struct PartialSums {
+  float* data = nullptr;  // null: absent
+  int64_t count = 1, stride = 0;
+
+  VK_HOST_DEVICE float* part(int64_t i) const { return data + i * stride; }
+};
+
+// What a backward kernel sums for each token of the side that its blocks own, over the tokens of the other side. A
+// launch that owns queries sums one of the two tensors: registers hold no more. Tensors are contiguous; where the other
+// side is split, each split has partial sums in the same layout.
+struct OwnedGrads {
+  TokenTensor logit_grads;  // dS, with scale and multiplier, times the other side's query or key; no data: not wanted
+  TokenTensor probs;        // P times the other side's values; no data: not wanted
+  PartialSums logit_grad_parts, prob_parts;
+  PartialSums dots;  // [rows, heads] for each split and block of columns: the dot product of each query (or its values)
+                     // with its accumulator, before any scale and weight of the query
+  int64_t splits = 1;
+};
+
+// Sums of [rows, heads] over their parts and over what a tensor that broadcasts to (batch, queries, heads) shares.
+struct RowReduction {
+  PartialSums rows;
+  int64_t batch = 0, queries = 0, heads = 0;
+  const float* weight = nullptr;  // of each row, or null
+  ScoreStrides weight_strides;
+  double factor = 1.0;
+  ScoreStrides strides;
+  float* out = nullptr;
+};
+
+// What the gradient of a score term sums: the logits' gradient (biases), or that times the scaled product and the other
+// multiplier (multipliers).
+enum class TermFactor { kBias, kMultiplier, kMultiplierTable };
+
+// A term that broadcasts to the logits with these strides, those of its contiguous gradient.
+struct TermGradient {
+  TermFactor factor = TermFactor::kBias;
+  ScoreStrides strides;
+  PartialSums sums;  // each part in the shape of the term
+};
+
+// A table by offset: each part is [heads, offsets], and zero at first.
+struct TableGradient {
+  TermFactor factor = TermFactor::kBias;
+  PartialSums sums;
+};
+
+// The embeddings on one axis: each part is [heads, offsets, head_dim].
+struct EmbeddingGradient {
+  int axis = 0;
+  const float* relative_grad = nullptr;  // of the relative logits
+  PartialSums sums;
+};
+
+}  // namespace vitkernels
