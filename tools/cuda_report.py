@@ -1,8 +1,9 @@
 """Registers, spills and shared memory of every kernel in a built CUDA library: what ``make cuda-report`` prints.
 
 The library holds its kernels as PTX; ptxas compiles that once more for each architecture and says what it used. (The
-machine code in the library does not: cuobjdump knows no spills.) The exit status is 1 if a forward kernel spills, or if
-a kernel has more instantiations than three dtypes and four head dimensions need.
+machine code in the library does not: cuobjdump knows no spills.) The exit status is 1 if a forward kernel spills, if a
+kernel has more instantiations than three dtypes and four head dimensions need, or if the attention kernels of one
+direction have more than their budget.
 
     python3 tools/cuda_report.py build/Release/libvitkernels_cuda13.so --markdown docs/cuda_report.md
 """
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = ("80", "90")
-MOST_INSTANTIATIONS = 12  # of a kernel: {float16, bfloat16, float32} x {32, 64, 128, 256}
+MAX_INSTANTIATIONS = 12  # of a kernel: {float16, bfloat16, float32} x {32, 64, 128, 256}
+MAX_ATTENTION = 48  # of all attention kernels of a direction that are compiled for each head dimension
 
 # The layout of a fat binary: a header, then entries of which each has a header of its own.
 _FAT_MAGIC, _FAT_HEADER = 0xBA55ED50, struct.Struct("<IHHQ")
@@ -69,6 +71,11 @@ class Kernel:
         """The kernel whose instantiation by dtype and head dimension it is."""
         dtypes = "|".join(_ELEMENTS.values())
         return re.sub(rf"\b({dtypes})\b", "*", re.sub(r"\b(32|64|128|256)\b", "*", str(self), count=1))
+
+    @property
+    def is_attention(self) -> bool:
+        """Compiled for each head dimension: these cost compile time and library size, and have a budget."""
+        return self.name.startswith("attention") and re.search(r"\b(32|64|128|256)\b", self.arguments) is not None
 
     @property
     def is_forward(self) -> bool:
@@ -174,9 +181,17 @@ def faults(kernels: list[Kernel]) -> list[str]:
     found = [f"{k} spills on sm_{k.architecture}" for k in kernels if k.is_forward and k.spills]
     counts = Counter((k.family, k.architecture) for k in kernels)
     for (family, architecture), count in counts.items():
-        if family.startswith("attention") and count > MOST_INSTANTIATIONS:
-            found.append(f"{family} has {count} instantiations on sm_{architecture}, takes {MOST_INSTANTIATIONS}")
+        if family.startswith("attention") and count > MAX_INSTANTIATIONS:
+            found.append(f"{family} has {count} instantiations on sm_{architecture}, takes {MAX_INSTANTIATIONS}")
+    for (direction, arch), count in attention_counts(kernels).items():
+        if count > MAX_ATTENTION:
+            found.append(f"{direction} attention has {count} instantiations on sm_{arch}, takes {MAX_ATTENTION}")
     return found
+
+
+def attention_counts(kernels: list[Kernel]) -> Counter[tuple[str, str]]:
+    """By direction and architecture, over all families."""
+    return Counter(("forward" if k.is_forward else "backward", k.architecture) for k in kernels if k.is_attention)
 
 
 def summary(kernels: list[Kernel]) -> list[str]:
@@ -193,7 +208,10 @@ def summary(kernels: list[Kernel]) -> list[str]:
                          f"{worst.registers} registers, {spills}.")  # fmt: skip
     counts = Counter(k.family for k in kernels if k.architecture == kernels[0].architecture)
     listed = ", ".join(f"`{family}` {count}" for family, count in counts.items())
-    lines.append(f"Instantiations (of an attention kernel at most {MOST_INSTANTIATIONS}): {listed}.")
+    lines.append(f"Instantiations (of an attention kernel at most {MAX_INSTANTIATIONS}): {listed}.")
+    totals = attention_counts([k for k in kernels if k.architecture == kernels[0].architecture])
+    budget = ", ".join(f"{direction} {count} of {MAX_ATTENTION}" for (direction, _), count in totals.items())
+    lines.append(f"Attention kernels compiled for each head dimension, all families together: {budget}.")
     return lines
 
 

@@ -72,6 +72,15 @@ def test_faults():
     assert cuda_report.faults([forward] * 13) == ["attention<*, *> has 13 instantiations on sm_90, takes 12"]
 
 
+def test_budget_of_a_direction():
+    backward, forward = cuda_report.parse(RECORDED)
+    families = [replace(forward, name=f"attention_{i}") for i in range(5) for _ in range(10)]
+    assert cuda_report.faults(families) == ["forward attention has 50 instantiations on sm_90, takes 48"]
+    others = [replace(forward, name="merge"), replace(forward, arguments="bfloat16")] * 6
+    assert cuda_report.faults([*families[:48], backward, *others]) == []
+    assert cuda_report.summary([*families, backward])[-1].endswith("forward 50 of 48, backward 1 of 48.")
+
+
 def test_table():
     kernels = [replace(k, architecture=a) for a in ("80", "90") for k in cuda_report.parse(RECORDED)]
     rows = cuda_report.table(kernels, {"attention<bfloat16, 64>": [33792, 256]})
