@@ -9,7 +9,7 @@
 
 namespace vitkernels {
 
-struct Place {
+struct Coord {
   int64_t at[kMaxAxes];
 };
 
@@ -28,7 +28,7 @@ class Divisor {
   int shift_ = 0;
 };
 
-struct Grid {
+struct OffsetGrid {
   int64_t size[kMaxAxes] = {1, 1, 1};  // depth, height, width; of fewer axes the last ones
   int64_t num_prefix = 0;              // leading tokens outside the grid, such as a class token
 
@@ -37,16 +37,16 @@ struct Grid {
   VK_HOST_DEVICE int64_t num_entries() const { return num_offsets(0) * num_offsets(1) * num_offsets(2); }
 
   // Tokens are counted from the first one on the grid, here and below.
-  VK_HOST_DEVICE Place place(int64_t token) const {
+  VK_HOST_DEVICE Coord coord(int64_t token) const {
     const int64_t row = token / size[2];
     return {{row / size[1], row % size[1], token % size[2]}};
   }
 
   // The entry of a query and a key among the reversed ones is key_entry(key) + query_entry(query).
-  VK_HOST_DEVICE int64_t key_entry(const Place& key) const {
+  VK_HOST_DEVICE int64_t key_entry(const Coord& key) const {
     return (key.at[0] * num_offsets(1) + key.at[1]) * num_offsets(2) + key.at[2];
   }
-  VK_HOST_DEVICE int64_t query_entry(const Place& query) const {
+  VK_HOST_DEVICE int64_t query_entry(const Coord& query) const {
     return key_entry({{first_entry(0, query), first_entry(1, query), first_entry(2, query)}});
   }
 
@@ -65,13 +65,13 @@ struct Grid {
     const Range u = coordinates(axis, queries), v = coordinates(axis, keys);
     return {v.begin + size[axis] - u.end, v.end - 1 + size[axis] - u.begin};
   }
-  VK_HOST_DEVICE int64_t first_entry(int axis, const Place& query) const { return size[axis] - 1 - query.at[axis]; }
+  VK_HOST_DEVICE int64_t first_entry(int axis, const Coord& query) const { return size[axis] - 1 - query.at[axis]; }
 
-  // Calls f(token, count, place) for runs of consecutive tokens that differ in the last coordinate only.
+  // Calls f(token, count, coord) for runs of consecutive tokens that differ in the last coordinate only.
   template <class Function>
   VK_HOST_DEVICE void for_each_run(Range tokens, Function&& f) const {
     if (tokens.empty()) return;
-    Place first = place(tokens.begin);
+    Coord first = coord(tokens.begin);
     for (int64_t token = tokens.begin; token < tokens.end;) {
       const int64_t rest = size[2] - first.at[2], left = tokens.end - token, count = rest < left ? rest : left;
       f(token, count, first);
@@ -84,34 +84,34 @@ struct Grid {
 
 // The same grid for GPUs, which have no instruction for divisions: 32 bits are enough for its tokens and entries. A
 // table is read as it was given: the entry of a query and a key is entry(query) - entry(key) + center().
-struct SmallGrid {
+struct DeviceOffsetGrid {
   static constexpr int64_t kMaxEntries = (int64_t(1) << 31) - 1;
 
   int size[kMaxAxes] = {1, 1, 1}, num_prefix = 0;
   Divisor height, width;
 
-  struct Place {
+  struct Coord {
     int at[kMaxAxes];
   };
 
-  SmallGrid() = default;
-  explicit SmallGrid(const Grid& grid)
+  DeviceOffsetGrid() = default;
+  explicit DeviceOffsetGrid(const OffsetGrid& grid)
       : size{int(grid.size[0]), int(grid.size[1]), int(grid.size[2])},
         num_prefix(int(grid.num_prefix)),
         height(size[1]),
         width(size[2]) {}
 
-  VK_HOST_DEVICE Place place(int token) const {
+  VK_HOST_DEVICE Coord coord(int token) const {
     const int row = width.divide(token), depth = height.divide(row);
     return {{depth, row - depth * size[1], token - row * size[2]}};
   }
   // For an axis that is not known when a kernel is compiled: an array would lie in memory.
   VK_HOST_DEVICE int coordinate(int axis, int token) const {
-    const Place p = place(token);
+    const Coord p = coord(token);
     return axis == 0 ? p.at[0] : axis == 1 ? p.at[1] : p.at[2];
   }
   VK_HOST_DEVICE int num_offsets(int axis) const { return 2 * size[axis] - 1; }
-  VK_HOST_DEVICE int entry(const Place& p) const {
+  VK_HOST_DEVICE int entry(const Coord& p) const {
     return (p.at[0] * num_offsets(1) + p.at[1]) * num_offsets(2) + p.at[2];
   }
   VK_HOST_DEVICE int center() const { return entry({{size[0] - 1, size[1] - 1, size[2] - 1}}); }

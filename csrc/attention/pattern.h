@@ -57,7 +57,7 @@ struct AxisRule {
   }
 
   // The coordinate of a query among the keys.
-  VK_HOST_DEVICE int64_t place(int64_t u) const { return num_queries == num_keys ? u : u * num_keys / num_queries; }
+  VK_HOST_DEVICE int64_t coord(int64_t u) const { return num_queries == num_keys ? u : u * num_keys / num_queries; }
 
   // The block of a query, and the queries of a block. Block 0 is empty without a shift.
   VK_HOST_DEVICE int64_t block_of(int64_t u) const { return (u - shift + size) / size; }
@@ -89,14 +89,14 @@ struct AxisRule {
     }
     if (rule == Rule::kNeighborhood) return neighborhood(u);
     if (rule == Rule::kSliding) {
-      const int64_t begin = place(u) - size / 2;
+      const int64_t begin = coord(u) - size / 2;
       return {begin, begin + size};
     }
     return {0, num_keys};
   }
 
   VK_HOST_DEVICE Range neighborhood(int64_t u) const {
-    const int64_t at = place(u), of_group = stride * (at / stride) + stride / 2;
+    const int64_t at = coord(u), of_group = stride * (at / stride) + stride / 2;
     const int64_t leader = of_group < num_keys ? of_group : num_keys - 1;
     const int64_t last = num_keys - size, wanted = leader - size / 2;
     const int64_t begin = wanted < 0 ? 0 : wanted < last ? wanted : last;
@@ -104,7 +104,7 @@ struct AxisRule {
   }
 
   VK_HOST_DEVICE Range causal_keys(int64_t u) const {
-    const int64_t at = place(u);
+    const int64_t at = coord(u);
     if (rule == Rule::kNeighborhood) {
       const int64_t of_group = stride * (at / stride) + stride - 1;
       const int64_t leader = of_group < num_keys ? of_group : num_keys - 1;

@@ -42,19 +42,19 @@ struct RelPosTerm {
 };
 
 // Relative logits by the coordinates of the keys, axis after axis: on a GPU, computed before the kernels that read them.
-struct RelativeLogits {
+struct DeviceRelativeLogits {
   const float* data = nullptr;  // [batch, heads, tokens on the grid, width]
   int64_t batch_stride = 0, head_stride = 0;
   int width = 0, first[kMaxAxes] = {};  // of an axis' coordinates
 };
 
 // Terms by the offset of query and key on a grid.
-struct GridTerms {
-  Grid grid;
+struct OffsetTerms {
+  OffsetGrid grid;
   TableTerm multiplier, bias;
   RelPosTerm rel_pos[kMaxAxes];
-  SmallGrid small;          // on a GPU
-  RelativeLogits relative;  // on a GPU
+  DeviceOffsetGrid small;         // on a GPU
+  DeviceRelativeLogits relative;  // on a GPU
 
   VK_HOST_DEVICE bool has_rel_pos() const { return rel_pos[0].data || rel_pos[1].data || rel_pos[2].data; }
   VK_HOST_DEVICE bool has_bias() const { return bias.data || has_rel_pos(); }
@@ -66,9 +66,9 @@ struct Score {
   const void* head_scale = nullptr;  // [heads], or none
   ScoreTerm multiplier, bias, key_bias;
   int64_t key_bias_axis_stride[kMaxAxes - 1] = {};  // of a map's first axes; that of the last one is the key stride
-  GridTerms on_grid = {};
+  OffsetTerms by_offset = {};
 
-  VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data || on_grid.any(); }
+  VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data || by_offset.any(); }
 
   template <class T>
   VK_HOST_DEVICE T scale_of(int64_t head) const {

@@ -21,16 +21,16 @@ struct MapTensor {
   }
 
   template <class S>
-  VK_HOST_DEVICE S* at(int64_t batch, const Place& place, int64_t head) const {
-    return static_cast<S*>(data) + batch * batch_stride + place.at[0] * axis_stride[0] + place.at[1] * axis_stride[1] +
-           place.at[2] * axis_stride[2] + head * head_stride;
+  VK_HOST_DEVICE S* at(int64_t batch, const Coord& coord, int64_t head) const {
+    return static_cast<S*>(data) + batch * batch_stride + coord.at[0] * axis_stride[0] + coord.at[1] * axis_stride[1] +
+           coord.at[2] * axis_stride[2] + head * head_stride;
   }
 };
 
 // The keys of one query on one axis, and its own coordinate, relative to the tile's first key.
 struct SeenKeys {
   Range keys;
-  int64_t place;
+  int64_t coord;
 };
 
 // A tile of queries on one axis. Queries and keys are `step` apart; keys may lie outside the map.
@@ -74,8 +74,8 @@ struct SpatialParams {
   }
 
   // The index of a query in [batch, *map].
-  VK_HOST_DEVICE int64_t row(int64_t batch, const Place& place) const {
-    return ((batch * query_size[0] + place.at[0]) * query_size[1] + place.at[1]) * query_size[2] + place.at[2];
+  VK_HOST_DEVICE int64_t row(int64_t batch, const Coord& coord) const {
+    return ((batch * query_size[0] + coord.at[0]) * query_size[1] + coord.at[1]) * query_size[2] + coord.at[2];
   }
 };
 

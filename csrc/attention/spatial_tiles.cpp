@@ -113,14 +113,14 @@ void TiledAxis::add_tile(const AxisRule& rule, Range queries, int64_t first, int
   for (int64_t u = queries.begin; u < queries.end; ++u) {
     Range keys = relative_to(rule.keys(u), box.begin);
     if (keys.empty()) keys = {0, 0};
-    const int64_t place = (rule.num_keys ? rule.place(u) : 0) - box.begin;
-    geometry.push_back({keys.begin, keys.end, place});
+    const int64_t coord = (rule.num_keys ? rule.coord(u) : 0) - box.begin;
+    geometry.push_back({keys.begin, keys.end, coord});
     sees_all = sees_all && keys.begin == 0 && keys.end == box.end - box.begin;
-    if (!keys.empty()) largest_offset = std::max({largest_offset, place - keys.begin, keys.end - 1 - place});
+    if (!keys.empty()) largest_offset = std::max({largest_offset, coord - keys.begin, keys.end - 1 - coord});
   }
   const auto [entry, is_new] = geometries.try_emplace(std::move(geometry));
   if (is_new) {
-    for (const auto& [begin, end, place] : entry->first) entry->second.push_back({{begin, end}, place});
+    for (const auto& [begin, end, coord] : entry->first) entry->second.push_back({{begin, end}, coord});
     numbers.emplace(entry->second.data(), int64_t(numbers.size()));
   }
   const SeenKeys* seen = entry->second.data();

@@ -106,7 +106,7 @@ struct Module {
   std::vector<Variable> variables;
 
   // "file:line" parts of the innermost frame in this project's own sources: not in a toolkit's include folder.
-  std::pair<std::string, int> place(int source) const;
+  std::pair<std::string, int> coord(int source) const;
 };
 
 Module parse(std::string_view text);  // throws std::runtime_error on text that is no PTX

@@ -25,7 +25,7 @@ inline AxisRule rule_of(const int64_t* integers, int64_t num_queries, int64_t nu
 VK_HOST_DEVICE void keys_of_query(const AxisRule& rule, int64_t u, int64_t* out) {
   const AxisRule own = rule.of_class(u % rule.step);
   const Range keys = own.keys(u / rule.step);
-  out[0] = keys.begin, out[1] = keys.end, out[2] = own.num_keys ? own.place(u / rule.step) : 0;
+  out[0] = keys.begin, out[1] = keys.end, out[2] = own.num_keys ? own.coord(u / rule.step) : 0;
 }
 
 // For key v of the map: first query, end of the queries that see it.

@@ -91,7 +91,7 @@ class Backward {
     const int64_t first = sequence.first_query + rows.begin;
     const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
     const EvenRows out_gradient{params.grad_out.at<const S>(batch, first, head), params.grad_out.token_stride};
-    if (p.score.on_grid.any()) {
+    if (p.score.by_offset.any()) {
       offset_row.start_block(head, rows, tile);
       offset_row.start_rows(queries, rows, tile);
     }

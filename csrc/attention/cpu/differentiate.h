@@ -144,7 +144,7 @@ template <class T>
 VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
                                   OffsetRow<T>* offset_row, int64_t part) {
   const ScoreGradRow<T> score_gradients(s, at);
-  if (!s.on_grid.any()) {
+  if (!s.by_offset.any()) {
     const ScoreRow<T> score(s, at.batch, at.head, at.query, at.first_key);
     differentiate_score(score, at.visible, with, logits, gradients,
                         [&](auto... vector) { score_gradients.add(vector...); });

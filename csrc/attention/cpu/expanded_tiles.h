@@ -30,9 +30,9 @@ class ExpandedTiles {
  public:
   ExpandedTiles(const SpatialParams& params, int64_t max_rows, int64_t max_columns, int64_t max_logit_tiles,
                 bool with_gradients, Scratch& scratch)
-      : p(params), grid(p.score.on_grid.grid), max_stride(round_up(max_columns, kWidth<T>)) {
+      : p(params), grid(p.score.by_offset.grid), max_stride(round_up(max_columns, kWidth<T>)) {
     constexpr int64_t kMemory = 768 << 10;
-    const GridTerms& terms = p.score.on_grid;
+    const OffsetTerms& terms = p.score.by_offset;
     const bool has_multiplier = terms.multiplier.data;
     const bool has_gradients = with_gradients && (terms.bias.grad || terms.multiplier.grad);
     const int64_t elements = max_rows * max_stride, arrays = (has_multiplier ? 2 : 1) * (has_gradients ? 2 : 1);
@@ -52,7 +52,7 @@ class ExpandedTiles {
   }
 
   ExpandedTile<T>& at(const SpatialTile& tile, int64_t head, const LogitTile& logit_tile, int64_t part) {
-    const GridTerms& terms = p.score.on_grid;
+    const OffsetTerms& terms = p.score.by_offset;
     if (!terms.multiplier.data && !terms.bias.data) head = 0;  // all heads share the mask
     ExpandedTile<T>& slot = slots[(tile.geometry * logit_tile.count + logit_tile.index) % num_slots];
     const bool is_same = slot.geometry == tile.geometry && slot.head == head && slot.logit_tile == logit_tile.index;
@@ -80,7 +80,7 @@ class ExpandedTiles {
   // A run of keys that a row sees, by its first key.
   struct Line {
     int64_t element, count, entry;  // in the expanded tile and in the tables
-    Place query, key;
+    Coord query, key;
   };
 
   // Calls f(line) for all of them; the inner loop is over rows that differ in the last coordinate only.
@@ -89,7 +89,7 @@ class ExpandedTiles {
     const TileView& view = slot.view;
     const Range rows = slot.of.rows, columns = slot.of.columns;
     for (int64_t row = rows.begin, count; row < rows.end; row += count) {
-      const Place query = view.query(row);
+      const Coord query = view.query(row);
       count = std::min(view.queries[kLast] - query.at[kLast], rows.end - row);
       const SeenKeys *outer = view.seen[0] + query.at[0], *inner = view.seen[1] + query.at[1];
       const SeenKeys* on_line = view.seen[kLast] + query.at[kLast];  // [count]
@@ -97,16 +97,16 @@ class ExpandedTiles {
         for (int64_t j = inner->keys.begin; j < inner->keys.end; ++j) {
           const int64_t line = (i * view.keys[1] + j) * view.keys[kLast];
           const int64_t element = (row - rows.begin) * slot.stride + line - columns.begin;
-          const int64_t entry = grid.query_entry({{outer->place, inner->place, 0}}) + grid.key_entry({{i, j, 0}});
+          const int64_t entry = grid.query_entry({{outer->coord, inner->coord, 0}}) + grid.key_entry({{i, j, 0}});
           const Range inside = relative_to(columns, line);
           for (int64_t r = 0; r < count; ++r) {
             const Range keys = intersect(on_line[r].keys, inside);
             if (keys.empty()) continue;
-            const int64_t place = on_line[r].place;
+            const int64_t coord = on_line[r].coord;
             f(Line{element + r * slot.stride + keys.begin,
                    keys.end - keys.begin,
-                   entry - place + keys.begin,
-                   {{outer->place, inner->place, place}},
+                   entry - coord + keys.begin,
+                   {{outer->coord, inner->coord, coord}},
                    {{i, j, keys.begin}}});
           }
         }
@@ -116,8 +116,8 @@ class ExpandedTiles {
 
   // Whether copy_lines applies and pays off. Contiguous coordinates bound the number of lines it gathers.
   bool have_common_lines(const SpatialTile& tile, const LogitTile& logit_tile) const {
-    const Range places = tile.places(kMiddle);
-    const bool are_neighbors = places.end - places.begin == tile.queries.size[kMiddle];
+    const Range coords = tile.coords(kMiddle);
+    const bool are_neighbors = coords.end - coords.begin == tile.queries.size[kMiddle];
     const bool is_all_keys = logit_tile.columns.end - logit_tile.columns.begin == tile.keys.count();
     const bool is_several_lines = logit_tile.rows.end - logit_tile.rows.begin >= 2 * tile.queries.size[kLast];
     return lines && tile.sees_all && are_neighbors && is_all_keys && is_several_lines;
@@ -126,8 +126,8 @@ class ExpandedTiles {
   // One loop per array: both at once would run out of registers.
   void expand(const ExpandedTile<T>& slot, bool has_common_lines) const {
     const int64_t elements = (slot.of.rows.end - slot.of.rows.begin) * slot.stride;
-    const T* bias = table(p.score.on_grid.bias, slot.head);
-    const T* multiplier = table(p.score.on_grid.multiplier, slot.head);
+    const T* bias = table(p.score.by_offset.bias, slot.head);
+    const T* multiplier = table(p.score.by_offset.multiplier, slot.head);
     if (has_common_lines && bias) {
       copy_lines(slot, bias, slot.bias);
     } else {
@@ -177,10 +177,10 @@ class ExpandedTiles {
       if (rows.empty()) continue;
       const SeenKeys* middle = view.seen[kMiddle];
       const Range above{rows.begin / view.queries[kLast], divide_up(rows.end, view.queries[kLast])};
-      const int64_t last_place = middle[above.end - 1].place;
-      const int64_t num_lines = last_place - middle[above.begin].place + view.keys[kMiddle];
+      const int64_t last_coord = middle[above.end - 1].coord;
+      const int64_t num_lines = last_coord - middle[above.begin].coord + view.keys[kMiddle];
       for (int64_t j = 0; j < view.queries[kLast]; ++j) {
-        const int64_t first = grid.query_entry({{view.seen[0][i].place, last_place, view.seen[kLast][j].place}});
+        const int64_t first = grid.query_entry({{view.seen[0][i].coord, last_coord, view.seen[kLast][j].coord}});
         for (int64_t key = 0; key < view.keys[0]; ++key) {
           const T* entry = from + first + grid.key_entry({{key, 0, 0}});
           for (int64_t line = 0; line < num_lines; ++line, entry += grid.num_offsets(kLast)) {
@@ -189,7 +189,7 @@ class ExpandedTiles {
           for (int64_t query = above.begin; query < above.end; ++query) {
             const int64_t row = query * view.queries[kLast] + j;
             if (!rows.contains(row)) continue;
-            const T* of_row = lines + (last_place - middle[query].place) * width;
+            const T* of_row = lines + (last_coord - middle[query].coord) * width;
             T* target = to + (i * plane + row - slot.of.rows.begin) * slot.stride + key * count;
             for (int64_t c = 0; c < count; c += kWidth<T>) {
               store_first(target + c, load(of_row + c), slot.stride - key * count - c);
@@ -216,8 +216,8 @@ class ExpandedTiles {
   void flush(ExpandedTile<T>& slot, int64_t part) const {
     if (slot.num_sums == 0) return;
     slot.num_sums = 0;
-    double* bias = sums(p.score.on_grid.bias, part, slot.head);
-    double* multiplier = sums(p.score.on_grid.multiplier, part, slot.head);
+    double* bias = sums(p.score.by_offset.bias, part, slot.head);
+    double* multiplier = sums(p.score.by_offset.multiplier, part, slot.head);
     for_each_line(slot, [&](const Line& line) VK_BODY {
       if (bias) add_to_sums(bias + line.entry, slot.bias_gradient + line.element, line.count);
       if (multiplier) add_to_sums(multiplier + line.entry, slot.multiplier_gradient + line.element, line.count);
@@ -239,7 +239,7 @@ class ExpandedTiles {
   }
 
   const SpatialParams& p;
-  const Grid& grid;
+  const OffsetGrid& grid;
 
  public:
   const int64_t max_stride;

@@ -66,7 +66,7 @@ class Forward {
       const Range tile_keys{tile * keys.size, std::min((tile + 1) * keys.size, axis.num_keys)};
       if (intersect(axis.any_keys(rows), tile_keys).empty()) continue;
       pack(tile, tile_keys);
-      if (p.score.on_grid.any()) offset_row.start_block(head, rows, tile_keys);
+      if (p.score.by_offset.any()) offset_row.start_block(head, rows, tile_keys);
       const int64_t groups = divide_up(count, kRowGroup<E>);
       for (int64_t group = 0; group < groups; ++group) {
         group_of_rows(rows, {rows.begin + count * group / groups, rows.begin + count * (group + 1) / groups},
@@ -91,7 +91,7 @@ class Forward {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile_keys), tile_keys.begin);
     if (seen.empty()) return;
     const EvenRows queries{p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride};
-    if (p.score.on_grid.any()) offset_row.start_rows(queries, rows, tile_keys);
+    if (p.score.by_offset.any()) offset_row.start_rows(queries, rows, tile_keys);
     const int64_t first_row = rows.begin - block.begin;
     key_tile.add(
         {queries, rows.end - rows.begin, acc + first_row * value_width, states + first_row, keys.count == 1},
@@ -104,7 +104,7 @@ class Forward {
   }
 
   T apply_terms(T* row, Range visible, T scale, int64_t query, int64_t first_key) {
-    if (p.score.on_grid.any()) {
+    if (p.score.by_offset.any()) {
       return apply_score(row, visible, scale, offset_row.expand(batch, query, first_key, visible));
     }
     return apply_score(row, visible, scale, ScoreRow<T>(p.score, batch, head, query, first_key));

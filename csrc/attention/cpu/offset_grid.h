@@ -57,7 +57,7 @@ class OffsetRow {
   };
 
   OffsetRow(const Score& score, const Sizes& sizes, Scratch& scratch)
-      : score(score), relative(score.on_grid, relative_sizes(score.on_grid.grid, sizes), scratch) {
+      : score(score), relative(score.by_offset, relative_sizes(score.by_offset.grid, sizes), scratch) {
     if (!terms.any()) return;
     const int64_t columns = round_up(sizes.max_keys, kWidth<T>) + kWidth<T>;  // and a vector of padding
     if (terms.multiplier.data) multiplier = scratch.take<T>(columns);
@@ -70,20 +70,20 @@ class OffsetRow {
   // Before a block of queries and a KV tile.
   VK_NOINLINE void start_block(int64_t of_head, Range block, Range tile) {
     head = of_head;
-    if (terms.has_rel_pos() && !on_grid(block).empty() && !on_grid(tile).empty()) {
-      relative.pack(head, entries(on_grid(block), on_grid(tile)));
+    if (terms.has_rel_pos() && !tokens_on_grid(block).empty() && !tokens_on_grid(tile).empty()) {
+      relative.pack(head, entries(tokens_on_grid(block), tokens_on_grid(tile)));
     }
   }
 
   // Before rows of the block are expanded; `queries` are their rows.
   template <class Rows>
   VK_NOINLINE void start_rows(Rows queries, Range rows, Range tile) {
-    const Range placed = on_grid(rows);
-    has_relative = terms.has_rel_pos() && !placed.empty() && !on_grid(tile).empty();
+    const Range placed = tokens_on_grid(rows);
+    has_relative = terms.has_rel_pos() && !placed.empty() && !tokens_on_grid(tile).empty();
     if (!has_relative) return;
     first_placed = placed.begin;
     relative.multiply(queries.from(placed.begin + grid.num_prefix - rows.begin), placed.end - placed.begin,
-                      entries(placed, on_grid(tile)));
+                      entries(placed, tokens_on_grid(tile)));
   }
 
   // All terms of a query along the keys first_key + visible.
@@ -97,11 +97,11 @@ class OffsetRow {
     if (multiplier) fill(multiplier, others, T(1));
     if (bias) fill(bias, others, T(0));
     if (!keys.empty()) {
-      place = grid.place(token);
+      coord = grid.coord(token);
       const T* none[kMaxAxes] = {};
       const T* rows[kMaxAxes] = {};
       for (int axis = 0; axis < kMaxAxes; ++axis) {
-        rows[axis] = relative.row(axis, token - first_placed, grid.first_entry(axis, place));
+        rows[axis] = relative.row(axis, token - first_placed, grid.first_entry(axis, coord));
       }
       if (multiplier) expand_into(multiplier, terms.multiplier, none);
       if (bias) expand_into(bias, terms.bias, rows);
@@ -122,9 +122,9 @@ class OffsetRow {
     add_to_table(terms.multiplier, multiplier_gradient, part);
     add_to_table(terms.bias, bias_gradient, part);
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      T* sums = relative.gradient_row(axis, token - first_placed, grid.first_entry(axis, place));
+      T* sums = relative.gradient_row(axis, token - first_placed, grid.first_entry(axis, coord));
       if (!sums) continue;
-      grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
+      grid.for_each_run(keys, [&](int64_t first, int64_t count, const Coord& key) {
         const T* gradient = bias_gradient + first_column + first;
         if (axis == kLast) {
           add_to_sums(sums + key.at[kLast], gradient, count);
@@ -138,14 +138,14 @@ class OffsetRow {
   // After the last row. `query_gradient` is that of the first row, without the scale.
   VK_NOINLINE void finish_rows(int64_t part, Range rows, T* query_gradient, int64_t query_width) const {
     if (!has_relative) return;
-    const int64_t first = on_grid(rows).begin + grid.num_prefix - rows.begin;
+    const int64_t first = tokens_on_grid(rows).begin + grid.num_prefix - rows.begin;
     relative.add_gradients(part, head, query_gradient + first * query_width);
   }
 
  private:
   static constexpr int kLast = kMaxAxes - 1;
 
-  static typename RelativeLogits<T>::Sizes relative_sizes(const Grid& grid, const Sizes& sizes) {
+  static typename RelativeLogits<T>::Sizes relative_sizes(const OffsetGrid& grid, const Sizes& sizes) {
     typename RelativeLogits<T>::Sizes result{sizes.head_dim, sizes.max_rows, {}, sizes.with_gradients};
     for (int axis = 0; axis < kMaxAxes; ++axis) {
       result.max_entries[axis] = std::min(grid.size[axis], sizes.max_block) + std::min(grid.size[axis], sizes.max_keys);
@@ -159,15 +159,15 @@ class OffsetRow {
     return result;
   }
 
-  Range on_grid(Range tokens) const {
+  Range tokens_on_grid(Range tokens) const {
     return {std::max<int64_t>(tokens.begin - grid.num_prefix, 0), tokens.end - grid.num_prefix};
   }
 
   // Whole vectors: the next run overwrites what this one writes past its end.
   void expand_into(T* target, const TableTerm& term, const T* const (&rows)[kMaxAxes]) const {
     const T* table = static_cast<const T*>(term.data);
-    if (table) table += head * term.head_stride + grid.query_entry(place);
-    grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
+    if (table) table += head * term.head_stride + grid.query_entry(coord);
+    grid.for_each_run(keys, [&](int64_t first, int64_t count, const Coord& key) {
       T* to = target + first_column + first;
       const T* from = table ? table + grid.key_entry(key) : nullptr;
       const T* along = rows[kLast] ? rows[kLast] + key.at[kLast] : nullptr;
@@ -185,8 +185,8 @@ class OffsetRow {
 
   void add_to_table(const TableTerm& term, const T* gradient, int64_t part) const {
     if (!term.grad) return;
-    double* sums = term.grad + part * term.grad_part_stride + head * term.grad_head_stride + grid.query_entry(place);
-    grid.for_each_run(keys, [&](int64_t first, int64_t count, const Place& key) {
+    double* sums = term.grad + part * term.grad_part_stride + head * term.grad_head_stride + grid.query_entry(coord);
+    grid.for_each_run(keys, [&](int64_t first, int64_t count, const Coord& key) {
       add_to_sums(sums + grid.key_entry(key), gradient + first_column + first, count);
     });
   }
@@ -196,8 +196,8 @@ class OffsetRow {
   }
 
   const Score& score;
-  const GridTerms& terms = score.on_grid;
-  const Grid& grid = terms.grid;
+  const OffsetTerms& terms = score.by_offset;
+  const OffsetGrid& grid = terms.grid;
   RelativeLogits<T> relative;
   T *multiplier = nullptr, *bias = nullptr, *multiplier_gradient = nullptr, *bias_gradient = nullptr;  // [columns]
   int64_t head = 0;
@@ -207,7 +207,7 @@ class OffsetRow {
   // Of the row expanded last.
   int64_t token = 0, first_column = 0;  // the query; the column of the first key on the grid
   Range keys{};
-  Place place{};
+  Coord coord{};
 };
 
 }  // namespace vitkernels::VK_ISA

@@ -24,7 +24,7 @@ class RelativeLogits {
     bool with_gradients;
   };
 
-  RelativeLogits(const GridTerms& terms, const Sizes& sizes, Scratch& scratch)
+  RelativeLogits(const OffsetTerms& terms, const Sizes& sizes, Scratch& scratch)
       : terms(terms), head_dim(sizes.head_dim), query_width(round_up(head_dim, kWidth<T>)) {
     if (!terms.has_rel_pos()) return;
     queries = scratch.take<T>(sizes.max_rows * query_width);
@@ -110,7 +110,7 @@ class RelativeLogits {
     return r * axes[axis].stride + first_entry - axes[axis].entries.begin;
   }
 
-  const GridTerms& terms;
+  const OffsetTerms& terms;
   const int64_t head_dim, query_width;
   T* queries = nullptr;  // [rows, query_width], not scaled
   Axis axes[kMaxAxes];

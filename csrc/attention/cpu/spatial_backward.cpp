@@ -111,7 +111,7 @@ class SpatialBackward {
     std::fill_n(sums.part<T>(split, batch, kv_head), (tokens.shared.end - tokens.shared.begin) * sums.width, T(0));
     Box map;
     std::copy_n(p.key_size, kMaxAxes, map.size);
-    map.for_each_line(tokens.owned, [&](int64_t, int64_t count, const Place& first) {
+    map.for_each_line(tokens.owned, [&](int64_t, int64_t count, const Coord& first) {
       T* row = sums.owned.at<T>(batch, first, kv_head);
       for (int64_t i = 0; i < count; ++i, row += sums.owned.axis_stride[kLast]) std::fill_n(row, sums.width, T(0));
     });
@@ -146,7 +146,7 @@ class SpatialBackward {
 
   void find_numbers(int64_t num_rows) {
     const Box& outputs = tile.outputs;
-    outputs.for_each_line({0, num_rows}, [&](int64_t first, int64_t count, const Place& index) {
+    outputs.for_each_line({0, num_rows}, [&](int64_t first, int64_t count, const Coord& index) {
       int64_t at = p.row(batch, outputs.on_map(index)) * p.heads + head;
       for (int64_t row = first; row < first + count; ++row, at += outputs.step[kLast] * p.heads) {
         // delta = dO.O - dlse, so that dS = P * (dP - delta).
@@ -224,11 +224,11 @@ class SpatialBackward {
     const SplitTokens& tokens = sums.of_split[split];
     T* part = sums.part<T>(split, batch, kv_head);
     const int64_t step = tile.keys.step[kLast], stride = step * sums.owned.axis_stride[kLast];
-    tile.keys.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Place& first) {
-      const Place place = tile.keys.on_map(first);
+    tile.keys.for_each_line_on(p.key_size, columns, [&](int64_t column, int64_t count, const Coord& first) {
+      const Coord coord = tile.keys.on_map(first);
       const T* from = rows + (column - columns.begin) * width;
-      T* owned = sums.owned.at<T>(batch, place, kv_head);
-      int64_t token = (place.at[0] * p.key_size[1] + place.at[1]) * p.key_size[2] + place.at[2];
+      T* owned = sums.owned.at<T>(batch, coord, kv_head);
+      int64_t token = (coord.at[0] * p.key_size[1] + coord.at[1]) * p.key_size[2] + coord.at[2];
       for (int64_t i = 0; i < count; ++i, from += width, owned += stride, token += step) {
         T* to = token < tokens.owned.begin ? part + (token - tokens.shared.begin) * width : owned;
         for (int64_t c = 0; c < width; c += kWidth<T>) store(to + c, load(to + c) + load(from + c));
@@ -241,13 +241,13 @@ class SpatialBackward {
     if (!all_sums) return;
     double* sums = all_sums + (part * p.kv_heads + kv_head) * dim;
     for (int64_t column = columns.begin; column < columns.end; ++column, rows += width) {
-      const Place at = tile.keys.index(column);
+      const Coord at = tile.keys.index(column);
       if (on_map(at, 0) && on_map(at, 1) && on_map(at, 2)) continue;
       for (int64_t c = 0; c < dim; ++c) sums[c] += rows[c];
     }
   }
 
-  bool on_map(const Place& index, int axis) const {
+  bool on_map(const Coord& index, int axis) const {
     return tile.keys.on_map(axis, p.key_size[axis]).contains(index.at[axis]);
   }
 
@@ -287,7 +287,7 @@ class SpatialBackward {
   S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
   T* query_gradient = scratch.take<T>(max_rows * query_width);
   T* relative_query_gradient =
-      p.score.on_grid.has_rel_pos() ? scratch.take<T>(max_rows * query_width) : nullptr;  // without the scale
+      p.score.by_offset.has_rel_pos() ? scratch.take<T>(max_rows * query_width) : nullptr;  // without the scale
   T* deltas = scratch.take<T>(max_rows);
   T* offsets = scratch.take<T>(max_rows);
   SpatialTerms<T> terms{
@@ -316,9 +316,9 @@ class SumParts {
     const bool is_in_place = p.owned.data == p.gradient.data;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t batch = task / lines / p.heads, head = task / lines % p.heads, line = task % lines;
-      const Place place{{line / p.size[1], line % p.size[1], 0}};
-      S* to = p.gradient.at<S>(batch, place, head);
-      const T* from = p.owned.at<const T>(batch, place, head);
+      const Coord coord{{line / p.size[1], line % p.size[1], 0}};
+      S* to = p.gradient.at<S>(batch, coord, head);
+      const T* from = p.owned.at<const T>(batch, coord, head);
       for (int64_t i = 0; i < p.size[2]; ++i) {
         const int64_t token = line * p.size[2] + i;
         const auto is_shared = [&](int64_t split) { return p.of_split[split].shared.contains(token); };

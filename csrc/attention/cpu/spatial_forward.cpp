@@ -128,7 +128,7 @@ class SpatialForward {
     key_tile.finish(results, acc, rows.end - rows.begin,
                     [out = present.outputs.from(rows.begin)](int64_t r) VK_BODY { return const_cast<S*>(out[r]); });
     const Box& outputs = tile.outputs;
-    outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Place& index) {
+    outputs.for_each_line(rows, [&](int64_t row, int64_t count, const Coord& index) {
       T* lse = static_cast<T*>(p.lse) + p.row(present.batch, outputs.on_map(index)) * p.heads + present.head;
       for (int64_t i = 0; i < count; ++i) lse[i * outputs.step[kLast] * p.heads] = results[row - rows.begin + i].lse;
     });

@@ -37,7 +37,7 @@ class SpatialTerms {
     T* to = key_bias;
     const auto inside_on = [&](int axis) { return tile->keys.on_map(axis, p.key_size[axis]); };
     const Range inside[] = {inside_on(0), inside_on(1), inside_on(2)};
-    tile->keys.for_each_line(columns, [&](int64_t, int64_t count, const Place& first) {
+    tile->keys.for_each_line(columns, [&](int64_t, int64_t count, const Coord& first) {
       const bool on_map = inside[0].contains(first.at[0]) && inside[1].contains(first.at[1]);
       const T* from = bias_map.at<const T>(batch, tile->keys.on_map(first), head);
       for (int64_t i = 0; i < count; ++i) {
@@ -104,11 +104,11 @@ class SpatialTerms {
   void finish_row(int64_t row) {
     if (!row_gradient) return;
     const TileView view = tile->view();
-    const Place query = view.query(row), place = view.place(query);
+    const Coord query = view.query(row), coord = view.coord(query);
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      T* to = relative.gradient_row(axis, row - first_row, terms.grid.first_entry(axis, place));
+      T* to = relative.gradient_row(axis, row - first_row, terms.grid.first_entry(axis, coord));
       if (!to) continue;
-      view.for_each_line(query, logit_tile.columns, [&](int64_t column, int64_t count, const Place& key) {
+      view.for_each_line(query, logit_tile.columns, [&](int64_t column, int64_t count, const Coord& key) {
         const T* gradient = row_gradient + column - logit_tile.columns.begin;
         if (axis == kLast) {
           for (int64_t i = 0; i < count; ++i) to[key.at[kLast] + i] += gradient[i];
@@ -132,13 +132,13 @@ class SpatialTerms {
     T* sums = static_cast<T*>(p.score.key_bias.grad) + ((split * p.batch + batch) * p.heads + of_head) * p.num_keys();
     const Range inside = tile->keys.on_map(kLast, p.key_size[kLast]);
     const T* from = key_bias_gradient;
-    tile->keys.for_each_line(columns, [&](int64_t, int64_t count, const Place& first) {
+    tile->keys.for_each_line(columns, [&](int64_t, int64_t count, const Coord& first) {
       bool on_map = true;
       for (int axis = 0; axis < kLast; ++axis) {
         on_map = on_map && tile->keys.on_map(axis, p.key_size[axis]).contains(first.at[axis]);
       }
-      const Place place = tile->keys.on_map(first);
-      T* to = sums + (place.at[0] * p.key_size[1] + place.at[1]) * p.key_size[2] + place.at[2];
+      const Coord coord = tile->keys.on_map(first);
+      T* to = sums + (coord.at[0] * p.key_size[1] + coord.at[1]) * p.key_size[2] + coord.at[2];
       for (int64_t i = 0; i < count; ++i) {
         if (on_map && inside.contains(first.at[kLast] + i)) to[i * tile->keys.step[kLast]] += from[i];
       }
@@ -164,23 +164,23 @@ class SpatialTerms {
   EntryRanges tile_entries() const {
     EntryRanges result;
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      const Range places = tile->places(axis);
+      const Range coords = tile->coords(axis);
       const int64_t size = terms.grid.size[axis];
       const Range all{0, terms.grid.num_offsets(axis)};
-      result[axis] = intersect({size - places.end, size - 1 - places.begin + tile->keys.size[axis]}, all);
+      result[axis] = intersect({size - coords.end, size - 1 - coords.begin + tile->keys.size[axis]}, all);
     }
     return result;
   }
 
   void add_relative(int64_t row, const T* added) {
     const TileView view = tile->view();
-    const Place query = view.query(row), place = view.place(query);
+    const Coord query = view.query(row), coord = view.coord(query);
     std::copy_n(added, slot->stride, bias);
     const T* along[kMaxAxes];
     for (int axis = 0; axis < kMaxAxes; ++axis) {
-      along[axis] = relative.row(axis, row - first_row, terms.grid.first_entry(axis, place));
+      along[axis] = relative.row(axis, row - first_row, terms.grid.first_entry(axis, coord));
     }
-    view.for_each_line(query, logit_tile.columns, [&](int64_t column, int64_t count, const Place& key) {
+    view.for_each_line(query, logit_tile.columns, [&](int64_t column, int64_t count, const Coord& key) {
       T* to = bias + column - logit_tile.columns.begin;
       T same = 0;
       for (int axis = 0; axis < kLast; ++axis) {
@@ -191,7 +191,7 @@ class SpatialTerms {
   }
 
   const SpatialParams& p;
-  const GridTerms& terms = p.score.on_grid;
+  const OffsetTerms& terms = p.score.by_offset;
   ExpandedTiles<T> expanded;
   RelativeLogits<T> relative;
   T *key_bias = nullptr, *bias = nullptr;                   // [columns] of a tile; of a row

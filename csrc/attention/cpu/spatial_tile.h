@@ -14,11 +14,11 @@ struct Box {
   int64_t count() const { return size[0] * size[1] * size[2]; }
 
   // The coordinates of a token within the box.
-  Place index(int64_t token) const {
+  Coord index(int64_t token) const {
     const int64_t row = token / size[2];
     return {{row / size[1], row % size[1], token % size[2]}};
   }
-  Place on_map(const Place& index) const {
+  Coord on_map(const Coord& index) const {
     return {{first[0] + index.at[0] * step[0], first[1] + index.at[1] * step[1], first[2] + index.at[2] * step[2]}};
   }
 
@@ -26,7 +26,7 @@ struct Box {
   template <class Function>
   VK_INLINE void for_each_line(Range tokens, Function&& f) const {
     if (tokens.empty()) return;
-    Place at = tokens.begin == 0 ? Place{} : index(tokens.begin);  // divisions are slow
+    Coord at = tokens.begin == 0 ? Coord{} : index(tokens.begin);  // divisions are slow
     for (int64_t token = tokens.begin; token < tokens.end;) {
       const int64_t count = std::min(size[2] - at.at[2], tokens.end - token);
       f(token, count, at);
@@ -40,7 +40,7 @@ struct Box {
   template <class Function>
   VK_INLINE void for_each_line_on(const int64_t (&map)[kMaxAxes], Range tokens, Function&& f) const {
     const Range inside[] = {on_map(0, map[0]), on_map(1, map[1]), on_map(2, map[2])};
-    for_each_line(tokens, [&](int64_t token, int64_t count, Place at) VK_BODY {
+    for_each_line(tokens, [&](int64_t token, int64_t count, Coord at) VK_BODY {
       if (!inside[0].contains(at.at[0]) || !inside[1].contains(at.at[1])) return;
       const Range on_line = intersect(inside[2], {at.at[2], at.at[2] + count});
       token += on_line.begin - at.at[2], at.at[2] = on_line.begin;
@@ -74,24 +74,24 @@ struct TileView {
   const SeenKeys* seen[kMaxAxes];
   int64_t queries[kMaxAxes], keys[kMaxAxes];
 
-  Place query(int64_t row) const {
+  Coord query(int64_t row) const {
     const int64_t line = row / queries[2];
     return {{line / queries[1], line % queries[1], row % queries[2]}};
   }
   // Where a query is, counted from the first key of the tile.
-  Place place(const Place& query) const {
-    return {{seen[0][query.at[0]].place, seen[1][query.at[1]].place, seen[2][query.at[2]].place}};
+  Coord coord(const Coord& query) const {
+    return {{seen[0][query.at[0]].coord, seen[1][query.at[1]].coord, seen[2][query.at[2]].coord}};
   }
 
   // Calls f(column, count, key) for the runs of keys that a query sees within `columns`.
   template <class Function>
-  VK_INLINE void for_each_line(const Place& query, Range columns, Function&& f) const {
+  VK_INLINE void for_each_line(const Coord& query, Range columns, Function&& f) const {
     const Range a = seen[0][query.at[0]].keys, b = seen[1][query.at[1]].keys, c = seen[2][query.at[2]].keys;
     for (int64_t i = a.begin; i < a.end; ++i) {
       for (int64_t j = b.begin; j < b.end; ++j) {
         const int64_t line = (i * keys[1] + j) * keys[2];
         const Range run = intersect({line + c.begin, line + c.end}, columns);
-        if (!run.empty()) f(run.begin, run.end - run.begin, Place{{i, j, run.begin - line}});
+        if (!run.empty()) f(run.begin, run.end - run.begin, Coord{{i, j, run.begin - line}});
       }
     }
   }
@@ -154,8 +154,8 @@ class SpatialTile : public TileBoxes {
             {keys.size[0], keys.size[1], keys.size[2]}};
   }
   // Where the queries are on an axis, counted from the first key.
-  Range places(int axis) const {
-    return {on_axis[axis]->seen[0].place, on_axis[axis]->seen[queries.size[axis] - 1].place + 1};
+  Range coords(int axis) const {
+    return {on_axis[axis]->seen[0].coord, on_axis[axis]->seen[queries.size[axis] - 1].coord + 1};
   }
 
   int64_t geometry = -1;

@@ -35,7 +35,7 @@ class TileTokens {
     const Steps steps(t, box);
     const Range inside[] = {box.on_map(0, map[0]), box.on_map(1, map[1]), box.on_map(2, map[2])};
     intptr_t* row = start(box);
-    box.for_each_line({0, count}, [&](int64_t, int64_t on_line, Place first) {
+    box.for_each_line({0, count}, [&](int64_t, int64_t on_line, Coord first) {
       Range on_map = intersect(inside[kLast], {0, on_line});
       if (!inside[0].contains(first.at[0]) || !inside[1].contains(first.at[1]) || on_map.empty()) {
         on_map = {on_line, on_line};
@@ -91,7 +91,7 @@ class TileTokens {
     }
   };
 
-  static intptr_t address_of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const Place& index) {
+  static intptr_t address_of(const MapTensor& t, int64_t batch, int64_t head, const Box& box, const Coord& index) {
     return reinterpret_cast<intptr_t>(t.at<Element>(batch, box.on_map(index), head));
   }
 

@@ -292,7 +292,7 @@ struct BackwardKernel {
   static __device__ void add_relative_grad(const Mma& mma, Acc& grad, const AttentionBackwardCudaParams& p,
                                            const Task& task) {
     const int64_t heads = p.forward.problem.heads, dim = p.forward.problem.head_dim;
-    const Grid& grid = p.forward.problem.score.on_grid.grid;
+    const OffsetGrid& grid = p.forward.problem.score.by_offset.grid;
     const float* relative = p.relative_grad_query + (task.batch * heads + task.head) * grid.num_tokens() * dim;
     Tensor rows = by_rows(grad);             // (rows,columns)
     const auto at = owned_coordinates(mma);  // (rows,columns)

@@ -14,7 +14,7 @@ using namespace cuda;
 using namespace cute;
 
 // Tokens of a tile that are on the offset grid, counted from the first one there.
-__device__ Range on_grid(const Grid& grid, Range tokens) {
+__device__ Range tokens_on_grid(const OffsetGrid& grid, Range tokens) {
   return intersect(relative_to(tokens, grid.num_prefix), {0, grid.num_tokens()});
 }
 
@@ -35,7 +35,7 @@ struct TableKernel {
 
   static __device__ void run(const AttentionBackwardCudaParams& p, const TableGradient& table, Element* shared) {
     const Problem& problem = p.forward.problem;
-    const GridTerms& terms = problem.score.on_grid;
+    const OffsetTerms& terms = problem.score.by_offset;
     TaskIndex owner(blockIdx.x);
     const int64_t head = owner.take(problem.heads), part = owner.rest();
     float* sums = table.sums.part(part) + head * terms.grid.num_entries();
@@ -53,10 +53,10 @@ struct TableKernel {
 
   // A thread takes some of the offsets between tokens of the tile, and iterates over the queries.
   template <class Shared>
-  static __device__ void add(const GridTerms& terms, const Shared& sS, const LogitTile& tile, float* sums) {
-    const Range queries = on_grid(terms.grid, tile.queries), keys = on_grid(terms.grid, tile.keys);
+  static __device__ void add(const OffsetTerms& terms, const Shared& sS, const LogitTile& tile, float* sums) {
+    const Range queries = tokens_on_grid(terms.grid, tile.queries), keys = tokens_on_grid(terms.grid, tile.keys);
     if (queries.empty() || keys.empty()) return;
-    const SmallGrid& grid = terms.small;
+    const DeviceOffsetGrid& grid = terms.small;
     int first[kMaxAxes], count[kMaxAxes];
     CUTE_UNROLL
     for (int axis = 0; axis < kMaxAxes; ++axis) {
@@ -67,13 +67,13 @@ struct TableKernel {
     const int num_keys = int(keys.end - keys.begin), num_queries = int(queries.end - queries.begin);
     const int first_row = int(queries.begin + grid.num_prefix - tile.queries.begin);
     const int first_column = int(keys.begin + grid.num_prefix - tile.keys.begin);
-    const SmallGrid::Place first_place = grid.place(int(queries.begin));
+    const DeviceOffsetGrid::Coord first_coord = grid.coord(int(queries.begin));
     for (int i = threadIdx.x; i < count[0] * count[1] * count[2]; i += Tile::kThreads) {
       const int row = i / count[2], width = first[2] + i - row * count[2];
       const int plane = row / count[1], height = first[1] + row - plane * count[1], depth = first[0] + plane;
       const int distance = (depth * grid.size[1] + height) * grid.size[2] + width;  // from the key to the query
       int key = int(queries.begin - keys.begin) - distance;                         // in the tile, of the first query
-      int x = first_place.at[2] - width, y = first_place.at[1] - height;            // coordinates of that key
+      int x = first_coord.at[2] - width, y = first_coord.at[1] - height;            // coordinates of that key
       float sum = 0.0f;
       for (int r = 0; r < num_queries; ++r, ++key) {
         const bool exists = unsigned(x) < unsigned(grid.size[2]) && unsigned(y) < unsigned(grid.size[1]);
@@ -99,7 +99,7 @@ struct RelativeLogitsKernel {
 
   static __device__ void run(const AttentionBackwardCudaParams& p, float* grads, Element* shared) {
     const Problem& problem = p.forward.problem;
-    const GridTerms& terms = problem.score.on_grid;
+    const OffsetTerms& terms = problem.score.by_offset;
     TaskIndex owner(blockIdx.x);
     const int64_t query_tile = owner.take(query_tiles(problem)), head = owner.take(problem.heads);
     const int64_t batch = owner.rest();
@@ -114,9 +114,9 @@ struct RelativeLogitsKernel {
 
   // A thread takes some of the pairs (query, coordinate of keys), and iterates over the keys that have the coordinate.
   template <class Shared>
-  static __device__ void add(const GridTerms& terms, const Shared& sS, const LogitTile& tile, float* sums) {
-    const Grid& grid = terms.grid;
-    const Range queries = on_grid(grid, tile.queries), keys = on_grid(grid, tile.keys);
+  static __device__ void add(const OffsetTerms& terms, const Shared& sS, const LogitTile& tile, float* sums) {
+    const OffsetGrid& grid = terms.grid;
+    const Range queries = tokens_on_grid(grid, tile.queries), keys = tokens_on_grid(grid, tile.keys);
     if (queries.empty() || keys.empty()) return;
     const int first_row = int(queries.begin + grid.num_prefix - tile.queries.begin);
     const int64_t first_key = tile.keys.begin - grid.num_prefix;
@@ -160,7 +160,7 @@ int64_t parts_of_table(const AttentionBackwardCudaParams& p) {
   const Problem& problem = p.forward.problem;
   return dispatch_element(problem.dtype, [&]<class Element>(Element) {
     return parts_for(problem.heads, typename TableKernel<Element>::Tiles(problem).count(),
-                     problem.heads * problem.score.on_grid.grid.num_entries());
+                     problem.heads * problem.score.by_offset.grid.num_entries());
   });
 }
 

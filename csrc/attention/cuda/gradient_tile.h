@@ -74,7 +74,7 @@ struct GradientTile {
     if (factor == TermFactor::kMultiplierTable) {
       combine_term(logit_grads, at, score.multiplier, task.tile, Times{});
     } else {
-      combine_table(logit_grads, at, score.on_grid.small, score.on_grid.multiplier, task.tile, Times{});
+      combine_table(logit_grads, at, score.by_offset.small, score.by_offset.multiplier, task.tile, Times{});
     }
     return grads;
   }

@@ -48,7 +48,7 @@ int64_t parts_of_embedding(const AttentionBackwardCudaParams& params, int axis);
 // out, contiguous `elements` of a dtype, = the sum of all parts in a fixed order.
 cudaError_t launch_sum_parts(const PartialSums& parts, int64_t elements, void* out, DType dtype, cudaStream_t stream);
 
-// Writes what params.problem.score.on_grid.relative describes to `logits`.
+// Writes what params.problem.score.by_offset.relative describes to `logits`.
 cudaError_t launch_relative_logits(const AttentionCudaParams& params, float* logits, cudaStream_t stream);
 // Adds the gradient of the relative logits to `grads`, which has their shape and is zero at first.
 cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& params, float* grads,

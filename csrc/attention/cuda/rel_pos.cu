@@ -25,14 +25,14 @@ struct AxisOfTokens {
   Range tokens;      // counted from the first on the offset grid
   Range embeddings;  // of the pairs of these tokens with all keys
 
-  __device__ AxisOfTokens(const Grid& grid, int axis, Range tokens)
+  __device__ AxisOfTokens(const OffsetGrid& grid, int axis, Range tokens)
       : axis(axis), size(int(grid.size[axis])), tokens(tokens) {
     const Range range = grid.coordinates(axis, tokens);
     embeddings = {range.begin, range.end + grid.size[axis] - 1};
   }
 
   // The coordinate of the key whose offset from the token has this embedding; -1 if there is none.
-  __device__ int key_coordinate(const SmallGrid& grid, int64_t token, int64_t embedding) const {
+  __device__ int key_coordinate(const DeviceOffsetGrid& grid, int64_t token, int64_t embedding) const {
     if (token >= tokens.end || embedding >= 2 * size - 1) return -1;
     const int coordinate = grid.coordinate(axis, int(token)) + size - 1 - int(embedding);
     return coordinate < size ? coordinate : -1;
@@ -49,19 +49,19 @@ struct QueryTile {
 };
 
 __device__ QueryTile query_tile(const Problem& p, TaskIndex index) {
-  const int64_t tokens = p.score.on_grid.grid.num_tokens(), tile = index.take(ceil_div<int64_t>(tokens, kRows));
+  const int64_t tokens = p.score.by_offset.grid.num_tokens(), tile = index.take(ceil_div<int64_t>(tokens, kRows));
   const int64_t head = index.take(p.heads);
   return {index.rest(), head, tile_of(tile, kRows, tokens)};
 }
 
 int64_t num_query_tiles(const Problem& p) {
-  return ceil_div<int64_t>(p.score.on_grid.grid.num_tokens(), kRows) * p.heads * p.batch;
+  return ceil_div<int64_t>(p.score.by_offset.grid.num_tokens(), kRows) * p.heads * p.batch;
 }
 
 // The rows of the queries on the offset grid.
 template <class Element>
 __device__ StridedRows<Element> queries_of(const Problem& p, int64_t batch, int64_t head) {
-  return rows_of<Element>(p.query, batch, p.score.on_grid.grid.num_prefix, head, 0);
+  return rows_of<Element>(p.query, batch, p.score.by_offset.grid.num_prefix, head, 0);
 }
 
 template <class Element>
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
     relative_logits(const __grid_constant__ AttentionCudaParams p, float* logits) {
   __shared__ FloatProduct::Shared shared;
   const Problem& problem = p.problem;
-  const GridTerms& terms = problem.score.on_grid;
+  const OffsetTerms& terms = problem.score.by_offset;
   const QueryTile tile = query_tile(problem, TaskIndex(blockIdx.x));
   const StridedRows<Element> queries = queries_of<Element>(problem, tile.batch, tile.head);
   float* target = logits + tile.batch * terms.relative.batch_stride + tile.head * terms.relative.head_stride;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
 }
 
 // The gradient of the relative logits of a token and an embedding.
-__device__ float relative_grad(const GridTerms& terms, const AxisOfTokens& axis, const float* grads, int64_t token,
+__device__ float relative_grad(const OffsetTerms& terms, const AxisOfTokens& axis, const float* grads, int64_t token,
                                int64_t embedding) {
   const int coordinate = axis.key_coordinate(terms.small, token, embedding);
   return coordinate < 0 ? 0.0f : grads[token * terms.relative.width + terms.relative.first[axis.axis] + coordinate];
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
                         float* grad_query) {
   __shared__ FloatProduct::Shared shared;
   const Problem& problem = p.forward.problem;
-  const GridTerms& terms = problem.score.on_grid;
+  const OffsetTerms& terms = problem.score.by_offset;
   TaskIndex index(blockIdx.x);
   const int64_t first_column = index.take(ceil_div<int64_t>(problem.head_dim, kColumns)) * kColumns;
   const QueryTile tile = query_tile(problem, index);
@@ -150,10 +150,10 @@ struct EmbeddingWork {
   int64_t embeddings, embedding_tiles, column_tiles, chunks;  // a chunk: kDepth queries of a sequence
 
   VK_HOST_DEVICE EmbeddingWork(const Problem& p, int axis)
-      : embeddings(p.score.on_grid.grid.num_offsets(axis)),
+      : embeddings(p.score.by_offset.grid.num_offsets(axis)),
         embedding_tiles(ceil_div<int64_t>(embeddings, kRows)),
         column_tiles(ceil_div<int64_t>(p.head_dim, kColumns)),
-        chunks(ceil_div<int64_t>(p.score.on_grid.grid.num_tokens(), kDepth)) {}
+        chunks(ceil_div<int64_t>(p.score.by_offset.grid.num_tokens(), kDepth)) {}
 
   VK_HOST_DEVICE int64_t num_owners(const Problem& p) const { return embedding_tiles * column_tiles * p.heads; }
 };
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(FloatProduct::kThreads, FloatProduct::kBlocks)
                             const __grid_constant__ EmbeddingGradient gradient) {
   __shared__ FloatProduct::Shared shared;
   const Problem& problem = p.forward.problem;
-  const GridTerms& terms = problem.score.on_grid;
+  const OffsetTerms& terms = problem.score.by_offset;
   const EmbeddingWork work(problem, gradient.axis);
   TaskIndex index(blockIdx.x);
   const int64_t first_column = index.take(work.column_tiles) * kColumns;

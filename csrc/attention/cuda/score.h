@@ -31,10 +31,12 @@ struct LogitTile {
   }
 
   // Counted from the first token on the offset grid: negative for prefix tokens.
-  __device__ int grid_query(int r, const SmallGrid& grid) const {
+  __device__ int grid_query(int r, const DeviceOffsetGrid& grid) const {
     return int(queries.begin) + row(r) - grid.num_prefix;
   }
-  __device__ int grid_key(int c, const SmallGrid& grid) const { return int(keys.begin) + column(c) - grid.num_prefix; }
+  __device__ int grid_key(int c, const DeviceOffsetGrid& grid) const {
+    return int(keys.begin) + column(c) - grid.num_prefix;
+  }
 };
 
 // Calls f(r, c, of_query(row), of_key(column)) for the elements of a tile (queries,keys). Values that depend on the
@@ -120,18 +122,18 @@ __device__ void combine_term(Tile& tile, const Coordinates& coordinates, const S
 
 // Combines each element with that of a table, where both tokens are on the offset grid.
 template <class Tile, class Coordinates, class Combine>
-__device__ void combine_table(Tile& tile, const Coordinates& coordinates, const SmallGrid& grid, const TableTerm& term,
-                              LogitTile at, Combine combine) {
+__device__ void combine_table(Tile& tile, const Coordinates& coordinates, const DeviceOffsetGrid& grid,
+                              const TableTerm& term, LogitTile at, Combine combine) {
   if (!term.data) return;
   at = at.here();
   const float* data = static_cast<const float*>(term.data) + at.head * term.head_stride + grid.center();
   const auto of_query = [&](int r) -> const float* {
     const int token = at.grid_query(r, grid);
-    return token < 0 ? nullptr : data + grid.entry(grid.place(token));
+    return token < 0 ? nullptr : data + grid.entry(grid.coord(token));
   };
   const auto of_key = [&](int c) {
     const int token = at.grid_key(c, grid);
-    return token < 0 ? -1 : grid.entry(grid.place(token));
+    return token < 0 ? -1 : grid.entry(grid.coord(token));
   };
   for_each_pair(tile, coordinates, of_query, of_key, [&](int r, int c, const float* row, int key) {
     if (row && key >= 0) tile(r, c) = combine(tile(r, c), row[-key]);
@@ -140,11 +142,12 @@ __device__ void combine_table(Tile& tile, const Coordinates& coordinates, const 
 
 // Adds the relative logits, where both tokens are on the offset grid.
 template <class Tile, class Coordinates>
-__device__ void add_relative_logits(Tile& tile, const Coordinates& coordinates, const GridTerms& terms, LogitTile at) {
-  const RelativeLogits& logits = terms.relative;
+__device__ void add_relative_logits(Tile& tile, const Coordinates& coordinates, const OffsetTerms& terms,
+                                    LogitTile at) {
+  const DeviceRelativeLogits& logits = terms.relative;
   if (!logits.data) return;
   at = at.here();
-  const SmallGrid& grid = terms.small;
+  const DeviceOffsetGrid& grid = terms.small;
   CUTE_UNROLL
   for (int axis = 0; axis < kMaxAxes; ++axis) {
     if (!terms.rel_pos[axis].data) continue;
@@ -167,15 +170,15 @@ __device__ void add_relative_logits(Tile& tile, const Coordinates& coordinates, 
 template <class Tile, class Coordinates>
 __device__ void multiply_by_terms(Tile& tile, const Coordinates& coordinates, const Score& score, const LogitTile& at) {
   combine_term(tile, coordinates, score.multiplier, at, Times{});
-  combine_table(tile, coordinates, score.on_grid.small, score.on_grid.multiplier, at, Times{});
+  combine_table(tile, coordinates, score.by_offset.small, score.by_offset.multiplier, at, Times{});
 }
 
 template <class Tile, class Coordinates>
 __device__ void add_terms(Tile& tile, const Coordinates& coordinates, const Score& score, const LogitTile& at) {
   combine_term(tile, coordinates, score.bias, at, Plus{});
   combine_term(tile, coordinates, score.key_bias, at, Plus{});
-  combine_table(tile, coordinates, score.on_grid.small, score.on_grid.bias, at, Plus{});
-  add_relative_logits(tile, coordinates, score.on_grid, at);
+  combine_table(tile, coordinates, score.by_offset.small, score.by_offset.bias, at, Plus{});
+  add_relative_logits(tile, coordinates, score.by_offset, at);
 }
 
 // Logits of keys that do not exist, or that the query does not see, become -inf.

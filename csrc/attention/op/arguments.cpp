@@ -227,7 +227,7 @@ void AttentionArguments::check_score(const Checker& checker, const DevicePolicy&
   check_score_term(checker, "bias", score.terms.bias, query, type, full, "(B, heads, Nq, Nk)");
   check_score_term(checker, "multiplier", score.terms.multiplier, query, type, full, "(B, heads, Nq, Nk)");
   check_score_term(checker, "key_bias", score.terms.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
-  on_grid = GridScore(checker, score, query, key, type, policy.tables);
+  by_offset = OffsetScore(checker, score, query, key, type, policy.tables);
 }
 
 std::vector<int64_t> AttentionArguments::out_sizes() const {
@@ -253,7 +253,7 @@ void AttentionArguments::fill(Problem& problem) const {
                    .multiplier = score_term(terms.multiplier, 4),
                    .bias = score_term(terms.bias, 4),
                    .key_bias = score_term(terms.key_bias, 3)};
-  on_grid.fill(problem.score.on_grid);
+  by_offset.fill(problem.score.by_offset);
   problem.query = token_tensor(query);
   problem.key = token_tensor(key);
   problem.value = token_tensor(value);

@@ -48,7 +48,7 @@ class AttentionArguments {
   Tensor query, key, value;
   OptionalTensor head_map, cu_seqlens_q, cu_seqlens_k;  // contiguous
   ScoreArguments score;
-  GridScore on_grid;
+  OffsetScore by_offset;
   DType dtype;
   bool is_causal, allow_tf32;
   int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry

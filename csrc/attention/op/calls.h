@@ -36,7 +36,7 @@ struct DenseCall {
   std::optional<Packing> packing;
   ScoreArguments score;
   bool is_causal, allow_tf32;
-  const char* why_no_offsets = nullptr;  // where kernels take no terms by the places of tokens on a grid
+  const char* why_no_offsets = nullptr;  // where kernels take no terms by offset
 };
 DenseCall take_dense(Call& call, bool is_packed);
 

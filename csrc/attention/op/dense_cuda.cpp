@@ -54,10 +54,10 @@ void attention_backward(Call& call) {
     relative_logits = launch_relative_logits(call.checker, args, params.forward, launches.stream());
     launches.check(launch_attention_backward_delta(params, launches.stream()));
   }
-  const GridGradientsOnDevice on_grid(launches, args, from.needed, params);
+  const DeviceOffsetGradients by_offset(launches, args, from.needed, params);
   launches.sum(params, Side::kKeys, &key, &value);
   ScoreFields<OptionalTensor> terms = launches.sum_queries(params, query);
-  on_grid.compute(params, terms);
+  by_offset.compute(params, terms);
   call.give(query, "grad_query");
   call.give(key, "grad_key");
   call.give(value, "grad_value");

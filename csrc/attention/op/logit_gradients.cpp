@@ -30,13 +30,13 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
                                AttentionBackwardParams& params)
     : query(empty_as(args.query, sizes_of(args.query), args.query.scalar_type())),
       key(empty_as(args.key, sizes_of(args.key), args.key.scalar_type())),
-      grid_gradients(args.on_grid, needed) {
+      offset_gradients(args.by_offset, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
   Problem& problem = params.forward.problem;
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
 
-  if (grid_gradients.any()) params.max_batch_groups = GridGradients::kParts;
+  if (offset_gradients.any()) params.max_batch_groups = OffsetGradients::kParts;
 
   params.splits = 0;
   const auto attach = [&](ScoreTerm& term, bool is_needed, const OptionalTensor& tensor, int64_t rank) {
@@ -54,15 +54,15 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
   terms.multiplier = attach(problem.score.multiplier, needed.multiplier, given.multiplier, 4);
   if (params.splits == 0) params.splits = backward_splits(params);
   const int64_t parts = params.batch_groups() * params.splits;
-  if (grid_gradients.any()) {
-    grid_gradients.allocate(problem.score.on_grid, problem.heads, parts, none_as(args.query, statistics));
+  if (offset_gradients.any()) {
+    offset_gradients.allocate(problem.score.by_offset, problem.heads, parts, none_as(args.query, statistics));
   }
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t part_elements = kernel<AttentionBackwardParams>().parts(params) / element_size;
   query_parts = zeros_as(args.query, {part_elements}, statistics);
   params.grad_query_parts = query_parts->mutable_data_ptr();
-  if (problem.score.on_grid.has_rel_pos()) {
+  if (problem.score.by_offset.has_rel_pos()) {
     relative_query_parts = zeros_as(args.query, {part_elements}, statistics);
     params.grad_rel_query_parts = relative_query_parts->mutable_data_ptr();
   }
@@ -82,7 +82,7 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
   for (OptionalTensor* grad : {&terms.bias, &terms.key_bias, &terms.multiplier}) {
     if (*grad) *grad = torch::stable::to(**grad, statistics);
   }
-  grid_gradients.finish(args.heads, terms);
+  offset_gradients.finish(args.heads, terms);
   if (query_dot) terms.head_scale = sum_head_scale(args, *query_dot);
 }
 

@@ -19,7 +19,7 @@ class LogitGradients {
   ScoreFields<OptionalTensor> terms;
 
  private:
-  GridGradients grid_gradients;
+  OffsetGradients offset_gradients;
   OptionalTensor query_parts, relative_query_parts, query_dot;
 };
 

@@ -98,8 +98,8 @@ struct Reduction {
 
 }  // namespace
 
-GridScore::GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
-                     ScalarType statistics, TablesAs tables)
+OffsetScore::OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
+                         ScalarType statistics, TablesAs tables)
     : from(score.terms) {
   const bool has_table = from.bias_table || from.multiplier_table;
   const bool has_axis = std::any_of(from.rel_pos.begin(), from.rel_pos.end(), [](const auto& t) { return !!t; });
@@ -118,8 +118,8 @@ GridScore::GridScore(const Checker& checker, const ScoreArguments& score, const 
   tables == TablesAs::kGiven ? keep(checker, tokens) : reverse();
 }
 
-GridScore::GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
-                     const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics)
+OffsetScore::OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
+                         const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics)
     : from(score.terms) {
   check_terms(checker, query, statistics, 0);
   for (const auto& [name, table] :
@@ -138,32 +138,32 @@ GridScore::GridScore(const Checker& checker, const ScoreArguments& score, const 
   reverse();
 }
 
-void GridScore::check_terms(const Checker& checker, const Tensor& query, ScalarType statistics, int64_t num_prefix) {
+void OffsetScore::check_terms(const Checker& checker, const Tensor& query, ScalarType statistics, int64_t num_prefix) {
   check_table(checker, "bias_table", from.bias_table, query, statistics);
   check_table(checker, "multiplier_table", from.multiplier_table, query, statistics);
   for (int axis = 0; axis < kMaxAxes; ++axis) check_rel_pos(checker, axis, query, statistics);
   find_grid(checker, num_prefix);
 }
 
-void GridScore::keep(const Checker& checker, int64_t tokens) {
+void OffsetScore::keep(const Checker& checker, int64_t tokens) {
   double entries = 1.0;
   for (int axis = 0; axis < kMaxAxes; ++axis) entries *= double(grid.num_offsets(axis));
-  checker.check(entries + double(grid.num_prefix) <= SmallGrid::kMaxEntries, "query has ", tokens,
+  checker.check(entries + double(grid.num_prefix) <= DeviceOffsetGrid::kMaxEntries, "query has ", tokens,
                 " tokens on a grid with offsets beyond 32 bits, takes fewer on a GPU");
-  small = SmallGrid(grid);
+  small = DeviceOffsetGrid(grid);
   bias_entries = contiguous(from.bias_table);
   multiplier_entries = contiguous(from.multiplier_table);
   for (int axis = 0; axis < kMaxAxes; ++axis) rel_pos_rows[axis] = contiguous(from.rel_pos[axis]);
 }
 
-void GridScore::reverse() {
+void OffsetScore::reverse() {
   bias_entries = reversed_entries(from.bias_table);
   multiplier_entries = reversed_entries(from.multiplier_table);
   for (int axis = 0; axis < kMaxAxes; ++axis) rel_pos_rows[axis] = reversed_rows(from.rel_pos[axis]);
 }
 
-void GridScore::check_table(const Checker& checker, const char* name, const OptionalTensor& table, const Tensor& query,
-                            ScalarType statistics) const {
+void OffsetScore::check_table(const Checker& checker, const char* name, const OptionalTensor& table,
+                              const Tensor& query, ScalarType statistics) const {
   if (!table) return;
   const Tensor& t = *table;
   checker.strided_like(name, t, query);
@@ -175,7 +175,7 @@ void GridScore::check_table(const Checker& checker, const char* name, const Opti
                 " (heads), then an odd number 2 n - 1 for each of one to three axes");
 }
 
-void GridScore::check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const {
+void OffsetScore::check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const {
   if (!from.rel_pos[axis]) return;
   const Tensor& t = *from.rel_pos[axis];
   const char* name = kRelPosNames[axis];
@@ -189,7 +189,7 @@ void GridScore::check_rel_pos(const Checker& checker, int axis, const Tensor& qu
 }
 
 // The grid follows from the numbers of offsets. It must be the same in all terms.
-void GridScore::find_grid(const Checker& checker, int64_t num_prefix) {
+void OffsetScore::find_grid(const Checker& checker, int64_t num_prefix) {
   grid.num_prefix = num_prefix;
   const auto take = [&](const char* name, const Tensor& t, int axis, int64_t offsets) {
     const int64_t size = (offsets + 1) / 2;
@@ -214,7 +214,7 @@ void GridScore::find_grid(const Checker& checker, int64_t num_prefix) {
 }
 
 // It must hold the tokens.
-void GridScore::check_grid(const Checker& checker, int64_t num_tokens) const {
+void OffsetScore::check_grid(const Checker& checker, int64_t num_tokens) const {
   int64_t rest = num_tokens;  // what the product so far must be multiplied with; no product can overflow
   for (const int64_t size : grid.size) rest = rest % size == 0 ? rest / size : 0;
   checker.check(rest == 1, source ? source : "rel_pos", " is of a grid of ", grid.size[0], " x ", grid.size[1], " x ",
@@ -222,7 +222,7 @@ void GridScore::check_grid(const Checker& checker, int64_t num_tokens) const {
                 " less num_prefix_tokens");
 }
 
-void GridScore::fill(GridTerms& terms) const {
+void OffsetScore::fill(OffsetTerms& terms) const {
   terms.grid = grid;
   terms.small = small;
   terms.bias = table_term(bias_entries);
@@ -230,9 +230,10 @@ void GridScore::fill(GridTerms& terms) const {
   for (int axis = 0; axis < kMaxAxes; ++axis) terms.rel_pos[axis] = rel_pos_term(rel_pos_rows[axis]);
 }
 
-GridGradients::GridGradients(const GridScore& score, const ScoreFields<bool>& needed) : score(score), needed(needed) {}
+OffsetGradients::OffsetGradients(const OffsetScore& score, const ScoreFields<bool>& needed)
+    : score(score), needed(needed) {}
 
-void GridGradients::allocate(GridTerms& terms, int64_t heads, int64_t parts, const Tensor& like) {
+void OffsetGradients::allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& like) {
   const auto table = [&](bool is_needed, TableTerm& term, OptionalTensor& sum) {
     if (!is_needed) return;
     term.grad_head_stride = terms.grid.num_entries() + kPadding;
@@ -252,7 +253,7 @@ void GridGradients::allocate(GridTerms& terms, int64_t heads, int64_t parts, con
   }
 }
 
-void GridGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& grads) const {
+void OffsetGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& grads) const {
   // Of `sum`, whose elements are Sum, to a gradient in the shape of `given`.
   const auto reduce = [&]<class Sum, class T>(Sum, T, const Tensor& sum, const Tensor& given, Reduction reduction) {
     const Tensor grad = empty_as(given, sizes_of(given), given.scalar_type());

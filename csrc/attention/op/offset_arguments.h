@@ -1,4 +1,4 @@
-// The score terms by place on a grid: from tensors to what kernels read, and from their sums to gradients.
+// The score terms by offset: from tensors to what kernels read, and from their sums to gradients.
 #pragma once
 
 #include "attention/dense.h"
@@ -9,17 +9,17 @@ namespace vitkernels {
 // How kernels read tables and embeddings: reversed and padded, on the CPU, or contiguous as they were given, on a GPU.
 enum class TablesAs { kReversed, kGiven };
 
-// Owns what GridTerms point to.
-class GridScore {
+// Owns what OffsetTerms point to.
+class OffsetScore {
  public:
-  GridScore() = default;
-  GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
-            ScalarType statistics, TablesAs tables = TablesAs::kReversed);
+  OffsetScore() = default;
+  OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
+              ScalarType statistics, TablesAs tables = TablesAs::kReversed);
   // Of a map with `axes` axes, where no query sees a key further away than `largest_offset`.
-  GridScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
-            const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
+  OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
+              const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
 
-  void fill(GridTerms& terms) const;
+  void fill(OffsetTerms& terms) const;
 
   ScoreFields<OptionalTensor> from;
 
@@ -34,31 +34,31 @@ class GridScore {
   bool has_table() const { return from.bias_table || from.multiplier_table; }
   void check_rel_pos(const Checker& checker, int axis, const Tensor& query, ScalarType statistics) const;
 
-  Grid grid;
-  SmallGrid small;
+  OffsetGrid grid;
+  DeviceOffsetGrid small;
   const char* source = nullptr;                       // the argument that it was found in
   OptionalTensor bias_entries, multiplier_entries;    // [heads or 1, entries and padding], or as given
   std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], or as given
 };
 
 // The gradients of these terms, and the memory of their sums.
-class GridGradients {
+class OffsetGradients {
  public:
   // The batch is cut into at most so many groups, each with sums of its own.
   static constexpr int64_t kParts = 8;
 
-  GridGradients(const GridScore& score, const ScoreFields<bool>& needed);
+  OffsetGradients(const OffsetScore& score, const ScoreFields<bool>& needed);
 
   bool any() const { return needed.bias_table || needed.multiplier_table || any_rel_pos(); }
 
   // Sums for each of `parts` tasks.
-  void allocate(GridTerms& terms, int64_t heads, int64_t parts, const Tensor& like);
+  void allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& like);
   void finish(int64_t heads, ScoreFields<OptionalTensor>& grads) const;
 
  private:
   bool any_rel_pos() const { return needed.rel_pos[0] || needed.rel_pos[1] || needed.rel_pos[2]; }
 
-  const GridScore& score;
+  const OffsetScore& score;
   ScoreFields<bool> needed;
   ScoreFields<OptionalTensor> sums;  // [parts, heads, ...]: of the tables in float64
 };

@@ -6,9 +6,9 @@ namespace vitkernels {
 
 OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArguments& args,
                                       AttentionCudaParams& params, cudaStream_t stream) {
-  const GridTerms& terms = params.problem.score.on_grid;
+  const OffsetTerms& terms = params.problem.score.by_offset;
   if (!terms.has_rel_pos()) return {};
-  RelativeLogits relative;
+  DeviceRelativeLogits relative;
   for (int axis = 0; axis < kMaxAxes; ++axis) {
     relative.first[axis] = relative.width;
     if (terms.rel_pos[axis].data) relative.width += int(terms.grid.size[axis]);
@@ -17,15 +17,15 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
   relative.batch_stride = args.heads * relative.head_stride;
   const Tensor logits = empty_as(args.query, {args.batch, relative.batch_stride}, ScalarType::Float);
   relative.data = static_cast<const float*>(logits.const_data_ptr());
-  params.problem.score.on_grid.relative = relative;
+  params.problem.score.by_offset.relative = relative;
   check_cuda(checker, launch_relative_logits(params, static_cast<float*>(logits.mutable_data_ptr()), stream));
   return logits;
 }
 
-GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
+DeviceOffsetGradients::DeviceOffsetGradients(const BackwardLaunches& launches, const AttentionArguments& args,
                                              const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params)
     : launches_(launches), args_(args), needed_(needed) {
-  const GridTerms& terms = params.forward.problem.score.on_grid;
+  const OffsetTerms& terms = params.forward.problem.score.by_offset;
   if (!terms.has_rel_pos() || launches.is_empty()) return;
   relative_grads_ = zeros_as(args.query, {args.batch, terms.relative.batch_stride}, ScalarType::Float);
   relative_grad_query_ =
@@ -37,9 +37,9 @@ GridGradientsOnDevice::GridGradientsOnDevice(const BackwardLaunches& launches, c
   params.relative_grad_query = grad_query;
 }
 
-void GridGradientsOnDevice::compute(const AttentionBackwardCudaParams& params,
+void DeviceOffsetGradients::compute(const AttentionBackwardCudaParams& params,
                                     ScoreFields<OptionalTensor>& grads) const {
-  const ScoreFields<OptionalTensor>& given = args_.on_grid.from;
+  const ScoreFields<OptionalTensor>& given = args_.by_offset.from;
   if (needed_.bias_table) grads.bias_table = table(params, *given.bias_table, TermFactor::kBias);
   if (needed_.multiplier_table) {
     grads.multiplier_table = table(params, *given.multiplier_table, TermFactor::kMultiplierTable);
@@ -49,10 +49,10 @@ void GridGradientsOnDevice::compute(const AttentionBackwardCudaParams& params,
   }
 }
 
-Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, const Tensor& given,
+Tensor DeviceOffsetGradients::table(const AttentionBackwardCudaParams& params, const Tensor& given,
                                     TermFactor factor) const {
   if (launches_.is_empty()) return launches_.gradient_of(given);
-  const int64_t entries = params.forward.problem.score.on_grid.grid.num_entries();
+  const int64_t entries = params.forward.problem.score.by_offset.grid.num_entries();
   const PartialSumsOwner sums(zeros_as(given, sizes_of(given), ScalarType::Float), parts_of_table(params),
                               args_.heads * entries, PartialSumsOwner::Start::kZero);
   launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));
@@ -60,10 +60,10 @@ Tensor GridGradientsOnDevice::table(const AttentionBackwardCudaParams& params, c
   return sums.gradient();
 }
 
-Tensor GridGradientsOnDevice::embedding(const AttentionBackwardCudaParams& params, int axis) const {
-  const Tensor& given = *args_.on_grid.from.rel_pos[axis];
+Tensor DeviceOffsetGradients::embedding(const AttentionBackwardCudaParams& params, int axis) const {
+  const Tensor& given = *args_.by_offset.from.rel_pos[axis];
   if (launches_.is_empty()) return launches_.gradient_of(given);
-  const int64_t offsets = params.forward.problem.score.on_grid.grid.num_offsets(axis);
+  const int64_t offsets = params.forward.problem.score.by_offset.grid.num_offsets(axis);
   const PartialSumsOwner sums(launches_.gradient_of(given), parts_of_embedding(params, axis),
                               args_.heads * offsets * args_.head_dim);
   const float* grads = static_cast<const float*>(relative_grads_->const_data_ptr());

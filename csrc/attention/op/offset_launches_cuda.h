@@ -1,4 +1,4 @@
-// The terms by place on a grid on a GPU: the kernels that an operator launches for them, with the memory that these need.
+// The terms by offset on a GPU: the kernels that an operator launches for them, with the memory that these need.
 #pragma once
 
 #include "attention/op/backward_launches_cuda.h"
@@ -10,10 +10,10 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
                                       AttentionCudaParams& params, cudaStream_t stream);
 
 // The gradients of these terms. The other backward kernels' `delta` must be there.
-class GridGradientsOnDevice {
+class DeviceOffsetGradients {
  public:
   // Tells `params` of what reaches the queries.
-  GridGradientsOnDevice(const BackwardLaunches& launches, const AttentionArguments& args,
+  DeviceOffsetGradients(const BackwardLaunches& launches, const AttentionArguments& args,
                         const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params);
 
   void compute(const AttentionBackwardCudaParams& params, ScoreFields<OptionalTensor>& grads) const;

@@ -18,7 +18,7 @@ struct ScoreFields {
 
 inline constexpr const char* kRelPosNames[kMaxAxes] = {"rel_pos_depth", "rel_pos_height", "rel_pos_width"};
 
-// The terms by the places of query and key on a grid.
+// The terms by the offset of the query from the key.
 inline constexpr std::string_view kOffsetTerms[] = {"bias_table", "multiplier_table", "rel_pos_depth", "rel_pos_height",
                                                     "rel_pos_width"};
 

@@ -6,9 +6,9 @@ namespace vitkernels {
 namespace {
 
 constexpr int64_t kIntegersPerAxis = 8;
-constexpr int64_t kMostKeys = 1 << 22;  // of a tile, unless they are all on the map
-constexpr int64_t kMostExtent = 4096;   // of a block or a window, unless the axis is longer
-constexpr int64_t kMostTokens = int64_t(1) << 31;
+constexpr int64_t kMaxKeys = 1 << 22;  // of a tile, unless they are all on the map
+constexpr int64_t kMaxExtent = 4096;   // of a block or a window, unless the axis is longer
+constexpr int64_t kMaxTokens = int64_t(1) << 31;
 
 std::vector<int64_t> map_sizes(const Tensor& t) {
   const std::vector<int64_t> sizes = sizes_of(t);
@@ -60,7 +60,7 @@ SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call)
   tile(checker);
   std::array<int64_t, kMaxAxes> largest_offset{};
   for (size_t axis = 0; axis < tiled_axes.size(); ++axis) largest_offset[axis] = tiled_axes[axis].largest_offset;
-  tables = GridScore(checker, score, query, axes, largest_offset, statistics);
+  tables = OffsetScore(checker, score, query, axes, largest_offset, statistics);
   query = with_unit_last_stride(query);
   key = with_unit_last_stride(key);
   value = with_unit_last_stride(value);
@@ -92,8 +92,9 @@ void SpatialArguments::check_tokens(const Checker& checker) {
   key_map = map_sizes(key);
   query_map = is_shared_query ? key_map : map_sizes(query);
   for (int axis = 0; axis < axes; ++axis) {
-    const int64_t most = std::max(query_map[axis], key_map[axis]);
-    checker.check(most < kMostTokens, "query or key has ", most, " tokens on an axis, takes less than ", kMostTokens);
+    const int64_t longest = std::max(query_map[axis], key_map[axis]);
+    checker.check(longest < kMaxTokens, "query or key has ", longest, " tokens on an axis, takes less than ",
+                  kMaxTokens);
   }
 }
 
@@ -123,12 +124,12 @@ void SpatialArguments::check_axes(const Checker& checker, const std::vector<int6
 }
 
 void SpatialArguments::check_rule(const Checker& checker, int axis, const AxisRule& rule) const {
-  const auto check = [&](const char* what, int64_t value, int64_t least, int64_t most) {
-    checker.check(value >= least && value <= most, "axes gives axis ", axis, " the ", what, " ", value, ", takes ",
-                  least, " to ", most);
+  const auto check = [&](const char* what, int64_t value, int64_t min, int64_t max) {
+    checker.check(value >= min && value <= max, "axes gives axis ", axis, " the ", what, " ", value, ", takes ", min,
+                  " to ", max);
   };
   const int64_t longest = std::max<int64_t>({rule.num_queries, rule.num_keys, 1});
-  const int64_t most = std::max(kMostExtent, 2 * longest);
+  const int64_t largest = std::max(kMaxExtent, 2 * longest);
   check("step", rule.step, 1, longest);
   if (rule.rule == Rule::kNeighborhood) {
     const int64_t classes = std::min(rule.step, std::max<int64_t>(rule.num_queries, 1));
@@ -136,10 +137,10 @@ void SpatialArguments::check_rule(const Checker& checker, int axis, const AxisRu
     checker.check(rule.size <= fewest, "axes gives axis ", axis, " the size ", rule.size, ", which exceeds its ",
                   fewest, " keys", rule.step > 1 ? " of a residue class" : "");
   }
-  check("size", rule.size, 1, most);
-  check("key_size", rule.key_size, 1, most);
+  check("size", rule.size, 1, largest);
+  check("key_size", rule.key_size, 1, largest);
   check("shift", rule.shift, 0, rule.size - 1);
-  check("halo", rule.halo, 0, most);
+  check("halo", rule.halo, 0, largest);
   check("stride", rule.stride, 1, rule.size);
 }
 
@@ -172,8 +173,8 @@ void SpatialArguments::tile(const Checker& checker) {
     keys *= double(tiled_axes.back().view().max_keys);
     on_map *= double(pattern.axis[axis].num_keys);
   }
-  checker.check(keys <= std::max(on_map, double(kMostKeys)), "axes gives a query ", keys, " keys, takes at most ",
-                kMostKeys, " or those of the map");
+  checker.check(keys <= std::max(on_map, double(kMaxKeys)), "axes gives a query ", keys, " keys, takes at most ",
+                kMaxKeys, " or those of the map");
 }
 
 bool SpatialArguments::is_empty() const {
@@ -211,7 +212,7 @@ void SpatialArguments::fill(SpatialParams& params) const {
                   .multiplier = {},
                   .bias = {},
                   .key_bias = {}};
-  tables.fill(params.score.on_grid);
+  tables.fill(params.score.by_offset);
   params.query = map_tensor(query, axes);
   params.key = map_tensor(key, axes);
   params.value = map_tensor(value, axes);

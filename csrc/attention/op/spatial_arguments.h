@@ -24,7 +24,7 @@ class SpatialArguments {
   int axes;
   Tensor query, key, value;
   ScoreArguments score;
-  GridScore tables;
+  OffsetScore tables;
   DType dtype;
   bool is_shared_query;
   int64_t batch, heads, kv_heads, head_dim, value_dim;

@@ -68,12 +68,12 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFiel
     : query(gradient_of(args.query, args.is_empty())),
       key(gradient_of(args.key, args.is_empty())),
       value(gradient_of(args.value, args.is_empty())),
-      grid_gradients(args.tables, needed) {
+      offset_gradients(args.tables, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
   params.grad_query = map_tensor(query, args.axes);
   params.grad_key = map_tensor(key, args.axes);
   params.grad_value = map_tensor(value, args.axes);
-  params.batch_groups = spatial_batch_groups(args.batch, args.kv_heads, grid_gradients.any());
+  params.batch_groups = spatial_batch_groups(args.batch, args.kv_heads, offset_gradients.any());
   const bool has_sums = !key_has_one_tile(args, params.forward);
   params.splits = spatial_backward_splits(params.forward, params.batch_groups, has_sums);
   const int64_t parts = params.batch_groups * params.splits;
@@ -93,8 +93,8 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFiel
   params.key_fill_sums = sums(key_fill_sums), params.value_fill_sums = sums(value_fill_sums);
   params.head_scale_sums = sums(head_scale_sums);
   params.forward.score.key_bias.grad = data(key_bias_sums);
-  if (grid_gradients.any()) {
-    grid_gradients.allocate(params.forward.score.on_grid, args.heads, parts, none_as(args.query, statistics));
+  if (offset_gradients.any()) {
+    offset_gradients.allocate(params.forward.score.by_offset, args.heads, parts, none_as(args.query, statistics));
   }
 }
 
@@ -105,7 +105,7 @@ void SpatialGradients::finish(const SpatialArguments& args, const SpatialBackwar
   if (value_fill_sums) terms.value_fill = sum_of_parts(*value_fill_sums, 1.0, *given.value_fill);
   if (head_scale_sums) terms.head_scale = sum_of_parts(*head_scale_sums, args.score.scale, *given.head_scale);
   if (key_bias_sums) terms.key_bias = sum_key_bias(*key_bias_sums, *given.key_bias, args.axes, params.forward);
-  grid_gradients.finish(args.heads, terms);
+  offset_gradients.finish(args.heads, terms);
 }
 
 }  // namespace vitkernels

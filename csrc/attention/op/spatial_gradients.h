@@ -17,7 +17,7 @@ class SpatialGradients {
   ScoreFields<OptionalTensor> terms;
 
  private:
-  GridGradients grid_gradients;
+  OffsetGradients offset_gradients;
   MapPartialSumsOwner key_sums, value_sums, query_sums;
   OptionalTensor key_fill_sums, value_fill_sums, head_scale_sums, key_bias_sums;
 };
