@@ -1,13 +1,13 @@
-// Every operator's signature: the page to read first.
+// Every operator's signature: read this file first.
 //
 // Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads);
-// without B in varlen operators, whose sequences follow one another.
+// without B in varlen operators, whose sequences are packed.
 // Over a map: query and key are (B, *map, heads, d) with one to three axes, lse (B, *map, heads), key_bias broadcasts to
 // (B, heads, *key_map); a shared query is (B, *window, heads, d). `axes` holds eight integers for each axis: rule (0 full,
 // 1 block, 2 neighborhood, 3 sliding), step, size, key_size, shift, halo, stride, is_causal (attention/pattern.h).
 // Every softmax operator takes all terms of the score and all options of the keys, and raises on what its kernels cannot
-// do. Its backward operator returns an empty tensor for each gradient that was not asked for.
-// allow_tf32: a GPU may round float32 operands of matrix products to TF32; nothing else takes notice of it.
+// do. Its backward operator returns an empty tensor for each gradient that was not requested.
+// allow_tf32: a GPU may round float32 operands of matrix products to TF32; the CPU ignores it.
 #include "common/signature.h"
 
 #include <algorithm>
@@ -18,12 +18,12 @@ namespace {
 
 // Tables are (heads or 1, 2 n - 1 for each axis), by the offset of the query from the key; rel_pos_*, embeddings of the
 // offsets on one axis, (2 n - 1, d) or (heads, 2 n - 1, d), are multiplied with the query. Dense tokens lie on a grid of
-// one to three axes, but for the first num_prefix_tokens.
+// one to three axes, except for the first num_prefix_tokens.
 constexpr const char* kScore =
     "float scale, Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, Tensor? bias_table, "
     "Tensor? multiplier_table, Tensor? rel_pos_depth, Tensor? rel_pos_height, Tensor? rel_pos_width, "
     "SymInt num_prefix_tokens, ";
-// What lies outside a map: nothing, or a key and a value for each kv head; zeros where no fill is given.
+// Outside a map: no keys, or one key and one value for each kv head, zeros where no fill is given.
 constexpr const char* kKeys =
     "Tensor? head_map, float radius, bool has_outside, Tensor? key_fill, Tensor? value_fill, ";
 
@@ -36,7 +36,7 @@ constexpr const char* kGrads =
     "Tensor grad_multiplier_table, Tensor grad_rel_pos_depth, Tensor grad_rel_pos_height, Tensor grad_rel_pos_width, "
     "Tensor grad_key_fill, Tensor grad_value_fill";
 
-// An attention by some pattern, and its backward.
+// An attention with some pattern, and its backward.
 void add_attention(std::vector<std::string>& schemas, const std::string& op, const std::string& pattern,
                    const std::string& options) {
   const std::string data = "Tensor query, Tensor key, Tensor value, ", rest = pattern + kScore + kKeys + options;
@@ -66,7 +66,7 @@ std::vector<std::string> make_schemas() {
   return schemas;
 }
 
-// The last words of "type name, type name, ...".
+// The names in "type name, type name, ...".
 std::vector<std::string> names_in(const std::string& list) {
   std::vector<std::string> names;
   for (size_t begin = 0; begin < list.size();) {

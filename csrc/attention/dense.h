@@ -14,7 +14,7 @@ namespace vitkernels {
 struct TokenTensor {
   void* data = nullptr;
   int64_t batch_stride = 0, token_stride = 0, head_stride = 0;
-  bool is_aligned = false;  // rows begin at multiples of 16 bytes and are whole numbers of them
+  bool is_aligned = false;  // addresses and lengths of rows are multiples of 16 bytes
 
   VK_HOST_DEVICE int64_t offset(int64_t batch, int64_t token, int64_t head) const {
     return batch * batch_stride + token * token_stride + head * head_stride;
@@ -29,15 +29,15 @@ struct TokenTensor {
 struct Sequence {
   Axis axis;
   int64_t first_query = 0, first_key = 0;
-  int64_t first_row = 0;  // of its queries among those of all sequences
+  int64_t first_row = 0;  // of its queries, among the queries of all sequences
 
-  // From tokens of the sequence to those of a tensor.
+  // From tokens of the sequence to tokens of a tensor.
   VK_HOST_DEVICE Range query_tokens(Range queries) const { return relative_to(queries, -first_query); }
   VK_HOST_DEVICE Range key_tokens(Range keys) const { return relative_to(keys, -first_key); }
 };
 
-// What is attended to, on either device: sizes, tensors and score. The batch may be packed, and the axis is then that of
-// its longest sequence.
+// The attention problem, on either device: sizes, tensors and score. If the batch is packed, the axis is that of its
+// longest sequence.
 struct Problem {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
@@ -49,18 +49,18 @@ struct Problem {
   VK_HOST_DEVICE int64_t num_keys() const { return axis.num_keys; }
 };
 
-// Which heads share keys, in memory of the host.
+// Which heads share keys, in host memory.
 struct HostHeadGroups {
   const int64_t* kv_head_of = nullptr;  // [heads]: the kv head that a query head reads
   const int64_t* first_head = nullptr;  // [kv_heads + 1], [heads]: the inverse of kv_head_of, the query heads of
   const int64_t* head_list = nullptr;   // kv head g are head_list[first_head[g]] to head_list[first_head[g + 1] - 1]
 };
 
-// A packed batch: the tokens of all sequences follow one another along the token axis, and batch strides are zero.
+// A packed batch: the sequences are concatenated along the token axis, and batch strides are zero.
 struct HostPacking {
   const int64_t* query_offsets = nullptr;  // [batch + 1], or null: the batch is not packed
   const int64_t* key_offsets = nullptr;
-  const int64_t* first_task = nullptr;  // [batch + 1]: the forward's tasks before each sequence
+  const int64_t* first_task = nullptr;  // [batch + 1]: number of forward tasks before each sequence
 
   explicit operator bool() const { return query_offsets; }
 
@@ -104,7 +104,7 @@ struct AttentionBackwardParams {
   int64_t max_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups if each costs memory
   int64_t splits = 1;
   void* grad_query_parts = nullptr;      // [splits, heads, rows, padded head_dim], zero at first
-  void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query has no scale; or null
+  void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query is not scaled; or null
   void* query_dot = nullptr;             // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 
   DType element_type() const { return forward.element_type(); }
@@ -124,8 +124,8 @@ struct QueryWeight {
   }
 };
 
-// O = P^T (w V') for the P of an attention, whose value is V' [batch, queries, heads, dv], and its output and the gradient
-// of that [batch, keys, heads, dv].
+// O = P^T (w V') for the probabilities P of an attention. `value` is V' [batch, queries, heads, dv]; the output and its
+// gradient are [batch, keys, heads, dv].
 struct AttentionTransposedParams {
   AttentionParams attention;
   QueryWeight weight;
@@ -137,7 +137,7 @@ struct AttentionTransposedBackwardParams {
   AttentionBackwardParams attention;
   QueryWeight weight;
   void* grad_value_parts = nullptr;  // [splits, heads, rows, padded value_dim]: P dO, zero at first
-  void* grad_row_weight = nullptr;   // [rows, heads]: of w, before it is summed to w's own shape
+  void* grad_row_weight = nullptr;   // [rows, heads]: of w, before it is reduced to w's own shape
   void* grad_row_lse = nullptr;      // [rows, heads]
 
   DType element_type() const { return attention.element_type(); }
@@ -145,7 +145,7 @@ struct AttentionTransposedBackwardParams {
 
 struct MergeParams {
   DType dtype = DType::kFloat32;         // of the parts
-  DType out_dtype = DType::kFloat32;     // of the result: that of the parts, or on a GPU narrower than their float32
+  DType out_dtype = DType::kFloat32;     // of the result: as the parts, or on a GPU narrower than their float32
   int64_t parts = 0, rows = 0, dim = 0;  // rows: batch * tokens * heads, all tensors contiguous
   const void* const* outs = nullptr;     // [parts] -> [rows, dim]
   const void* const* lses = nullptr;     // [parts] -> [rows]
@@ -157,7 +157,7 @@ struct MergeParams {
 };
 
 struct MergeBackwardParams {
-  MergeParams forward;  // without results
+  MergeParams forward;  // without its results
   const void* grad_out = nullptr;
   const void* grad_lse = nullptr;  // may be null
   void* const* grad_outs = nullptr;

@@ -18,7 +18,7 @@ struct Axis {
   // Keys of query u: all of them, or those up to u (aligned at the first query and key).
   VK_HOST_DEVICE Range keys(int64_t u) const { return {0, is_causal && u + 1 < num_keys ? u + 1 : num_keys}; }
 
-  // Keys that at least one of the queries in `u` sees. Both ends of a rule's range grow with u.
+  // Keys that at least one of the queries in `u` sees. Both ends of a rule's range are nondecreasing in u.
   VK_HOST_DEVICE Range any_keys(Range u) const { return {keys(u.begin).begin, keys(u.end - 1).end}; }
 
   // Keys that all of them see.
@@ -30,7 +30,7 @@ inline constexpr int kMaxAxes = 3;
 enum class Rule : int32_t {
   kFull,          // all keys
   kBlock,         // those of the query's block, grown by a halo on both sides
-  kNeighborhood,  // the nearest `size` keys, as many at the border as inside
+  kNeighborhood,  // the nearest `size` keys, the same number at the border
   kSliding,       // those at most size / 2 away, fewer at the border
 };
 
@@ -42,11 +42,11 @@ struct AxisRule {
   int64_t step = 1;
   int64_t size = 1;      // kBlock: queries of a block; kNeighborhood, kSliding: keys
   int64_t key_size = 1;  // kBlock: keys of a block
-  int64_t shift = 0;     // kBlock: where the first whole block begins; what is before it is a block too
+  int64_t shift = 0;     // kBlock: where the first whole block begins; the tokens before it form a block too
   int64_t halo = 0;      // kBlock
-  int64_t stride = 1;    // kNeighborhood: so many queries share a neighborhood
+  int64_t stride = 1;    // kNeighborhood: this many queries share a neighborhood
   bool is_causal = false;
-  bool has_outside = false;  // there are keys outside the map: ranges are not cut at its border
+  bool has_outside = false;  // there are keys outside the map: ranges are not clipped at its border
 
   VK_HOST_DEVICE AxisRule of_class(int64_t r) const {
     AxisRule result = *this;
@@ -66,7 +66,7 @@ struct AxisRule {
     return intersect({begin, begin + size}, {0, num_queries});
   }
 
-  // The keys of query u. Both ends grow with u.
+  // The keys of query u. Both ends are nondecreasing in u.
   VK_HOST_DEVICE Range keys(int64_t u) const {
     const Range map{0, num_keys};
     const Range seen = is_causal ? causal_keys(u) : uncut_keys(u);
@@ -75,7 +75,7 @@ struct AxisRule {
   VK_HOST_DEVICE Range any_keys(Range u) const { return {keys(u.begin).begin, keys(u.end - 1).end}; }
   VK_HOST_DEVICE Range all_keys(Range u) const { return {keys(u.end - 1).begin, keys(u.begin).end}; }
 
-  // The queries that see key v: since both ends of keys(u) grow, a range too.
+  // The queries that see key v: a range too, since both ends of keys(u) are nondecreasing.
   VK_HOST_DEVICE Range queries(int64_t v) const {
     return {first_query([&](int64_t u) { return keys(u).end > v; }),
             first_query([&](int64_t u) { return keys(u).begin > v; })};
@@ -113,7 +113,7 @@ struct AxisRule {
     return intersect(uncut_keys(u), {0, at + 1});
   }
 
-  // The first query for which `is_behind` holds, which it does for all later ones as well.
+  // The first query for which `is_behind` holds; it then holds for all later ones.
   template <class Predicate>
   VK_HOST_DEVICE int64_t first_query(Predicate&& is_behind) const {
     int64_t begin = 0, end = num_queries;
@@ -130,8 +130,8 @@ struct AxisRule {
 };
 
 struct SpatialPattern {
-  AxisRule axis[kMaxAxes];  // depth, height, width: a map of fewer axes lacks the first ones
-  double radius = 0.0;      // 0: none; else only keys at most so many tokens away, in a straight line
+  AxisRule axis[kMaxAxes];  // depth, height, width; with fewer axes, the last ones
+  double radius = 0.0;      // 0: none; else only keys at most this many tokens away (Euclidean distance)
 
   VK_HOST_DEVICE int64_t num_queries() const { return axis[0].num_queries * axis[1].num_queries * axis[2].num_queries; }
   VK_HOST_DEVICE int64_t num_keys() const { return axis[0].num_keys * axis[1].num_keys * axis[2].num_keys; }

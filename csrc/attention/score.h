@@ -14,22 +14,22 @@ struct ScoreStrides {
   }
 };
 
-// A tensor that broadcasts to (batch, heads, queries, keys). Its key stride is 0 or 1. The gradient is contiguous in the
+// A tensor that is broadcast to (batch, heads, queries, keys). Its key stride is 0 or 1. The gradient is contiguous in the
 // tensor's own shape, so its strides differ if the tensor is an expanded view.
 struct ScoreTerm {
   const void* data = nullptr;  // null: the term is absent
   ScoreStrides strides;
   void* grad = nullptr;         // null: not wanted
-  bool grad_is_double = false;  // it accumulates many rows; else each element is written once
+  bool grad_is_double = false;  // accumulates over many rows; else each element is written once
   ScoreStrides grad_strides;
 };
 
-// A table by offset, for each head (or one for all). On the CPU its entries are reversed and padded by a vector; so are
-// the embeddings below, whose rows are padded with zeros.
+// A table by offset for each head, or one for all. On the CPU its entries are reversed and padded by a vector; the
+// embeddings below are reversed too, and their rows are padded with zeros.
 struct TableTerm {
   const void* data = nullptr;
   int64_t head_stride = 0;
-  double* grad = nullptr;  // [parts, heads, entries and padding], reversed as well; a partial sum for each task
+  double* grad = nullptr;  // [parts, heads, entries and padding], reversed as well; one partial sum per part
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
@@ -37,15 +37,15 @@ struct TableTerm {
 struct RelPosTerm {
   const void* data = nullptr;
   int64_t head_stride = 0, row_stride = 0;
-  void* grad = nullptr;  // [parts, heads, offsets, row_stride], like the table's
+  void* grad = nullptr;  // [parts, heads, offsets, row_stride], as the table's
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
-// Relative logits by the coordinates of the keys, axis after axis: on a GPU, computed before the kernels that read them.
+// On a GPU: relative logits by the coordinates of the keys, axis after axis, computed before the kernels that read them.
 struct DeviceRelativeLogits {
   const float* data = nullptr;  // [batch, heads, tokens on the grid, width]
   int64_t batch_stride = 0, head_stride = 0;
-  int width = 0, first[kMaxAxes] = {};  // of an axis' coordinates
+  int width = 0, first[kMaxAxes] = {};  // first: where an axis' coordinates begin in a row
 };
 
 // Terms by the offset of query and key on a grid.
@@ -63,9 +63,9 @@ struct OffsetTerms {
 
 struct Score {
   double scale = 1.0;
-  const void* head_scale = nullptr;  // [heads], or none
+  const void* head_scale = nullptr;  // [heads], or null
   ScoreTerm multiplier, bias, key_bias;
-  int64_t key_bias_axis_stride[kMaxAxes - 1] = {};  // of a map's first axes; that of the last one is the key stride
+  int64_t key_bias_axis_stride[kMaxAxes - 1] = {};  // of a map's first axes; the last axis' stride is the key stride
   OffsetTerms by_offset = {};
 
   VK_HOST_DEVICE bool has_terms() const { return multiplier.data || bias.data || key_bias.data || by_offset.any(); }
@@ -80,7 +80,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias; the tables by offset join multiplier and bias. V is a vector.
+// logit = (scale * q.k) * multiplier + bias + key_bias; tables by offset are part of multiplier and bias. V is a vector.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;

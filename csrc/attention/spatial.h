@@ -1,7 +1,7 @@
 // Params of the kernels of attention over maps. Plain data, no torch.
 //
-// A task is a query tile: a box of tokens of one residue class, the product of a tile of each axis. The keys that any of
-// them sees are a box as well. Rows and columns of a tile number the tokens of these boxes in row-major order.
+// A task is a query tile: a box of tokens of one residue class, the product of one tile per axis. The keys that any of
+// them sees form a box as well. Rows and columns of a tile number the tokens of these boxes in row-major order.
 #pragma once
 
 #include "attention/dense.h"
@@ -13,7 +13,7 @@ struct MapTensor {
   void* data = nullptr;
   int64_t batch_stride = 0, axis_stride[kMaxAxes] = {}, head_stride = 0;
 
-  // Whether the strides are those of another one.
+  // Whether the strides equal another tensor's.
   VK_HOST_DEVICE bool is_laid_out_as(const MapTensor& other) const {
     bool same = batch_stride == other.batch_stride && head_stride == other.head_stride;
     for (int axis = 0; axis < kMaxAxes; ++axis) same = same && axis_stride[axis] == other.axis_stride[axis];
@@ -86,14 +86,14 @@ struct SplitTokens {
   int64_t first_row = 0;  // of the shared tokens among all parts
 };
 
-// Partial sums of a gradient [batch, *map, heads, dim] in float or double, and the Params of the kernel that adds them.
+// Partial sums in float or double of a gradient [batch, *map, heads, dim]; also the Params of the kernel that adds them.
 struct MapPartialSums {
   DType dtype = DType::kFloat32;  // of the gradient
   MapTensor gradient;
   MapTensor owned;                        // [batch, *map, heads, width]; may be the gradient itself
   void* parts = nullptr;                  // for each split [batch, heads, shared tokens, width]
   const SplitTokens* of_split = nullptr;  // [splits]
-  int64_t splits = 1, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0, width = 0;  // width: in whole vectors
+  int64_t splits = 1, batch = 0, heads = 0, size[kMaxAxes] = {1, 1, 1}, dim = 0, width = 0;  // width: whole vectors
 
   DType element_type() const { return dtype; }
   bool are_wanted() const { return owned.data; }
@@ -115,8 +115,8 @@ struct SpatialBackwardParams {
   MapTensor grad_out, grad_query, grad_key, grad_value;
   const void* grad_lse = nullptr;  // as lse, or null
   int64_t batch_groups = 1, splits = 1;
-  MapPartialSums key_sums, value_sums;  // none if every key has one tile, which writes its gradient
-  MapPartialSums query_sums;            // of a shared query, whose tokens are those of a window
+  MapPartialSums key_sums, value_sums;  // none if every key is in one tile, which writes its gradient
+  MapPartialSums query_sums;            // of a shared query, whose tokens are a window's
   double* head_scale_sums = nullptr;    // [parts, heads], zero at first, or null; parts are batch_groups * splits
   double *key_fill_sums = nullptr, *value_fill_sums = nullptr;  // [parts, kv_heads, dim], likewise
 

@@ -1,4 +1,4 @@
-// Partitions a map into query tiles, by shapes alone: results are the same for any number of threads.
+// Partitions a map into query tiles, by shapes alone, so that results are the same for any number of threads.
 #pragma once
 
 #include <array>

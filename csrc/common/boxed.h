@@ -1,4 +1,4 @@
-// Operators as boxed functions: arguments are taken off the dispatcher's stack, and results put there, by the names in the
+// Operators as boxed functions: arguments are taken off the dispatcher's stack, and results put on it, by the names in the
 // operator's schema.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace vitkernels {
 
-// One call of an operator. Its arguments are taken first, each once: whoever takes one owns it.
+// One call of an operator. Arguments are taken before results are given, each once; the taker owns it.
 class Call {
  public:
   Call(const char* op, const Signature& signature, StableIValue* stack)
@@ -29,7 +29,7 @@ class Call {
   const Checker checker;
 
  private:
-  // Mostly the next one, since the schema's order is the usual one.
+  // Usually the next one, since most callers follow the schema's order.
   size_t find(const std::vector<std::string>& names, std::string_view name, std::string_view prefix) {
     for (size_t i = 0; i < names.size(); ++i, ++next_) {
       if (next_ >= names.size()) next_ = 0;
@@ -46,14 +46,14 @@ class Call {
   size_t next_ = 0, num_taken_ = 0;
 };
 
-// An operator's name, as a template's argument.
+// An operator's name as a template argument.
 template <size_t kSize>
 struct OperatorName {
   char text[kSize];
   constexpr OperatorName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }
 };
 
-// What is registered for the operator: kFunction(call) takes all arguments and gives all results.
+// Registered for the operator: kFunction(call) takes all arguments and gives all results.
 template <OperatorName kOp, void (*kFunction)(Call&)>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   static const Signature signature(kOp.text);

@@ -25,7 +25,7 @@ using Storage =
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Calls `function` with a value of type T for the element type that `dtype` names.
+// Calls `function` with a value of the element type that `dtype` names.
 template <class Function>
 inline void dispatch_dtype(DType dtype, Function&& function) {
   switch (dtype) {

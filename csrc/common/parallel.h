@@ -7,12 +7,12 @@
 
 namespace vitkernels {
 
-// Calls f(begin, end) for ranges of tasks, long ones first: a thread that another program slows down takes fewer. Which
-// thread has which changes no bit of any result. Ranges end at multiples of `unit` tasks, which have much in common, but
-// for those much shorter than that. It goes through parallel_for for one thread, too: that gives it its number.
+// Calls f(begin, end) for ranges of tasks, long ones first: a thread that another program slows down takes fewer. The
+// assignment to threads changes no bit of any result. Ranges end at multiples of `unit` tasks, which share work, unless
+// they are much shorter than that. A single thread goes through parallel_for, too, which gives it its number.
 template <class Function>
 void parallel_ranges(int64_t tasks, int64_t unit, const Function& f) {
-  constexpr int64_t kRangesPerThread = 32;  // if all were as short as the last ones
+  constexpr int64_t kRangesPerThread = 32;  // if all were as short as the last
   if (tasks <= 0) return;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   const int64_t shortest = std::max<int64_t>(tasks / (threads * kRangesPerThread), 1);

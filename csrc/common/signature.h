@@ -8,7 +8,7 @@ namespace vitkernels {
 
 const std::vector<std::string>& schemas();
 
-// The names of an operator's arguments and results, in order; a single result has none.
+// The names of an operator's arguments and results, in order; a single result has no name.
 struct Signature {
   explicit Signature(const std::string& op);
 

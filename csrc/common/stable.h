@@ -39,7 +39,7 @@ inline ScalarType statistics_type(DType dtype) {
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
-// How torch knows a tensor's dtype and device behind its C interface.
+// Torch's C codes of a tensor's dtype and device.
 struct Placement {
   Placement(const Tensor& like, ScalarType type)
       : dtype(torch::stable::detail::to<int32_t>(torch::stable::detail::from(type))) {
@@ -50,8 +50,8 @@ struct Placement {
   int32_t dtype, device_type, device_index;
 };
 
-// By the function of torch's C interface for new_empty or new_zeros, which spares the dispatcher's boxes, 0.5 us a tensor.
-// Errors lose their text on the way; running out of memory deserves a better one.
+// Calls torch's C function for new_empty or new_zeros, which saves the dispatcher's boxing, 0.5 us per tensor. Errors lose
+// their text on the way, so running out of memory gets a message here.
 template <class NewTensor>
 Tensor allocate(NewTensor&& new_tensor, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   Placement at(like, type);
@@ -74,8 +74,8 @@ inline Tensor zeros_as(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return allocate(aoti_torch_aten_new_zeros, like, sizes, type);
 }
 
-// A result that was not asked for, of which a backward has many: without the dispatcher. A new one each, since results
-// must not alias.
+// A result that was not requested, of which a backward has many: made without the dispatcher, and a new one each time,
+// since results must not alias.
 inline Tensor none_as(const Tensor& like, ScalarType type) {
   const Placement at(like, type);
   const int64_t size = 0, stride = 1;
@@ -91,7 +91,7 @@ inline Tensor with_unit_last_stride(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Memory for one call of a kernel, `bytes` for each thread that may work on so many tasks.
+// Scratch memory for one call of a kernel: `bytes` for each thread that may work on so many tasks.
 class ThreadScratch {
  public:
   ThreadScratch(const Tensor& like, int64_t bytes, int64_t tasks)

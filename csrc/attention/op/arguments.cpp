@@ -7,7 +7,7 @@
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence, which no tensor bounds
+constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence: no tensor's size bounds max_seqlen
 
 }  // namespace
 
@@ -268,7 +268,7 @@ void AttentionArguments::fill(AttentionParams& params) const {
 
 TokenTensor token_tensor(const Tensor& t) {
   constexpr int64_t kAlignment = 16;
-  // In elements: a stride that no token is reached by may be too large to be counted in bytes.
+  // In elements: a stride of an axis of size 1 or 0 may be too large to be counted in bytes.
   const int64_t tokens = t.dim() - 3, elements = kAlignment / t.element_size();
   bool is_aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0;
   for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && t.stride(i) % elements == 0;

@@ -6,14 +6,14 @@
 
 namespace vitkernels {
 
-// The values of an int64 or int32 vector (head_map, cu_seqlens), to be checked up front. Null: they are not read, and
-// kernels check them.
+// Reads the values of an int64 or int32 vector (head_map, cu_seqlens), to be checked up front. Null: they are not read,
+// and kernels check them.
 using ReadIntegers = std::vector<int64_t> (*)(const Checker& checker, const Tensor& t);
 std::vector<int64_t> read_host_integers(const Checker& checker, const Tensor& t);
 
 inline constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
 
-// Which kv head a query head reads, and the inverse (dense.h). Empty where the values stay on a device.
+// Which kv head a query head reads, and the inverse (dense.h). Empty if the values stay on a device.
 struct HeadMap {
   HeadMap() = default;
   HeadMap(const Checker& checker, const OptionalTensor& head_map, const Tensor& query, int64_t heads, int64_t kv_heads,
@@ -24,10 +24,10 @@ struct HeadMap {
   std::vector<int64_t> kv_head_of, first_head, head_list;
 };
 
-// Checks the scale, and the scale of each head, which becomes contiguous.
+// Checks the scale, and the scale of each head, which is made contiguous.
 void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type);
 
-// What differs between devices in the checks, and in what kernels read.
+// What differs between devices in the checks and in what kernels read.
 struct DevicePolicy {
   ReadIntegers read = read_host_integers;
   TablesAs tables = TablesAs::kReversed;
@@ -51,7 +51,7 @@ class AttentionArguments {
   OffsetScore by_offset;
   DType dtype;
   bool is_causal, allow_tf32;
-  int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest entry
+  int64_t batch, num_queries, num_keys, heads, kv_heads, head_dim, value_dim;  // of the longest sequence
   int64_t num_tasks;                                                           // of the forward on the CPU
 
  private:
@@ -67,10 +67,10 @@ class AttentionArguments {
 TokenTensor token_tensor(const Tensor& t);
 
 // Strides of a tensor that is broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
-// `contiguous`: as if it were.
+// `contiguous`: as if the tensor were contiguous.
 ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous);
 
-// That a term broadcasts to `target`, which `takes` names.
+// Checks that a term broadcasts to `target`, which `takes` names.
 void check_score_term(const Checker& checker, const char* name, const OptionalTensor& term, const Tensor& query,
                       ScalarType type, const std::vector<int64_t>& target, const char* takes);
 

@@ -1,4 +1,4 @@
-// The backward kernels that an operator launches on a GPU, with the memory that these need.
+// The backward kernels that an operator launches on a GPU, and the memory that they need.
 #pragma once
 
 #include "attention/op/arguments_cuda.h"
@@ -6,7 +6,7 @@
 
 namespace vitkernels {
 
-// Where there is nothing to sum, nothing is launched and all gradients are zero.
+// If there is nothing to sum, nothing is launched and all gradients are zero.
 class BackwardLaunches {
  public:
   BackwardLaunches(const Checker& checker, const AttentionArguments& args, const ScoreFields<bool>& needed);
@@ -15,14 +15,14 @@ class BackwardLaunches {
   cudaStream_t stream() const { return device_->stream(); }
   void check(cudaError_t error) const { check_cuda(checker_, error); }
 
-  // Room for sums in the shape of `t`.
+  // Memory for a gradient in the shape of `t`, zero if there is nothing to sum.
   Tensor gradient_of(const Tensor& t) const;
 
-  // Sums for each token of a side; what is null is not wanted. Returns the dots, if asked for: [parts, rows, heads].
+  // The gradients of each token of a side; null ones are not wanted. Returns the dots, if requested: [parts, rows, heads].
   OptionalTensor sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,
                      const Tensor* probs, bool needs_dots = false) const;
   static PartialSums dots_of(const Tensor& dots);
-  // dQ and the gradients of all terms but those by offset.
+  // dQ and the gradients of all terms except those by offset.
   ScoreFields<OptionalTensor> sum_queries(const AttentionBackwardCudaParams& params, const Tensor& grad_query) const;
 
  private:

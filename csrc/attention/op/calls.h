@@ -1,4 +1,4 @@
-// What the operators of softmax attention are called with, on every device.
+// The arguments of the softmax attention operators, the same on every device.
 #pragma once
 
 #include <span>
@@ -8,13 +8,13 @@
 
 namespace vitkernels {
 
-// The score and the keys: the same for every operator, whether its kernels can do all of it or not.
+// The arguments of the score and the keys. Every operator takes all of them, whether or not its kernels can do all.
 struct ScoreArguments {
   explicit ScoreArguments(Call& call);
 
-  // Raises where one of these terms is given.
+  // Raises if one of these terms is given.
   void refuse(const Checker& checker, std::span<const std::string_view> names, const char* where) const;
-  // Raises on what concerns keys outside a map.
+  // Raises if an argument about keys outside a map is given.
   void refuse_map(const Checker& checker) const;
 
   double scale;
@@ -25,7 +25,7 @@ struct ScoreArguments {
   bool has_outside;
 };
 
-// Sequences packed one after another: where each begins, and the longest ones' lengths.
+// Packed sequences: where each begins, and the lengths of the longest.
 struct Packing {
   Tensor cu_seqlens_q, cu_seqlens_k;  // [sequences + 1], int32 or int64
   int64_t max_seqlen_q, max_seqlen_k;
@@ -36,7 +36,7 @@ struct DenseCall {
   std::optional<Packing> packing;
   ScoreArguments score;
   bool is_causal, allow_tf32;
-  const char* why_no_offsets = nullptr;  // where kernels take no terms by offset
+  const char* why_no_offsets = nullptr;  // set if the kernels take no terms by offset
 };
 DenseCall take_dense(Call& call, bool is_packed);
 
@@ -49,7 +49,7 @@ struct SpatialCall {
 };
 SpatialCall take_spatial(Call& call);
 
-// There is a value for each query, and the key passes for the value that is missing.
+// There is a value for each query instead of each key; `attention` has the key in place of the missing value.
 struct TransposedCall {
   DenseCall attention;
   Tensor value_q, lse;
@@ -57,16 +57,16 @@ struct TransposedCall {
 };
 TransposedCall take_transposed(Call& call);
 
-// Which gradients are asked for, of the terms that are given.
+// Which gradients are requested, of the terms that are given.
 ScoreFields<bool> take_needed(Call& call, const ScoreArguments& score);
-// An empty tensor for each that is not there.
+// An empty tensor for each absent gradient.
 void give_gradients(Call& call, const ScoreFields<OptionalTensor>& grads, const Tensor& query);
 
-// What the backward of an attention gets besides.
+// The arguments of an attention's backward besides those of the forward.
 struct BackwardCall {
   BackwardCall(Call& call, const ScoreArguments& score);
 
-  // And makes them what kernels read.
+  // Also converts them to what kernels read.
   void check(const Checker& checker, const Tensor& query, const std::vector<int64_t>& out_sizes);
 
   Tensor grad_out;

@@ -41,7 +41,7 @@ void attention_backward(Call& call) {
   params.grad_value = token_tensor(grad_value);
   LogitGradients grads(args, from.needed, params);
 
-  // An empty tensor may claim any batch size.
+  // An empty tensor may have any batch size, however large.
   const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;
   if (params.num_tasks() > 0 && !is_empty) {
     run_kernel(kernel<AttentionBackwardParams>(), params, params.num_tasks(), 1, args.query);

@@ -1,4 +1,4 @@
-// Forward and backward of softmax attention: which dtype's launchers take a call, and the splits of the forward's keys.
+// Forward and backward of softmax attention: the choice of a dtype's launchers, and the forward's split-KV.
 
 #include "attention/cuda/launches.h"
 #include "attention/cuda/tile_sizes.h"
@@ -6,7 +6,7 @@
 namespace vitkernels {
 namespace {
 
-// Calls f(the launchers of a dtype).
+// Calls f with the launchers of a dtype.
 template <class Function>
 auto dispatch_launches(DType dtype, Function&& f) {
   if (dtype == DType::kFloat32) return f(AttentionLaunches<DType::kFloat32>{});

@@ -44,7 +44,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
     const Tensor grad = attach_gradient(term, *tensor, rank, problem);
     params.batch_is_shared |= term.grad_strides.batch == 0 && problem.batch > 1;
     params.heads_are_shared |= term.grad_strides.head == 0 && problem.heads > 1;
-    // One value for all keys: the splits would write to the same place.
+    // One value for all keys: the splits would write to the same element.
     if (term.grad_strides.key == 0) params.splits = 1;
     return OptionalTensor(grad);
   };

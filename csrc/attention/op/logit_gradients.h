@@ -1,5 +1,5 @@
-// The gradients that reach their tensors through the logits: of query, key, scale and the score terms. Every backward
-// operator of this engine returns them.
+// The gradients that flow through the logits, on the CPU: of query, key, scale and the score terms. The backward operators
+// of attention and attention_transposed share them.
 #pragma once
 
 #include "attention/op/arguments.h"
@@ -7,12 +7,12 @@
 
 namespace vitkernels {
 
-// Attaches the gradients to `params`, which `args` has filled; the order of the work follows from them.
+// Attaches the gradients to `params`, which `args` has filled; the partition of the work depends on them.
 class LogitGradients {
  public:
   LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed, AttentionBackwardParams& params);
 
-  // After the kernel: sums what the tasks left apart.
+  // After the kernel: adds the partial sums.
   void finish(const AttentionArguments& args, const AttentionBackwardParams& params);
 
   Tensor query, key;

@@ -1,5 +1,5 @@
-// What the operators vitkernels::merge_attentions and vitkernels::merge_attentions_backward do on every device: check,
-// allocate, and hand the kernels their Params.
+// The operators vitkernels::merge_attentions and vitkernels::merge_attentions_backward on every device: they check the
+// arguments, allocate, and fill the kernels' Params.
 #pragma once
 
 #include <limits>
@@ -53,7 +53,7 @@ struct MergeArguments {
 
 inline constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
 
-// `run(checker, params)` computes what Params asks for.
+// `run(checker, params)` runs the kernel.
 template <class Run>
 std::tuple<Tensor, Tensor> merge_attentions(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
                                             int64_t max_parts, Run&& run) {

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 256;
 
-// The kernel of these params on all rows, in tasks.
+// Runs the kernel of these params on all rows, in tasks.
 template <class Params>
 void run(const Params& params, int64_t rows) {
   const Kernel<Params>& kernel = vitkernels::kernel<Params>();

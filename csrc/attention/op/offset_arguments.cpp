@@ -3,13 +3,13 @@
 namespace vitkernels {
 namespace {
 
-// A vector of the largest kind: what a kernel may read, or add zeros to, behind the last entry of a table; and the
+// Elements of the widest vector: a kernel may read, or add zeros to, this many behind the last entry of a table; and the
 // length of an embedding is a multiple of it.
 constexpr int64_t kPadding = 16;
 
 int64_t num_entries(const Tensor& table) { return table.numel() / table.size(0); }
 
-// The function with the element type of a statistics tensor.
+// Calls the function with a value of a statistics tensor's element type.
 template <class Function>
 void dispatch_statistics(const Tensor& t, Function&& function) {
   if (t.scalar_type() == ScalarType::Double) {
@@ -72,8 +72,8 @@ RelPosTerm rel_pos_term(const OptionalTensor& rows) {
           .row_stride = rows->size(rows->dim() - 1)};
 }
 
-// The parts, and the heads that share a term, are added in order. Sums of the reversed entries lie `row` apart, the first
-// `dim` of which are the entry's gradient; those of the next head follow after `stride`.
+// Adds the parts, and the heads that share a term, in order. Consecutive sums of the reversed entries are `row` elements
+// apart, of which the first `dim` are the entry's gradient; heads are `stride` elements apart.
 struct Reduction {
   int64_t heads, entries, dim, row, stride;
 
@@ -188,7 +188,7 @@ void OffsetScore::check_rel_pos(const Checker& checker, int axis, const Tensor& 
                 dim, ") = (heads, offsets, d)");
 }
 
-// The grid follows from the numbers of offsets. It must be the same in all terms.
+// Infers the grid from the numbers of offsets. It must be the same in all terms.
 void OffsetScore::find_grid(const Checker& checker, int64_t num_prefix) {
   grid.num_prefix = num_prefix;
   const auto take = [&](const char* name, const Tensor& t, int axis, int64_t offsets) {
@@ -213,9 +213,9 @@ void OffsetScore::find_grid(const Checker& checker, int64_t num_prefix) {
   }
 }
 
-// It must hold the tokens.
+// The number of tokens must match the grid.
 void OffsetScore::check_grid(const Checker& checker, int64_t num_tokens) const {
-  int64_t rest = num_tokens;  // what the product so far must be multiplied with; no product can overflow
+  int64_t rest = num_tokens;  // divided by the sizes so far, instead of a product that could overflow
   for (const int64_t size : grid.size) rest = rest % size == 0 ? rest / size : 0;
   checker.check(rest == 1, source ? source : "rel_pos", " is of a grid of ", grid.size[0], " x ", grid.size[1], " x ",
                 grid.size[2], " tokens, takes one of ", num_tokens, " = query's ", num_tokens + grid.num_prefix,
@@ -254,7 +254,7 @@ void OffsetGradients::allocate(OffsetTerms& terms, int64_t heads, int64_t parts,
 }
 
 void OffsetGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& grads) const {
-  // Of `sum`, whose elements are Sum, to a gradient in the shape of `given`.
+  // Reduces `sum`, of element type Sum, to a gradient in the shape of `given`.
   const auto reduce = [&]<class Sum, class T>(Sum, T, const Tensor& sum, const Tensor& given, Reduction reduction) {
     const Tensor grad = empty_as(given, sizes_of(given), given.scalar_type());
     reduction.stride = sum.size(1) / num_heads;

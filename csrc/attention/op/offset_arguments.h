@@ -1,4 +1,4 @@
-// The score terms by offset: from tensors to what kernels read, and from their sums to gradients.
+// The score terms by offset: from tensors to what kernels read, and from partial sums to gradients.
 #pragma once
 
 #include "attention/dense.h"
@@ -6,7 +6,7 @@
 
 namespace vitkernels {
 
-// How kernels read tables and embeddings: reversed and padded, on the CPU, or contiguous as they were given, on a GPU.
+// How kernels read tables and embeddings: reversed and padded (CPU), or contiguous as they were given (GPU).
 enum class TablesAs { kReversed, kGiven };
 
 // Owns what OffsetTerms point to.
@@ -15,7 +15,7 @@ class OffsetScore {
   OffsetScore() = default;
   OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, const Tensor& key,
               ScalarType statistics, TablesAs tables = TablesAs::kReversed);
-  // Of a map with `axes` axes, where no query sees a key further away than `largest_offset`.
+  // On a map with `axes` axes, where no query sees a key further away than `largest_offset`.
   OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
               const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
 
@@ -41,17 +41,17 @@ class OffsetScore {
   std::array<OptionalTensor, kMaxAxes> rel_pos_rows;  // [heads or 1, offsets, padded d], or as given
 };
 
-// The gradients of these terms, and the memory of their sums.
+// The gradients of these terms, and the memory of their partial sums.
 class OffsetGradients {
  public:
-  // The batch is cut into at most so many groups, each with sums of its own.
+  // The batch is divided into at most this many groups, each with partial sums of its own.
   static constexpr int64_t kParts = 8;
 
   OffsetGradients(const OffsetScore& score, const ScoreFields<bool>& needed);
 
   bool any() const { return needed.bias_table || needed.multiplier_table || any_rel_pos(); }
 
-  // Sums for each of `parts` tasks.
+  // Partial sums for each of `parts` tasks.
   void allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& like);
   void finish(int64_t heads, ScoreFields<OptionalTensor>& grads) const;
 

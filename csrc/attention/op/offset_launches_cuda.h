@@ -1,18 +1,18 @@
-// The terms by offset on a GPU: the kernels that an operator launches for them, with the memory that these need.
+// The terms by offset on a GPU: the kernels that an operator launches for them, and the memory that they need.
 #pragma once
 
 #include "attention/op/backward_launches_cuda.h"
 
 namespace vitkernels {
 
-// Computes the relative logits, if there are embeddings, and tells `params` of them. The tensor holds them.
+// Computes the relative logits, if there are embeddings, and points `params` to them. The returned tensor owns them.
 OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArguments& args,
                                       AttentionCudaParams& params, cudaStream_t stream);
 
-// The gradients of these terms. The other backward kernels' `delta` must be there.
+// The gradients of these terms. The other backward kernels' `delta` must have been computed.
 class DeviceOffsetGradients {
  public:
-  // Tells `params` of what reaches the queries.
+  // Points `params` to the share of the query's gradient.
   DeviceOffsetGradients(const BackwardLaunches& launches, const AttentionArguments& args,
                         const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params);
 

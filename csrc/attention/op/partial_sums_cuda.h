@@ -1,4 +1,4 @@
-// Memory for a gradient that a kernel sums in parts.
+// Memory for the partial sums of a gradient.
 #pragma once
 
 #include "attention/cuda/launches.h"
@@ -6,12 +6,12 @@
 
 namespace vitkernels {
 
-// A contiguous gradient, and the float32 partial sums that are added to it, unless one part has its shape.
+// A contiguous gradient, and the float32 partial sums that are reduced to it, unless the only part has its shape.
 class PartialSumsOwner {
  public:
   enum class Start { kAnything, kZero };
 
-  // Each part has `size` elements: a whole multiple of the gradient's where its heads share them.
+  // Each part has `size` elements: as many as the gradient, or a multiple where heads share it.
   PartialSumsOwner(const Tensor& grad, int64_t parts, int64_t size, Start start = Start::kAnything)
       : grad_(grad), view_{.count = parts, .stride = size} {
     if (parts * size == grad.numel()) return;
@@ -20,16 +20,16 @@ class PartialSumsOwner {
     view_.data = static_cast<float*>(parts_->mutable_data_ptr());
   }
 
-  // The parts; absent where the kernel writes the gradient itself.
+  // The parts; absent if the kernel writes the gradient itself.
   const PartialSums& parts() const { return view_; }
-  // The parts, or a float32 gradient as the only one.
+  // The parts, or a float32 gradient as the only part.
   PartialSums sums() const {
     PartialSums sums = view_;
     if (!parts_) sums.data = static_cast<float*>(grad_.mutable_data_ptr());
     return sums;
   }
 
-  // Once the kernel has run.
+  // To be called after the kernel.
   cudaError_t add(DType dtype, cudaStream_t stream) const {
     if (!parts_) return cudaSuccess;
     const int64_t elements = grad_.numel(), count = view_.count * view_.stride / elements;

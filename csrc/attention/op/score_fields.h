@@ -1,4 +1,4 @@
-// The score's terms, one field each, and what goes with them in a call, its wishes and its gradients.
+// The score's terms, one field each: for a call's tensors, for the gradients it wants, and for these gradients.
 #pragma once
 
 #include <array>
@@ -8,7 +8,7 @@
 
 namespace vitkernels {
 
-// T: OptionalTensor for the arguments, bool for the gradients that are wanted, OptionalTensor for these gradients.
+// T: OptionalTensor for the arguments and for their gradients, bool for the gradients that are wanted.
 template <class T>
 struct ScoreFields {
   T head_scale = {}, bias = {}, key_bias = {}, multiplier = {}, bias_table = {}, multiplier_table = {};

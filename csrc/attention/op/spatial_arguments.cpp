@@ -6,7 +6,7 @@ namespace vitkernels {
 namespace {
 
 constexpr int64_t kIntegersPerAxis = 8;
-constexpr int64_t kMaxKeys = 1 << 22;  // of a tile, unless they are all on the map
+constexpr int64_t kMaxKeys = 1 << 22;  // of a tile, unless all of them are on the map
 constexpr int64_t kMaxExtent = 4096;   // of a block or a window, unless the axis is longer
 constexpr int64_t kMaxTokens = int64_t(1) << 31;
 
@@ -24,7 +24,7 @@ MapTensor map_tensor(const Tensor& t, int axes) {
 }
 
 MapTensor key_bias_tensor(const Tensor& term, int axes) {
-  int64_t strides[2 + kMaxAxes] = {};  // (B, heads, *map), of which the term has the last ones
+  int64_t strides[2 + kMaxAxes] = {};  // (B, heads, *map), of which the term has the last axes
   const int64_t rank = 2 + axes;
   for (int64_t i = 0; i < term.dim(); ++i) {
     strides[rank - term.dim() + i] = term.size(i) == 1 ? 0 : term.stride(i);

@@ -29,7 +29,7 @@ class SpatialArguments {
   bool is_shared_query;
   int64_t batch, heads, kv_heads, head_dim, value_dim;
   SpatialPattern pattern;
-  std::vector<TiledAxis> tiled_axes;  // of all axes, those that the map lacks as well
+  std::vector<TiledAxis> tiled_axes;  // kMaxAxes of them, including axes that the map lacks
 
  private:
   void check_tokens(const Checker& checker);

@@ -5,12 +5,12 @@
 namespace vitkernels {
 namespace {
 
-// Every element is written, unless there is nothing to do.
+// Kernels write every element, unless there is nothing to do.
 Tensor gradient_of(const Tensor& t, bool is_zero) {
   return is_zero ? zeros_as(t, sizes_of(t), t.scalar_type()) : empty_as(t, sizes_of(t), t.scalar_type());
 }
 
-// Where every key has one tile, and one query head that reads it, this tile's gradient is the whole of it.
+// If every key is in one tile and read by one query head, that tile computes the key's whole gradient.
 bool key_has_one_tile(const SpatialArguments& args, const SpatialParams& params) {
   for (const TiledAxis& axis : args.tiled_axes) {
     if (!axis.covers_keys_once) return false;
@@ -24,7 +24,7 @@ bool key_has_one_tile(const SpatialArguments& args, const SpatialParams& params)
 void* data(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
 double* sums(const OptionalTensor& t) { return static_cast<double*>(data(t)); }
 
-// The sum over the first dimension, times a factor, in a tensor like `like`.
+// The sum over the first dimension, times a factor, in the shape and type of `like`.
 Tensor sum_of_parts(const Tensor& parts, double factor, const Tensor& like) {
   const int64_t count = like.numel(), num_parts = parts.size(0);
   Tensor total = empty_as(like, sizes_of(like), ScalarType::Double);
@@ -38,7 +38,7 @@ Tensor sum_of_parts(const Tensor& parts, double factor, const Tensor& like) {
   return torch::stable::to(total, like.scalar_type());
 }
 
-// From sums [splits, B, heads, *key_map] to the shape of a key bias, in double and in order.
+// Reduces partial sums [splits, B, heads, *key_map] to the shape of a key bias, in double and in order.
 Tensor sum_key_bias(const Tensor& parts, const Tensor& bias, int axes, const SpatialParams& params) {
   const Tensor grad = zeros_as(bias, sizes_of(bias), ScalarType::Double);
   const MapTensor strides = key_bias_tensor(grad, axes);

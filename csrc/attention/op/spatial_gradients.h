@@ -1,4 +1,4 @@
-// The gradients of an attention over maps: their tensors, and the sums that its tasks leave apart.
+// The gradients of an attention over maps: their tensors, and the partial sums of the tasks.
 #pragma once
 
 #include "attention/op/spatial_sums.h"
@@ -7,10 +7,10 @@ namespace vitkernels {
 
 class SpatialGradients {
  public:
-  // Attaches them to `params`, which `args` has filled; the order of the work follows from them.
+  // Attaches them to `params`, which `args` has filled; the partition of the work depends on them.
   SpatialGradients(const SpatialArguments& args, const ScoreFields<bool>& needed, SpatialBackwardParams& params);
 
-  // After the kernel.
+  // After the kernel: adds the partial sums.
   void finish(const SpatialArguments& args, const SpatialBackwardParams& params);
 
   Tensor query, key, value;

@@ -6,7 +6,7 @@
 namespace vitkernels {
 namespace {
 
-// A range with all keys that some tiles see.
+// A range that contains all keys that these tiles see.
 Range keys_of_tiles(const SpatialParams& p, Range tiles) {
   Range any{p.num_keys(), 0};
   for (int64_t t = tiles.begin; t < tiles.end; ++t) {
@@ -32,7 +32,7 @@ std::vector<SplitTokens> keys_of_splits(const SpatialBackwardParams& params) {
     const Range keys = keys_of_tiles(p, {num_tiles * split / splits, num_tiles * (split + 1) / splits});
     const Range shared = intersect(keys, {0, end});
     SplitTokens tokens{{end, std::max(end, keys.end)}, shared.empty() ? Range{0, 0} : shared, row};
-    if (split == splits - 1) tokens.owned.end = p.num_keys();  // also what no query sees
+    if (split == splits - 1) tokens.owned.end = p.num_keys();  // also keys that no query sees
     end = tokens.owned.end, row += tokens.shared.end - tokens.shared.begin;
     result.push_back(tokens);
   }
@@ -46,7 +46,7 @@ std::vector<SplitTokens> window_of_splits(const SpatialBackwardParams& params) {
   return result;
 }
 
-// Rows of `width`, those of a head next to each other.
+// Rows of `width` elements, the rows of a head contiguous.
 MapTensor packed(const Tensor& t, int64_t heads, const int64_t (&size)[kMaxAxes], int64_t width) {
   const int64_t line = size[2] * width, plane = size[1] * line, head = size[0] * plane;
   return {t.mutable_data_ptr(), heads * head, {plane, line, width}, head};
@@ -87,7 +87,7 @@ void MapPartialSumsOwner::allocate(const SpatialArguments& args, const Tensor& g
           .width = width};
   std::copy_n(size, kMaxAxes, sums.size);
 
-  // The gradient itself, where it has such rows: less memory, and nothing to be copied.
+  // Sums in the gradient itself, if it has such rows: less memory, and no copy.
   const bool is_in_place = !is_zero && gradient.scalar_type() == type && width == dim;
   if (!is_in_place) owned = tensor({args.batch, heads, size[0] * size[1] * size[2], width});
   sums.owned = is_in_place ? sums.gradient : packed(*owned, heads, size, width);
@@ -99,7 +99,7 @@ void MapPartialSumsOwner::allocate(const SpatialArguments& args, const Tensor& g
 }
 
 void MapPartialSumsOwner::finish() const {
-  const bool is_done = !owned && !parts;  // or nothing was attached
+  const bool is_done = !owned && !parts;  // summed in place, or nothing was attached
   if (is_done) return;
   torch::stable::parallel_for(0, sums.num_lines(), 1, [&](int64_t begin, int64_t end) {
     kernel<MapPartialSums>().run(sums, begin, end, nullptr);

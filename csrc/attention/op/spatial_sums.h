@@ -9,14 +9,14 @@ namespace vitkernels {
 // Owns partial sums.
 class MapPartialSumsOwner {
  public:
-  // Of `gradient`, for a kernel that clears them, and of which each split sees a range of the tokens of its map.
+  // For `gradient`, of which each split adds to a range of tokens; the kernel clears the sums.
   void attach_keys(const SpatialArguments& args, const SpatialBackwardParams& params, const Tensor& gradient);
-  // Of a query window, which every split sees. They are zero.
+  // For a query window, to which every split adds. The sums are zero.
   void attach_window(const SpatialArguments& args, const SpatialBackwardParams& params, const Tensor& gradient);
 
   const MapPartialSums& view() const { return sums; }
 
-  // After the kernel: the gradient is made of the sums.
+  // After the kernel: reduces the sums to the gradient.
   void finish() const;
 
  private:

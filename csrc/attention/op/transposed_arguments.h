@@ -5,8 +5,8 @@
 
 namespace vitkernels {
 
-// Owns what Params points to, beside those of an attention, in which the key passes for the value that is missing: there
-// is a value for each query instead of each key.
+// Owns what Params points to. There is a value for each query instead of each key; the arguments of the attention have
+// the key in place of the missing value.
 class TransposedArguments {
  public:
   TransposedArguments(const Checker& checker, const TransposedCall& call, const DevicePolicy& policy = {})

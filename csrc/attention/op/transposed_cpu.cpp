@@ -37,7 +37,7 @@ void attention_transposed(Call& call) {
   call.give(out, "");
 }
 
-// d(query_weight) in its own shape from that of each row [B, Nq, heads], in double and in order.
+// d(query_weight) in its own shape, reduced from that of each row [B, Nq, heads], in double and in order.
 Tensor sum_query_weight(const Tensor& weight, const Tensor& of_rows) {
   Tensor grad = zeros_as(weight, sizes_of(weight), ScalarType::Double);
   if (of_rows.numel() == 0) return torch::stable::to(grad, weight.scalar_type());
@@ -85,7 +85,7 @@ void attention_transposed_backward(Call& call) {
   const Tensor value_parts = zeros_as(lse, {part_elements}, lse.scalar_type());
   params.grad_value_parts = value_parts.mutable_data_ptr();
 
-  // An empty tensor may claim any batch size.
+  // An empty tensor may have any batch size, however large.
   const bool is_empty = query.numel() == 0 && args.attention.key.numel() == 0;
   if (attention.num_tasks() > 0 && !is_empty) run_kernel(kernel, params, attention.num_tasks(), 1, query);
   if (query.numel() > 0) {

@@ -5,7 +5,7 @@
 namespace vitkernels {
 namespace {
 
-// A backward whose values are the queries'; `out_gradient` is null in the forward.
+// Params of the backward kernels with values per query; `out_gradient` is null in the forward.
 AttentionBackwardCudaParams params_of(const TransposedArguments& args, const Tensor* out_gradient) {
   AttentionBackwardCudaParams params;
   fill_on_device(args.attention, args.value, args.lse, params.forward);
@@ -32,7 +32,7 @@ void attention_transposed(Call& call) {
   call.give(out, "");
 }
 
-// In order, and in float64.
+// In order and in float64.
 Tensor sum_query_weight(const BackwardLaunches& launches, const Tensor& weight, const Tensor& of_rows) {
   if (weight.numel() == of_rows.numel()) return torch::stable::view(of_rows, sizes_of(weight));
   Tensor grad = launches.gradient_of(weight);
