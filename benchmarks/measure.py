@@ -198,7 +198,7 @@ def _status(field: str) -> int:
 
 
 def resident_peak(call: Callable[[], Result]) -> tuple[Result, int]:
-    """What ``call`` returns, and how far in bytes resident memory rose above its start meanwhile.
+    """What ``call`` returns, and how far in bytes its resident memory peaked above where it started.
 
     The kernel keeps the high-water mark, so that nothing short-lived is missed. Needs a Linux that lets it be reset.
     """

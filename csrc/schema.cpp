@@ -2,11 +2,12 @@
 //
 // Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads);
 // without B in varlen operators, whose sequences are packed.
-// Over a map: query and key are (B, *map, heads, d) with one to three axes, lse (B, *map, heads), key_bias broadcasts to
-// (B, heads, *key_map); a shared query is (B, *window, heads, d). `axes` holds eight integers for each axis: rule (0 full,
-// 1 block, 2 neighborhood, 3 sliding), step, size, key_size, shift, halo, stride, is_causal (attention/pattern.h).
-// Every softmax operator takes all terms of the score and all options of the keys, and raises on what its kernels cannot
-// do. Its backward operator returns an empty tensor for each gradient that was not requested.
+// Over a map: query and key are (B, *map, heads, d) with one to three axes, lse (B, *map, heads), key_bias broadcasts
+// to (B, heads, *key_map); a shared query is (B, *window, heads, d). `axes` holds eight integers for each axis: rule
+// (0 full, 1 block, 2 neighborhood, 3 sliding), step, size, key_size, shift, halo, stride, is_causal
+// (attention/pattern.h).
+// Every softmax operator takes all terms of the score and all options of the keys, and raises on what its kernels
+// cannot do. Its backward operator returns an empty tensor for each gradient that was not requested.
 // allow_tf32: a GPU may round float32 operands of matrix products to TF32; the CPU ignores it.
 #include "common/signature.h"
 
@@ -17,8 +18,8 @@ namespace vitkernels {
 namespace {
 
 // Tables are (heads or 1, 2 n - 1 for each axis), by the offset of the query from the key; rel_pos_*, embeddings of the
-// offsets on one axis, (2 n - 1, d) or (heads, 2 n - 1, d), are multiplied with the query. Dense tokens lie on a grid of
-// one to three axes, except for the first num_prefix_tokens.
+// offsets on one axis, (2 n - 1, d) or (heads, 2 n - 1, d), are multiplied with the query. Dense tokens lie on a grid
+// of one to three axes, except for the first num_prefix_tokens.
 constexpr const char* kScore =
     "float scale, Tensor? head_scale, Tensor? bias, Tensor? key_bias, Tensor? multiplier, Tensor? bias_table, "
     "Tensor? multiplier_table, Tensor? rel_pos_depth, Tensor? rel_pos_height, Tensor? rel_pos_width, "

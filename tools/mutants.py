@@ -4,7 +4,7 @@
 
 A fault is built into the library of the build folder, or of the emulator; the short tests that ought to see it run
 until the first failure (with ``--all`` also the rows of ``make test-all``); and the file is restored. The exit status
-is 1 if a fault survived. Nothing else may build or test meanwhile.
+is 1 if a fault survived. Nothing else may build or test while it runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ MUTANTS = (
     ),
     Mutant(
         "partial sums not cleared", "csrc/attention/cpu/spatial_backward.cpp",
-        "std::fill_n(part_of(sums, width), (tokens.shared.end - tokens.shared.begin) * width, T(0));", "",
+        "std::fill_n(sums.part<T>(split, batch, kv_head), (tokens.shared.end - tokens.shared.begin) * sums.width, T(0));",
+        "",
         (f"{GATES}/test_layout.py", "-k", "uninitialised and spatial"),
     ),
     Mutant(
@@ -71,7 +72,8 @@ MUTANTS = (
     ),
     Mutant(
         "skipped partial sum", "csrc/attention/cuda/sum_parts.cu",
-        "later < kLanes; ++later", "later < kLanes - 1; ++later", (EMULATED, "-k", "test_reference_gate"),
+        "part < parts.count; part += lanes", "part < parts.count - 1; part += lanes",
+        (EMULATED, "-k", "test_reference_gate"),
     ),
     Mutant(
         "wrong stride of the splits' sums", "csrc/attention/cuda/merge_attentions.cu",

@@ -93,8 +93,8 @@ struct AttentionParams {
 };
 
 // The backward is partitioned by shapes alone: into `splits` ranges of keys, and into the groups of (batch, head) that
-// write to the same key, value or bias gradient. A task owns what it writes, except for partial sums, one for each split,
-// or for each split of each batch group, which are added in order.
+// write to the same key, value or bias gradient. A task owns what it writes, except for partial sums, one for each
+// split, or for each split of each batch group, which are added in order.
 struct AttentionBackwardParams {
   AttentionParams forward;
   TokenTensor grad_out, grad_query, grad_key, grad_value;

@@ -1,8 +1,8 @@
 // Coordinates of tokens on a grid, and tables by the offset between two of them. Host and device, no torch.
 //
-// A table has an entry for every offset of a query from a key: (2 n0 - 1, 2 n1 - 1, 2 n2 - 1). Query i and key j use entry
-// (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the table in reverse order, in which consecutive
-// keys on the last axis have consecutive entries.
+// A table has an entry for every offset of a query from a key: (2 n0 - 1, 2 n1 - 1, 2 n2 - 1). Query i and key j use
+// entry (i0 - j0 + n0 - 1, i1 - j1 + n1 - 1, i2 - j2 + n2 - 1). The CPU reads the table in reverse order, in which
+// consecutive keys on the last axis have consecutive entries.
 #pragma once
 
 #include "attention/pattern.h"

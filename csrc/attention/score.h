@@ -14,8 +14,8 @@ struct ScoreStrides {
   }
 };
 
-// A tensor that is broadcast to (batch, heads, queries, keys). Its key stride is 0 or 1. The gradient is contiguous in the
-// tensor's own shape, so its strides differ if the tensor is an expanded view.
+// A tensor that is broadcast to (batch, heads, queries, keys). Its key stride is 0 or 1. The gradient is contiguous in
+// the tensor's own shape, so its strides differ if the tensor is an expanded view.
 struct ScoreTerm {
   const void* data = nullptr;  // null: the term is absent
   ScoreStrides strides;
@@ -41,7 +41,7 @@ struct RelPosTerm {
   int64_t grad_part_stride = 0, grad_head_stride = 0;
 };
 
-// On a GPU: relative logits by the coordinates of the keys, axis after axis, computed before the kernels that read them.
+// On a GPU: relative logits by the coordinates of the keys, axis after axis, computed before their readers.
 struct DeviceRelativeLogits {
   const float* data = nullptr;  // [batch, heads, tokens on the grid, width]
   int64_t batch_stride = 0, head_stride = 0;
@@ -80,7 +80,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias; tables by offset are part of multiplier and bias. V is a vector.
+// logit = (scale * q.k) * multiplier + bias + key_bias; multiplier and bias include the tables by offset. V is a vector.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;

@@ -79,14 +79,14 @@ struct SpatialParams {
   }
 };
 
-// The tokens of a gradient that a split adds to. A split owns tokens from the previous split's end up to the last one that
-// it touches, the last split also the rest; what it adds to earlier tokens goes to a private partial sum.
+// The tokens of a gradient that a split adds to. A split owns tokens from the previous split's end up to the last one
+// that it touches, the last split also the rest; what it adds to earlier tokens goes to a private partial sum.
 struct SplitTokens {
   Range owned, shared;
   int64_t first_row = 0;  // of the shared tokens among all parts
 };
 
-// Partial sums in float or double of a gradient [batch, *map, heads, dim]; also the Params of the kernel that adds them.
+// Partial sums in float or double of a gradient [batch, *map, heads, dim]; also Params of the kernel that adds them.
 struct MapPartialSums {
   DType dtype = DType::kFloat32;  // of the gradient
   MapTensor gradient;
@@ -108,8 +108,8 @@ struct MapPartialSums {
 };
 
 // The backward is partitioned by shapes alone: into groups of batches, kv heads, and `splits` ranges of query tiles. A
-// task writes the query gradients of its tiles. Gradients that several tasks add to have partial sums, which are added in
-// order.
+// task writes the query gradients of its tiles. Gradients that several tasks add to have partial sums, which are added
+// in order.
 struct SpatialBackwardParams {
   SpatialParams forward;
   MapTensor grad_out, grad_query, grad_key, grad_value;

@@ -1,5 +1,5 @@
-// Operators as boxed functions: arguments are taken off the dispatcher's stack, and results put on it, by the names in the
-// operator's schema.
+// Operators as boxed functions: arguments are taken off the dispatcher's stack, and results put on it, by the names in
+// the operator's schema.
 #pragma once
 
 #include <string_view>

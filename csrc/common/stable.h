@@ -50,8 +50,8 @@ struct Placement {
   int32_t dtype, device_type, device_index;
 };
 
-// Calls torch's C function for new_empty or new_zeros, which saves the dispatcher's boxing, 0.5 us per tensor. Errors lose
-// their text on the way, so running out of memory gets a message here.
+// Calls torch's C function for new_empty or new_zeros, which saves the dispatcher's boxing, 0.5 us per tensor. Errors
+// lose their text on the way, so running out of memory gets a message here.
 template <class NewTensor>
 Tensor allocate(NewTensor&& new_tensor, const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
   Placement at(like, type);

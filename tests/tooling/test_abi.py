@@ -99,8 +99,8 @@ def prefetches(objects):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed")
 @pytest.mark.parametrize(("name", "tensors"), [("spatial_forward", 4), ("spatial_backward", 8)])
 @pytest.mark.parametrize("isa", _library.isas_built())
-def test_maps_are_fetched_ahead(isa, name, tensors):
-    """A compiler that takes a fetch for nothing leaves it out, which no result would show."""
+def test_maps_are_prefetched(isa, name, tensors):
+    """A compiler may drop a prefetch as dead code, which no result would show."""
     objects = sorted((OBJECTS / f"kernels_{isa}.dir").rglob(f"{name}*.cpp.o"))
     if not objects:
         pytest.skip(f"no objects in {OBJECTS}")

@@ -18,7 +18,8 @@ class BackwardLaunches {
   // Memory for a gradient in the shape of `t`, zero if there is nothing to sum.
   Tensor gradient_of(const Tensor& t) const;
 
-  // The gradients of each token of a side; null ones are not wanted. Returns the dots, if requested: [parts, rows, heads].
+  // The gradients of each token of a side; null ones are not wanted. Returns the dots, if requested:
+  // [parts, rows, heads].
   OptionalTensor sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,
                      const Tensor* probs, bool needs_dots = false) const;
   static PartialSums dots_of(const Tensor& dots);

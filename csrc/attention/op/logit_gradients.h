@@ -1,5 +1,5 @@
-// The gradients that flow through the logits, on the CPU: of query, key, scale and the score terms. The backward operators
-// of attention and attention_transposed share them.
+// The gradients that flow through the logits, on the CPU: of query, key, scale and the score terms. The backward
+// operators of attention and attention_transposed share them.
 #pragma once
 
 #include "attention/op/arguments.h"

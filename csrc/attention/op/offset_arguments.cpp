@@ -3,8 +3,8 @@
 namespace vitkernels {
 namespace {
 
-// Elements of the widest vector: a kernel may read, or add zeros to, this many behind the last entry of a table; and the
-// length of an embedding is a multiple of it.
+// Elements of the widest vector: a kernel may read, or add zeros to, this many behind the last entry of a table; and
+// the length of an embedding is a multiple of it.
 constexpr int64_t kPadding = 16;
 
 int64_t num_entries(const Tensor& table) { return table.numel() / table.size(0); }
@@ -72,8 +72,8 @@ RelPosTerm rel_pos_term(const OptionalTensor& rows) {
           .row_stride = rows->size(rows->dim() - 1)};
 }
 
-// Adds the parts, and the heads that share a term, in order. Consecutive sums of the reversed entries are `row` elements
-// apart, of which the first `dim` are the entry's gradient; heads are `stride` elements apart.
+// Adds the parts, and the heads that share a term, in order. Consecutive sums of the reversed entries are `row`
+// elements apart, of which the first `dim` are the entry's gradient; heads are `stride` elements apart.
 struct Reduction {
   int64_t heads, entries, dim, row, stride;
 

@@ -1,5 +1,5 @@
-// Gradients of an attention over maps that several tasks add to: of keys that several tiles or heads see, and of a query
-// window that all windows share.
+// Gradients of an attention over maps that several tasks add to: of keys that several tiles or heads see, and of a
+// query window that all windows share.
 #pragma once
 
 #include "attention/op/spatial_arguments.h"
