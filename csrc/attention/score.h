@@ -80,7 +80,7 @@ struct Score {
   }
 };
 
-// logit = (scale * q.k) * multiplier + bias + key_bias; multiplier and bias include the tables by offset. V is a vector.
+// logit = (scale * q.k) * multiplier + bias + key_bias; multiplier and bias include tables by offset. V is a vector.
 template <class V>
 VK_HOST_DEVICE V logit(V scaled_product, V multiplier, V bias, V key_bias) {
   return scaled_product * multiplier + bias + key_bias;
