@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # What files of a room may include. An engine is a folder of csrc that has rooms of its own; `root` is the rest of it.
-# None of them is allowed another engine's files.
+# No file may include another engine's files.
 INCLUDES = {
     "schema": {"schema", "common"},
     "common": {"common", "schema"},
@@ -22,7 +22,7 @@ INCLUDES = {
     "cuda": {"cuda", "root", "vocabulary/cuda", "common"},
     "op": {"op", "cpu", "cuda", "root", "vocabulary/cpu", "vocabulary/cuda", "common"},
 }
-# Besides all of op/.
+# In addition to all of op/.
 MAY_INCLUDE_TORCH = {
     "common/boxed.h",
     "common/check.h",
@@ -38,7 +38,7 @@ LAYERS = {"ops": 1, "functional": 2, "compat": 3, "nn": 3, "integrations": 4, "_
 
 
 def room_of(path: str) -> tuple[str, str]:
-    """The room of a file in csrc, and its engine or ""."""
+    """The room of a file in csrc, and its engine, or ""."""
     parts = path.split("/")
     if len(parts) == 1:
         return "schema", ""

@@ -1,8 +1,8 @@
 """Registers, spills and shared memory of every kernel in a built CUDA library: what ``make cuda-report`` prints.
 
-The library holds its kernels as PTX; ptxas compiles that once more for each architecture and says what it used. (The
-machine code in the library does not: cuobjdump knows no spills.) The exit status is 1 if a forward kernel spills, if a
-kernel has more instantiations than three dtypes and four head dimensions need, or if the attention kernels of one
+The library contains its kernels as PTX; ptxas compiles that again for each architecture and reports what it used. (The
+machine code in the library does not tell: cuobjdump shows no spills.) The exit status is 1 if a forward kernel spills,
+if a kernel has more instantiations than three dtypes and four head dimensions need, or if the attention kernels of one
 direction have more than their budget.
 
     python3 tools/cuda_report.py build/Release/libvitkernels_cuda13.so --markdown docs/cuda_report.md
@@ -53,14 +53,14 @@ class Kernel:
 
     name: str
     arguments: str
-    """Of the template, as in ``bfloat16, 64``."""
+    """The template's arguments, as in ``bfloat16, 64``."""
     architecture: str
     registers: int
     stack: int
     spill_stores: int
     spill_loads: int
     shared: int
-    """Static, in bytes; what a launch asks for besides is not in the library."""
+    """Static, in bytes; the dynamic part of a launch is not in the library."""
 
     @property
     def spills(self) -> bool:
@@ -68,13 +68,13 @@ class Kernel:
 
     @property
     def family(self) -> str:
-        """The kernel whose instantiation by dtype and head dimension it is."""
+        """The kernel of which this is an instantiation by dtype and head dimension."""
         dtypes = "|".join(_ELEMENTS.values())
         return re.sub(rf"\b({dtypes})\b", "*", re.sub(r"\b(32|64|128|256)\b", "*", str(self), count=1))
 
     @property
     def is_attention(self) -> bool:
-        """Compiled for each head dimension: these cost compile time and library size, and have a budget."""
+        """Whether compiled for each head dimension: that costs compile time and library size, and has a budget."""
         return self.name.startswith("attention") and re.search(r"\b(32|64|128|256)\b", self.arguments) is not None
 
     @property
@@ -128,12 +128,12 @@ _PARTS = {
 
 
 def parse(text: str) -> list[Kernel]:
-    """What ``ptxas -v`` printed about the entry functions."""
+    """The kernels that ``ptxas -v`` printed about."""
     sections = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)[1:]
     triples = list(zip(sections[::3], sections[1::3], sections[2::3], strict=True))
     kernels = []
     for (_, architecture, body), demangled in zip(triples, demangle(t[0] for t in triples), strict=True):
-        # A function that a kernel calls has properties of its own, behind those of the kernel.
+        # A function that a kernel calls has properties of its own, listed after the kernel's.
         values = {name: sum(map(int, re.findall(pattern, body))) for name, pattern in _PARTS.items()}
         name, arguments = short_name(demangled)
         kernels.append(Kernel(name, arguments, architecture, **values))
@@ -141,7 +141,7 @@ def parse(text: str) -> list[Kernel]:
 
 
 def ptxas() -> str | None:
-    """Beside the compiler that built the library, or on the path."""
+    """Next to the compiler that built the library, or on the path."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc:
         dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
@@ -177,7 +177,7 @@ def measure(program: str, library: Path, architectures: Iterable[str] = ARCHITEC
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """What must not be."""
+    """Violations: spills of forward kernels, and instantiations beyond the limits."""
     found = [f"{k} spills on sm_{k.architecture}" for k in kernels if k.is_forward and k.spills]
     counts = Counter((k.family, k.architecture) for k in kernels)
     for (family, architecture), count in counts.items():
@@ -190,7 +190,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 
 def attention_counts(kernels: list[Kernel]) -> Counter[tuple[str, str]]:
-    """By direction and architecture, over all families."""
+    """The number of kernels by direction and architecture, over all families."""
     return Counter(("forward" if k.is_forward else "backward", k.architecture) for k in kernels if k.is_attention)
 
 
@@ -243,7 +243,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 if something in it must not be."""
+    """Print the table; 1 if there are violations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", type=Path)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="80")

@@ -1,8 +1,8 @@
 """Build, test, check and measure on a machine with a GPU: what ``make gpu`` runs.
 
-Takes the interpreter that runs it, which has torch with CUDA, and needs no network. A stage has a time limit and a log
-of its own; a later one runs although an earlier one failed. VITKERNELS_LIBRARY and VITKERNELS_CUDA_LIBRARY name
-libraries that were built elsewhere; without them both are built here, for this GPU alone.
+Uses the interpreter that runs it, which has torch with CUDA, and needs no network. A stage has a time limit and a log
+of its own; a later one runs even if an earlier one failed. VITKERNELS_LIBRARY and VITKERNELS_CUDA_LIBRARY name
+libraries that were built elsewhere; without them both are built here, for this GPU only.
 
     python3 tools/gpu.py                                  # build, test, memcheck, racecheck, bench
     python3 tools/gpu.py build test --limit test=300
@@ -29,7 +29,7 @@ BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"  # packages that the interpreter lacks, from the wheels in .whl/
 LIBRARY, CUDA_LIBRARY = "VITKERNELS_LIBRARY", "VITKERNELS_CUDA_LIBRARY"
 
-# Gates that run on any device, longest first, then what only a GPU shows.
+# Gates that run on any device, longest first, then the tests that need a GPU.
 TESTS = (
     "gates/test_compile", "gates/test_registration", "gates/test_properties", "gates/test_layout",
     "gates/test_reference", "cuda/test_gpu", "gates/test_autocast", "gates/test_determinism", "gates/test_fuzz",
@@ -58,7 +58,7 @@ def has(module: str) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Of every command: the sources and the extra packages in sight, the libraries named."""
+    """The environment of every command: paths of the sources and extra packages, names of the libraries."""
     paths = [str(ROOT / "python"), str(ROOT / "tests"), str(SITE), os.environ.get("PYTHONPATH", "")]
     built = {LIBRARY: str(BUILD / "libvitkernels_cpu.so")}
     for path in BUILD.glob("libvitkernels_cuda[0-9]*.so"):
@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def architecture() -> str:
-    """Of the first GPU, as in ``90``."""
+    """The compute capability of the first GPU, as in ``90``."""
     code = "import torch; print(''.join(map(str, torch.cuda.get_device_capability())))"
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
@@ -105,7 +105,7 @@ def sanitizer_commands(tool: str) -> Iterator[Command]:
     if sanitizer is None:
         return
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-    # The namespace is part of our kernels' names: PyTorch's own are not checked, nor what it asks of the driver.
+    # The namespace is part of our kernels' names: PyTorch's kernels and driver calls are not checked.
     options += ["--kernel-name", "kernel_substring=vitkernels"]
     if tool == "memcheck":
         options += ["--report-api-errors", "no"]
@@ -118,7 +118,7 @@ def bench_commands(out: Path, *options: str) -> Iterator[Command]:
 
 
 def commands(stage: str, out: Path) -> Iterator[Command]:
-    """What a stage runs, one after the other; none where it has nothing to do."""
+    """The commands of a stage, in order; none if it has nothing to do."""
     if stage == "build":
         return build_commands()
     if stage == "test":
@@ -133,13 +133,13 @@ def commands(stage: str, out: Path) -> Iterator[Command]:
 def variables(stage: str) -> dict[str, str]:
     if stage not in ("test", "memcheck", "racecheck"):
         return {}
-    # One allocation for each tensor: the checker knows where it ends.
+    # One allocation for each tensor, so that the checker knows where it ends.
     cache = {} if stage == "test" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return {"VITKERNELS_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "1", **cache}
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End it and its children; a moment before, it may write down what it has."""
+    """Stop it and its children, after a moment in which it may write what it has."""
     for how, seconds in ((signal.SIGINT, 8), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, how)
@@ -192,7 +192,7 @@ def tail(log: Path, lines: int) -> str:
 
 
 def report(results: list[Result], out: Path) -> None:
-    """Print how the last stage ended, and write down how all did."""
+    """Print how the last stage ended, and write how all ended."""
     last = results[-1]
     print(f"--- {last.stage}: {last.state}, {last.seconds} s", flush=True)
     print(tail(out / f"{last.stage}.log", 40 if last.failed else 15), flush=True)
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         results.append(run_stage(stage, out, arguments.limits[stage]))
         report(results, out)
         if stage == "bench" and results[-1].failed and "yardstick" not in stages:
-            # A kernel of ours may have ended it: what others reach on this GPU is worth having all the same.
+            # One of our kernels may have ended it: the peers' figures on this GPU are still worth having.
             results.append(run_stage("yardstick", out, arguments.limits["yardstick"]))
             report(results, out)
     print("\n".join(["", *(f"{r.stage:<10} {r.seconds:>7.1f} s  {r.state}" for r in results)]))

@@ -2,8 +2,8 @@
 
     python -m tools.model_table [--threads N] [--cpu-time] [--only WORD] [--out FILE]
 
-Each family runs in a process of its own. A finished model is kept in ``--rows`` until the commit changes, so a run
-that was interrupted goes on where it stopped, and tries again what failed. The weights are random.
+Each family runs in a process of its own. Finished models are kept in ``--rows`` until the commit changes, so a run
+that was interrupted continues where it stopped, and retries what failed. The weights are random.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ LARGER: dict[str, list[Subject]] = {
 
 _INTRO = """# Models
 
-What `vk.accelerate` replaces in a model, what it leaves as it was and why, and what comes of it. Written by
+What `vk.accelerate` replaces in a model, what it leaves as it was and why, and the effect on time and error. Written by
 `python -m tools.model_table`; no figure is typed by hand.
 
 Speed-up: the stock model's time for a forward pass divided by ours, median of rounds in which the two take turns.
@@ -149,7 +149,7 @@ def measure(subject: Subject, effort: Effort) -> dict[str, Any]:
     report = vk.accelerate(ours)
 
     def run(model: nn.Module, x: Tensor) -> Tensor:
-        torch.manual_seed(0)  # for the models that choose patches at random
+        torch.manual_seed(0)  # for models that choose patches at random
         return _result(model(x))
 
     with torch.no_grad():

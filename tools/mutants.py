@@ -1,9 +1,9 @@
-"""Faults put into kernels, one after the other: tests must find each of them.
+"""Puts faults into kernels, one at a time: tests must find each of them.
 
     python -m tools.mutants [--all] [NAME ...]
 
-A fault is built into the library of the build folder, or of the emulator; the short tests that ought to see it run
-until the first failure (with ``--all`` also the rows of ``make test-all``); and the file is restored. The exit status
+A fault is built into the library in the build folder, or the emulator's; the short tests that should find it run until
+the first failure (with ``--all`` also the rows of ``make test-all``); then the file is restored. The exit status
 is 1 if a fault survived. Nothing else may build or test while it runs.
 """
 
@@ -27,7 +27,7 @@ GATES, EMULATED = "tests/gates", "tests/cuda/test_emulator_gates.py"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One place in one file, and the tests that go red: what pytest is given to select them."""
+    """One edit of one file, and the tests that must fail: pytest's arguments that select them."""
 
     name: str
     file: str

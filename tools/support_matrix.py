@@ -25,7 +25,7 @@ from support.samples import SMALL_SAMPLES, Sample  # noqa: E402
 
 PAGE = ROOT / "docs" / "support.md"
 OPERATORS = tuple(dict.fromkeys(s.operator for s in SMALL_SAMPLES))
-# What a call is about, not what it may be given besides.
+# The subject of a call, not its options.
 DATA = (
     "query", "key", "value", "value_q", "lse", "axes", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
     "outs", "lses", "return_lse",
@@ -58,13 +58,13 @@ def parameters(operator: str) -> list[str]:
 
 
 def is_given(call: Call, sample: Sample, name: str) -> bool:
-    """Whether a call gives an argument another value than a call without it has."""
+    """Whether a call gives an argument a value other than its default."""
     default = inspect.signature(sample.function).parameters[name].default
     return name in call and call[name] is not default
 
 
 def tried(sample: Sample, dtype: torch.dtype) -> tuple[Call, bool] | None:
-    """A call that was made, and whether what learns got gradients; ``None`` if it was refused."""
+    """A call that was made, and whether its leaves got gradients; ``None`` if it was refused."""
     call = sample.call(dtype, sizes=sample.small())
     try:
         outputs, grads = differentiate(sample.function, call)

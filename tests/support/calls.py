@@ -1,4 +1,4 @@
-"""Calls as data: the keyword arguments of a function, of which some are tensors or lists of tensors."""
+"""Calls as data: the keyword arguments of a function, some of them tensors or lists of tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def learning(call: Any) -> list[Tensor]:
 
 
 def replace(call: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The call with each tensor changed; what was differentiable is again, as a new leaf."""
+    """The call with each tensor changed; differentiable tensors become new leaves."""
     return pytree.tree_map_only(Tensor, lambda t: change(t.detach()).detach().requires_grad_(t.requires_grad), call)
 
 
@@ -52,14 +52,14 @@ def differentiate(
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Outputs, and the gradient of every differentiable tensor; ``change`` is applied to the incoming gradients."""
     outputs, leaves = outputs_of(function(**call)), learning(call)
-    connected = [o for o in outputs if o.requires_grad]  # the reference's lse of no keys is a constant
+    connected = [o for o in outputs if o.requires_grad]  # without keys the reference's lse is a constant
     incoming = [change(cotangent(o)) for o in connected]
     grads = torch.autograd.grad(connected, leaves, incoming, materialize_grads=True) if leaves else []
     return [o.detach() for o in outputs], list(grads)
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the calls of our operators, with the arguments that reached them."""
+    """Records the calls of our operators, with the arguments that reached them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def is_backward(op: torch._ops.OpOverload) -> bool:
 
 
 def operator_calls(function: Callable[..., Any], call: Call) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
-    """The operators that forward and backward call, with arguments that are differentiable where the operator is."""
+    """The operators that forward and backward call, with differentiable arguments where the operator has a gradient."""
 
     def leaf(op: torch._ops.OpOverload) -> Callable[[Tensor], Tensor]:
         return lambda t: t.detach().requires_grad_(t.is_floating_point() and not is_backward(op))

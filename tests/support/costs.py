@@ -1,6 +1,6 @@
-"""What each file of tests costs, printed at the end of a run: seconds of a core, those of child processes included.
+"""The cost of each test file, printed at the end of a run: CPU seconds, child processes included.
 
-They add up over tests that run beside each other, and do not depend on who else uses the machine.
+They add up over tests that run in parallel, and do not depend on what else uses the machine.
 """
 
 from __future__ import annotations

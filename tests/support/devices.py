@@ -1,7 +1,7 @@
-"""Where the gates compute, and what has kernels there.
+"""The device that the gates compute on, and what has kernels there.
 
 ``VITKERNELS_TEST_DEVICE=cuda`` runs the tests of the sample table on a GPU: samples are made on the CPU, from the same
-seeds, and moved. What has no kernels there is skipped. (test_emulator_gates runs CUDA kernels on CPU tensors.)
+seeds, and moved. Samples without kernels there are skipped. (test_emulator_gates runs CUDA kernels on CPU tensors.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_taken(sample: Any) -> bool:
 
 
 def why_not(sample: Any, dtype: torch.dtype | None = None) -> str | None:
-    """The reason why a sample, in a dtype if one is given, has no kernels on the device of the tests, or ``None``."""
+    """Why a sample, in a dtype if one is given, has no kernels on the device of the tests, or ``None``."""
     if ON_CPU:
         return None
     if not is_taken(sample):
@@ -50,5 +50,5 @@ def need(sample: Any, dtype: torch.dtype) -> None:
 
 
 def dtype_of(sample: Any, wanted: torch.dtype) -> torch.dtype:
-    """``wanted``, or where the kernels do not take it the most precise dtype that they do."""
+    """``wanted``, or if the kernels do not take it, the most precise dtype that they take."""
     return wanted if why_not(sample, wanted) is None else next(d for d in DTYPES if why_not(sample, d) is None)

@@ -38,7 +38,7 @@ needs_emulator = pytest.mark.skipif(why_not() is not None, reason=str(why_not())
 
 
 class Emulator:
-    """The stand-in runtime of this process, and the test kernels that are linked against it."""
+    """The emulator's CUDA runtime in this process, and the test kernels that are linked against it."""
 
     def __init__(self) -> None:
         path = next(DIRECTORY.glob("_emulator*.so"))
@@ -66,7 +66,7 @@ class Emulator:
 
     @contextmanager
     def on_cpu_tensors(self) -> Iterator[None]:
-        """The operators that have CUDA kernels compute CPU tensors with these, all gates of a sample included."""
+        """Operators that have CUDA kernels run them on CPU tensors, in all gates of a sample."""
         library = torch.library.Library(NAMESPACE, "IMPL")
         for op in self.operators:
             library.impl(op, _redispatch(op), "CPU")
@@ -99,7 +99,7 @@ def emulator() -> Emulator:
 
 @pytest.fixture
 def cuda_kernels(emulator: Emulator) -> Iterator[Emulator]:
-    """Operators compute with their CUDA kernels; an error in one fails the test, whatever came out."""
+    """Operators run their CUDA kernels; an error in one fails the test, whatever the results."""
     emulator.reset()
     with emulator.on_cpu_tensors():
         yield emulator

@@ -1,7 +1,7 @@
 """Calls every operator thousands of times with arguments that it must refuse; ``test_fuzz`` runs this.
 
 The calls come from the samples: the functions, and the operators that these call, backward included. One argument is
-spoiled in a way that is certainly wrong. What is not refused, or with an error that does not name the
+spoiled in a way that is certainly wrong. A call that is accepted, or refused with an error that does not name the
 operator, is reported; a crash ends the process.
 
     python -m support.fuzz_worker BAD_CALLS GOOD_CALLS SEED
@@ -30,7 +30,7 @@ from support.samples_spatial import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-# No two dimensions share a length by chance (heads are at most 4): one that two tensors have must agree.
+# No two dimensions have equal lengths by chance (heads are at most 4): equal lengths are lengths that must agree.
 SIZES = {"b": 5, "q": 11, "k": 13, "d": 17, "v": 19, "a": 23, "n": 6, "t": 29, "u": 31, "z": 2, "y": 9, "x": 8}
 CALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [
@@ -40,7 +40,7 @@ DTYPES = [
 
 
 class Target(NamedTuple):
-    """A function or an operator, and what it declares: the type of each argument, as text."""
+    """A function or an operator, and its declaration: the type of each argument, as text."""
 
     name: str
     function: Callable[..., Any]
@@ -48,11 +48,11 @@ class Target(NamedTuple):
     types: dict[str, str]
     required: frozenset[str]
     loose: tuple[str, ...]
-    """Arguments that this call has longer than it needs them."""
+    """Arguments that are longer in this call than they need to be."""
 
 
 class Slot(NamedTuple):
-    """A tensor's place in a call."""
+    """A tensor argument of a call, or an element of a list argument."""
 
     argument: str
     index: int | None
@@ -60,7 +60,7 @@ class Slot(NamedTuple):
 
 
 class NotApplicable(Exception):
-    """The call has nothing that can be spoiled this way."""
+    """The call has no argument that can be spoiled this way."""
 
 
 def as_list(argument: Any) -> list[Any]:
@@ -117,7 +117,7 @@ def spoil_rank(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     # A tensor of rank 0 broadcasts: wrong only where a tensor is data.
     ranks = [r for r in range(7) if r != slot.tensor.dim() and (r > 0 or slot.argument in target.required)]
-    used = {n for other in slots(call) for n in other.tensor.shape}  # what has these lengths may broadcast
+    used = {n for other in slots(call) for n in other.tensor.shape}  # tensors with these lengths may broadcast
     shape = [rng.choice([n for n in range(2, 9) if n not in used] or [11]) for _ in range(rng.choice(ranks))]
     return put(call, slot, torch.ones(shape, dtype=slot.tensor.dtype, device=DEVICE))
 
@@ -139,9 +139,9 @@ def spoil_dtype(rng: random.Random, target: Target, call: Call) -> Call:
     dtypes = [d for d in DTYPES if d != slot.tensor.dtype]
     if not slot.tensor.is_floating_point():  # indices
         dtypes = [d for d in dtypes if d not in (torch.int64, torch.int32)]
-    elif not target.is_operator and slot.argument not in target.required:  # converted, if it is floating
+    elif not target.is_operator and slot.argument not in target.required:  # converted, if it is floating-point
         dtypes = [d for d in dtypes if not d.is_floating_point]
-    if len(slots(call)) <= 2:  # with one tensor of data, any floating dtype will do
+    if len(slots(call)) <= 2:  # with one tensor of data, any floating-point dtype is fine
         dtypes = [d for d in dtypes if d not in CALL_DTYPES]
     return put(call, slot, slot.tensor.detach().to(rng.choice(dtypes)))
 
@@ -155,7 +155,7 @@ def spoil_layout(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     tensor = slot.tensor.detach()
     ways = [tensor.to_sparse, lambda: torch.nested.nested_tensor([tensor], layout=torch.jagged)]
-    if tensor.dtype == torch.float32 and target.is_operator:  # a function may convert it, which PyTorch refuses
+    if tensor.dtype == torch.float32 and target.is_operator:  # a function may convert it, and PyTorch then refuses
         ways += [tensor.contiguous().to_mkldnn] if ON_CPU else []
         ways.append(lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8))
     if tensor.dim() == 0 or tensor.numel() == 0:
@@ -164,7 +164,7 @@ def spoil_layout(rng: random.Random, target: Target, call: Call) -> Call:
 
 
 def spoil_type(rng: random.Random, target: Target, call: Call) -> Call:
-    """Something else than a tensor. (Python's own complaint is enough for a Python function.)"""
+    """Something other than a tensor. (For a Python function, Python's own error is enough.)"""
     if not target.is_operator:
         raise NotApplicable
     slot = rng.choice(slots(call))
@@ -191,7 +191,7 @@ def spoil_index(rng: random.Random, target: Target, call: Call) -> Call:
 
 def spoil_option(rng: random.Random, target: Target, call: Call) -> Call:
     wrong = {"float": [math.nan, math.inf, -math.inf], "Literal": ["l1", "", 2, True], "int": [-1, -(2**63)]}
-    if target.is_operator:  # to Python, anything is true or false
+    if target.is_operator:  # in Python, anything is true or false
         wrong["bool"] = ["yes", [True]]
     name, values = choose(rng, [(n, wrong[kind]) for n, text in target.types.items() for kind in wrong if kind in text])
     return {**call, name: rng.choice(values)}
@@ -207,7 +207,7 @@ def spoil_arguments(rng: random.Random, target: Target, call: Call) -> Call:
 
 
 def decided(target: Target, call: Call, slot: Slot) -> list[int]:
-    """The dimensions of a tensor, counted from the end, whose length other arguments decide."""
+    """The dimensions of a tensor, counted from the end, whose lengths other arguments determine."""
     name, count, is_backward = slot.argument, slot.tensor.dim(), "grad_out" in call
     free: set[int] = set()
     if any(other.tensor.numel() == 0 for other in slots(call)):
@@ -215,7 +215,7 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
     if name == "query" and not is_backward and "value_q" not in call:
         free |= set(range(-3 if "cu_seqlens_q" in call else 1 - count, -2))  # any number of queries, on any map
     if name == "query" and call["key"].size(-2) < slot.tensor.size(-2):
-        free.add(-2)  # a kv head for more or fewer heads
+        free.add(-2)  # more or fewer heads per kv head
     if name == "key" and "value_q" in call:
         free |= {-2} if is_backward else {-3, -2}
     if name in ("value", "value_q", "outs") and not is_backward:
@@ -235,7 +235,7 @@ def is_for_all(argument: str) -> bool:
 def shorter(rng: random.Random, call: Call, slot: Slot, dim: int) -> Call:
     length, count = slot.tensor.size(dim), slot.tensor.dim()
     lengths = {0, 1, length // 2, max(length - 2, 0), length - 1}
-    # What broadcasts, what may be the same for all heads, and a query for the whole batch.
+    # A length of 1 is right for terms that broadcast, tables for all heads, and a query for the whole batch.
     is_first = dim == -count and (count > 2 or not slot.argument.startswith("rel_pos"))
     if slot.argument.endswith(("bias", "multiplier", "query_weight")) or (is_first and is_for_all(slot.argument)):
         lengths.discard(1)
@@ -245,7 +245,7 @@ def shorter(rng: random.Random, call: Call, slot: Slot, dim: int) -> Call:
 
 
 def spoil_short(rng: random.Random, target: Target, call: Call) -> Call:
-    """An argument is shorter than another one needs it: who reads on reads foreign memory."""
+    """An argument is shorter than another one requires: reading on would read foreign memory."""
     slot = choose(rng, slots(call))
     return shorter(rng, call, slot, choose(rng, decided(target, call, slot)))
 
@@ -255,7 +255,7 @@ SPOIL = [
     spoil_option, spoil_arguments,
 ]  # fmt: skip
 if not ON_CPU:
-    SPOIL.remove(spoil_index)  # indices are read by kernels alone
+    SPOIL.remove(spoil_index)  # only kernels read indices
 
 
 # A function may prepare a tensor with PyTorch's operations, which refuse some dtypes and layouts in their own words.
@@ -278,7 +278,7 @@ def describe(call: Call) -> str:
 
 
 def any_sample(rng: random.Random) -> tuple[Sample, torch.dtype]:
-    """Of any operator: one with few samples is not called less for that."""
+    """A target of any operator: those with few samples are chosen as often as the others."""
     operator = rng.choice(sorted({s.operator for s in SMALL_SAMPLES if not why_not(s)}))
     sample = rng.choice([s for s in SMALL_SAMPLES if s.operator == operator and not why_not(s)])
     return sample, rng.choice([dtype for dtype in CALL_DTYPES if not why_not(sample, dtype)])
@@ -300,7 +300,7 @@ def bad_calls(rng: random.Random, count: int) -> tuple[Counter[str], list[str]]:
 
 
 def faults(target: Target, spoiled: Call) -> list[str]:
-    """What is wrong with the answer to a bad call: nothing, or one line."""
+    """What is wrong with the response to a bad call: nothing, or one line."""
     try:
         target.function(**spoiled)
         outcome = "was accepted"
@@ -312,7 +312,7 @@ def faults(target: Target, spoiled: Call) -> list[str]:
 
 
 def short_calls(rng: random.Random) -> tuple[Counter[str], list[str]]:
-    """Every argument of every sample, forward and backward, in every dimension that others decide."""
+    """Shorten every argument of every sample, forward and backward, in every dimension that others determine."""
     done: Counter[str] = Counter()
     wrong: list[str] = []
     for sample in SMALL_SAMPLES:

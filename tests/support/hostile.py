@@ -1,4 +1,4 @@
-"""Values inside tensors that no host checks before a GPU reads them: offsets of packed sequences, maps of heads."""
+"""Values inside tensors that the host does not check before a GPU reads them: cu_seqlens and head maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.devices import DEVICE
 MIN, MAX = -(2**63), 2**63 - 1
 QUERIES, KEYS, LONGEST_QUERY, LONGEST_KEY = 11, 13, 4, 6
 GOOD = ([0, 4, 7, 11], [0, 6, 8, 13])
-# Offsets of three sequences, none of them what the operator takes.
+# Offsets of three sequences, none of which the operator accepts.
 HOSTILE = [
     [2, 5, 7, 9], [0, 9, 11, 11], [-3, 2, 5, 11], [0, 8, 3, 11], [7, 3, 8, 2], [0, 3, 30, 60], [30, 20, 40, 13],
     [MIN, MAX, MIN, MAX], [MAX, MIN, 3, MIN], [6, 6, 6, 6], [-1, -1, -1, -1], [0, MAX, 0, 5], [MIN, MIN, 5, 9],
@@ -37,7 +37,7 @@ def uncovered(found, count):
 
 
 def packed_reference(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-    """Each sequence by itself; what belongs to none is zero, its lse that of no keys."""
+    """Each sequence by itself; rows of no sequence are zero, with the lse of no keys."""
     bias = options.pop("bias")
     out = torch.zeros(*query.shape[:2], value.shape[-1], dtype=query.dtype)
     lse = torch.full(query.shape[:2], -torch.inf)
@@ -67,7 +67,7 @@ def packed_call(offsets_q, offsets_k, queries=QUERIES, keys=KEYS, longest=(LONGE
 
 
 def check_packed(call, device="cpu"):
-    """Tokens that no sequence covers have results and gradients of zero, the others what their sequence gives."""
+    """Tokens that no sequence covers have results and gradients of zero, the others those of their sequence."""
     found, found_grads = differentiate(vk.attention_varlen, replace(call, lambda t: t.to(device)))
     found, found_grads = [t.cpu() for t in found], [t.cpu() for t in found_grads]
     of_queries = spans(call["cu_seqlens_q"].tolist(), call["max_seqlen_q"], len(call["query"]))

@@ -16,13 +16,13 @@ from support.samples import SAMPLES
 
 from tools.cuda_report import demangle, short_name
 
-#: Rows that reach every kernel between them, at each size of a tile.
+#: Rows that together reach every kernel, at each tile size.
 ROWS = ("plain", "all-terms", "all-terms-on-grid", "column-sums", "parts-2")
 HEAD_DIMS = (32, 64, 128, 256)
 
 
 def run() -> dict[str, list[int]]:
-    """By kernel: bytes of shared memory, static and dynamic, and threads of a block, of the largest launch."""
+    """By kernel: bytes of shared memory, static plus dynamic, and threads per block, of the largest launch."""
     emulator = Emulator()
     found: dict[str, list[int]] = {}
     for sample in (s for s in SAMPLES if s.id in ROWS and is_taken(s)):

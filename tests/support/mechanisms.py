@@ -1,4 +1,4 @@
-"""What the tests of mechanisms share: a mechanism is stated twice, and results and gradients are compared."""
+"""Shared by the tests of mechanisms: each states a mechanism twice, and results and gradients are compared."""
 
 import torch
 
@@ -34,7 +34,7 @@ def weigh(logits, value):
 
 
 def plain(query, key, value, visible=None):
-    """softmax(QK^T / sqrt(d)) V over the pairs that the boolean matrix ``visible`` leaves."""
+    """softmax(QK^T / sqrt(d)) V over the pairs in the boolean matrix ``visible``."""
     logits = dots(query, key) / query.size(-1) ** 0.5
     return weigh(logits if visible is None else logits.masked_fill(~visible, -torch.inf), value)
 
@@ -56,5 +56,5 @@ def by_offset(function, height, width):
 
 
 def unsigned(table, height, width):
-    """The table by offset of one that knows absolute offsets only: ``(H, height * width)``."""
+    """The table by offset made from one by unsigned offset: ``(H, height * width)``."""
     return table[:, by_offset(lambda dy, dx: dy.abs() * width + dx.abs(), height, width)]

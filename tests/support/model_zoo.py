@@ -25,7 +25,7 @@ TIMM_MODELS = {
     "deit_tiny_distilled_patch16_224": 64,
     "vit_small_patch14_dinov2": 56,
 }
-# Model -> image size, what makes it small, its attention modules that are replaced, and those that are not.
+# Model -> image size, options that make it small, its attention modules that are replaced, and those that are not.
 TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, int]]] = {
     "vit_base_patch16_siglip_224": (
         64, {"depth": 1, "embed_dim": 96, "num_heads": 3, "img_size": 64},
@@ -130,7 +130,7 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
         {}, {"WindowMultiHeadAttention": 2},
     ),
 }  # fmt: skip
-# Models whose attention goes through the registry, with the options that the tests want of them.
+# Models whose attention goes through the registry, with the options that the tests set.
 TRANSFORMERS_MODELS: dict[str, dict[str, Any]] = {
     "ViT": {}, "DeiT": {}, "Dinov2": {}, "Dinov2WithRegisters": {}, "IJepa": {},
     "Beit": {"use_relative_position_bias": True},
@@ -139,7 +139,7 @@ TRANSFORMERS_MODELS: dict[str, dict[str, Any]] = {
     "SiglipVision": {"vision_use_head": False},
     "ViTMAE": {"mask_ratio": 0.5},
 }  # fmt: skip
-# Models whose attention does not, and the classes of it that are replaced.
+# Models whose attention does not, and which of its classes are replaced.
 TRANSFORMERS_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "Cvt": (
         {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3]}, {"CvtSelfAttention": 6},
@@ -187,8 +187,8 @@ def timm_family(name: str) -> tuple[nn.Module, Tensor]:
     model = timm.create_model(name, num_classes=5, **options).double()
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
-        # Constants and tiny initial values would hide errors. More noise than that, or running statistics that
-        # are not those of the images, and a deep network amplifies the rounding to the size of its output.
+        # Constants and tiny initial values would hide errors. With more noise than this, or with running statistics
+        # that are not those of the images, a deep network amplifies the rounding to the size of its output.
         for parameter in model.parameters():
             if parameter.dim() < 2 or parameter.std() < 1e-3:
                 parameter.add_(0.1 * torch.randn_like(parameter))

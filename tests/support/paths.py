@@ -1,4 +1,4 @@
-"""Where things lie, whatever folder a test is run from."""
+"""Paths that do not depend on the folder a test is run from."""
 
 from pathlib import Path
 

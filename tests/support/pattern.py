@@ -39,7 +39,7 @@ def _ask(name: str, axis: Axis, num_queries: int, num_keys: int, has_outside: bo
 
 
 def keys_of_queries(axis: Axis, num_queries: int, num_keys: int, has_outside: bool = False) -> Tensor:
-    """``(num_queries, 3)``: first key, end of the keys, and place, each in tokens of the query's residue class."""
+    """``(num_queries, 3)``: first key, end of the keys, coordinate, each in tokens of the query's residue class."""
     return _ask("keys_of_queries", axis, num_queries, num_keys, has_outside, num_queries, 3)
 
 

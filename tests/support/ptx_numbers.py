@@ -1,4 +1,4 @@
-"""Floating-point numbers as PTX sees them, on exact rational numbers: decoding, arithmetic and every rounding.
+"""PTX's floating-point numbers in exact rational arithmetic: decoding, operations and every rounding mode.
 
 A number is a ``Fraction`` other than zero, or one of the floats 0.0, -0.0, inf, -inf and nan.
 """
@@ -35,7 +35,7 @@ class Format:
         return sign * significand * Fraction(2) ** (max(exponent, 1) - self.largest_exponent - fraction_bits)
 
     def encode(self, x: Number, rounding: str = "rn") -> int:
-        """The nearest number as ``rounding`` takes it, as bits. A NaN is any."""
+        """The bits of the number rounded as ``rounding`` says. For a NaN, any NaN's bits."""
         fraction_bits = self.precision - 1
         top = (2 * self.largest_exponent + 1) << fraction_bits
         if is_nan(x):
@@ -128,7 +128,7 @@ def square_root(x: Number) -> Number:
         return x
     if negative(x):
         return math.nan
-    scale = 1280  # more bits than any format keeps of any number; an odd last bit stands for what follows
+    scale = 1280  # more bits than any format keeps; the last one is sticky, for all bits that follow
     root = math.isqrt((x.numerator << 2 * scale) // x.denominator)
     if root * root * x.denominator == x.numerator << 2 * scale:
         return Fraction(root, 1 << scale)
@@ -136,5 +136,5 @@ def square_root(x: Number) -> Number:
 
 
 def _stand_in(x: Number) -> float:
-    """Any float with the sign of ``x``: beside a zero, an infinity or a NaN nothing else counts."""
+    """A float with the sign of ``x``: next to a zero, an infinity or a NaN its size does not matter."""
     return math.copysign(1.0, x) if isinstance(x, Fraction) else x

@@ -270,7 +270,7 @@ def word32(w: int) -> int:
 
 
 def table_of_three(a: int, b: int, c: int, table: int) -> int:
-    """A bit of the result is the bit of ``table`` that those of a, b and c number."""
+    """Each bit of the result is the bit of ``table`` whose index is made of the bits of a, b and c."""
     return sum((table >> ((a >> n & 1) << 2 | (b >> n & 1) << 1 | c >> n & 1) & 1) << n for n in range(32))
 
 
@@ -289,7 +289,7 @@ def holds(name: str, a: int, b: int) -> bool:
     return bool(Instruction(name)(a, b))
 
 
-# What takes more than one instruction to see, by the name that kernels/arithmetic.cu gives it: on 64-bit words.
+# Operations that take more than one instruction to test, by their names in kernels/arithmetic.cu: on 64-bit words.
 SEVERAL: dict[str, Callable[[int, int, int], int]] = {
     "lop3.b32": lambda a, b, c: table_of_three(a, b, c, 0x6A),
     "bfi.b32": lambda a, b, c: insert(a, b, c, 11),

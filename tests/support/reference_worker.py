@@ -17,7 +17,7 @@ FEW_PAIRS = 70_000  # of queries and keys
 
 
 def calls(short: bool) -> Iterator[tuple[Sample, torch.dtype]]:
-    """All; or those that cover arguments, conversions and the tails of tiles."""
+    """All, or those that cover arguments, conversions and tails of tiles."""
     for sample in SAMPLES:
         pairs = sample.sizes.get("q", 1) * sample.sizes.get("k", 1)
         is_tail = sample.id.startswith(("tokens", "dims")) and pairs < FEW_PAIRS

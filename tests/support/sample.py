@@ -1,4 +1,4 @@
-"""What a row of the table of samples is made of: tensors to be filled, and the sizes they follow from.
+"""What a row of the table of samples consists of: tensors to be filled, and the sizes that determine their shapes.
 
 A row describes each tensor by the letters of its dimensions, whose lengths are the row's ``sizes``. A gate asks a row
 for a call in some dtype, at the row's own sizes (hostile ones) or at small ones (where a gate is slow).
@@ -41,13 +41,13 @@ def fraction(*at: Any) -> Tensor:
 
 
 def masked(*at: Any) -> Tensor:
-    """A third of the entries is -inf."""
+    """A third of the elements is -inf."""
     values = normal(*at)
     return values.masked_fill(normal(*at) > 0.43, -torch.inf)
 
 
 def masked_rows(*at: Any) -> Tensor:
-    """As ``masked``; and every third row, the first one included, is -inf altogether."""
+    """As ``masked``; and every third row, the first one included, is all -inf."""
     values = masked(*at)
     values[..., ::3, :] = -torch.inf
     return values
@@ -77,7 +77,7 @@ def ones(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype)
 
 
 def lse_like(*at: Any) -> Tensor:
-    """Of some hundred keys, without being theirs: probabilities of any size but none that is absurd."""
+    """An lse as of some hundred keys, not of the call's: probabilities vary in size without being absurd."""
     return normal(*at) + 6.0
 
 
@@ -89,7 +89,7 @@ def lse_of_some(*at: Any) -> Tensor:
 
 
 def uneven_map(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Groups of 1 and of all the others; nobody reads kv head 1."""
+    """A group of one head, and a group of all others; no head reads kv head 1."""
     return torch.tensor([0] + [2] * (shape[0] - 1), dtype=dtype)
 
 
@@ -100,8 +100,8 @@ class Input:
     axes: str
     fill: Fill = normal
     expand: str = ""  # the tensor is a stride-0 view with these dimensions
-    statistics: bool = False  # in the precision of the statistics; else it is data, in the call's dtype
-    dtype: torch.dtype | None = None  # this one instead
+    statistics: bool = False  # in the precision of the statistics; else data, in the call's dtype
+    dtype: torch.dtype | None = None  # instead of either
     learns: bool = True
 
     def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
@@ -117,7 +117,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where each of ``count`` packed sequences of random lengths begins, and at the end the number of tokens."""
+    """Where each of ``count`` packed sequences of random lengths begins, then the number of tokens."""
 
     count: str
     tokens: str
@@ -143,9 +143,9 @@ def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
 
 
 def on_grid(sizes: Mapping[str, int]) -> dict[str, int]:
-    """What follows from a map of ``z``, ``y``, ``x`` tokens: the sizes of a map ``r`` times as fine (capitals).
+    """Sizes derived from a map of ``z``, ``y``, ``x`` tokens: those of a map ``r`` times as fine (capitals).
 
-    Or, of a grid behind ``p`` other tokens: the tokens, and the offsets (capitals).
+    Or, from a grid behind ``p`` prefix tokens: the number of tokens, and of offsets (capitals).
     """
     axes = {a: sizes[a] for a in "zyx" if a in sizes}
     if "r" in sizes:
@@ -160,7 +160,7 @@ def on_grid(sizes: Mapping[str, int]) -> dict[str, int]:
 class Sample:
     operator: str
     id: str
-    arguments: Mapping[str, Any]  # what makes an argument from the sizes, lists of such, and options
+    arguments: Mapping[str, Any]  # makers of an argument from the sizes, lists of makers, and options
     sizes: Mapping[str, int]
     tags: frozenset[str] = field(default_factory=frozenset)
 
@@ -185,7 +185,7 @@ class Sample:
         return {name: make(argument) for name, argument in self.arguments.items()}
 
     def small(self, grown: int = 0) -> dict[str, int]:
-        """Sizes at most those of SMALL, the order of tokens kept; ``grown`` makes each that can vary larger."""
+        """Sizes of at most SMALL's, q > k kept; ``grown`` is added to each size that can vary."""
         small = {a: min(n, SMALL.get(a, n)) for a, n in self.sizes.items()}
         if self.sizes.get("q", 0) > self.sizes.get("k", 0) > 1:
             small["q"], small["k"] = small["k"], small["q"]

@@ -48,7 +48,7 @@ def varlen(
     id: str, *, n: int = 5, t: int = 131, u: int = 203, h: int = 3, g: int | None = None, offsets: Any = torch.int32,
     tags: str = "", **arguments: Any,
 ) -> Sample:  # fmt: skip
-    """``n`` sequences with ``t`` queries and ``u`` keys in all."""
+    """``n`` sequences with ``t`` queries and ``u`` keys in total."""
     sizes = {"n": n, "t": t, "u": u, "h": h, "g": h if g is None else g, "d": 16, "v": 24}
     tensors = {
         "query": Input("thd"), "key": Input("ugd"), "value": Input("ugv"), "cu_seqlens_q": Offsets("n", "t", offsets),
@@ -271,13 +271,13 @@ SAMPLES = [
     merge("empty-part", 3, lses=(normal, empty), tags="core"),
     merge("all-empty", 2, lses=(empty, empty)),
     merge("far-apart", 2, lses=(times(300.0),)),
-    # An lse so large does not change by any step that a numerical derivative could take.
+    # An lse this large does not change by the step of a numerical derivative.
     merge("lowest", 3, lses=(lowest_only,) * 3, learns=False),
     merge("no-tokens", 2, q=0),
     merge("no-dims", 2, v=0),
     *SPATIAL_SAMPLES,
 ]  # fmt: skip
-assert len({*map(str, SAMPLES)}) == len(SAMPLES), "a sample is known by its name"
+assert len({*map(str, SAMPLES)}) == len(SAMPLES), "two samples have the same name"
 
 
 def _unique_when_small() -> list[Sample]:
@@ -289,7 +289,7 @@ def _unique_when_small() -> list[Sample]:
 
 
 def _features(sample: Sample) -> set[tuple[str, str, str]]:
-    """The arguments of a call, and of what kind each is."""
+    """The arguments of a call, and the kind of each."""
 
     def kind(argument: Any) -> str:
         return str(argument) if isinstance(argument, bool | str) else type(argument).__name__
@@ -298,7 +298,7 @@ def _features(sample: Sample) -> set[tuple[str, str, str]]:
 
 
 def _covering(samples: list[Sample]) -> list[Sample]:
-    """Few rows that have between them what all have: operators are registered by the names of arguments."""
+    """Few rows that together have all features: operators are registered by the names of arguments."""
     left, chosen = set().union(*map(_features, samples)), []
     while left:
         best = max(samples, key=lambda s: len(_features(s) & left))
@@ -308,16 +308,16 @@ def _covering(samples: list[Sample]) -> list[Sample]:
 
 
 def each_of(samples: list[Sample], short: list[Sample] | None = None) -> pytest.MarkDecorator:
-    """One test for each; those that are not ``short``, if that is given, wait for ``make test-all``."""
+    """One test for each; those not in ``short``, if it is given, run in ``make test-all`` only."""
     rows = [pytest.param(s, id=str(s), marks=() if short is None or s in short else pytest.mark.full) for s in samples]
     return pytest.mark.parametrize("sample", rows)
 
 
 def tagged(tag: str) -> list[Sample]:
-    """Rows for a gate that takes long, or that is not for all.
+    """Rows for a gate that is slow, or that does not apply to all.
 
-    ``core`` covers every argument, ``deploy`` every operator; ``linear-memory`` must do without an N x N matrix, and of
-    ``mixed`` PyTorch computes a part.
+    ``core`` covers every argument, ``deploy`` every operator; ``linear-memory`` must not allocate an N x N matrix, and
+    in ``mixed`` PyTorch computes a part.
     """
     chosen = [s for s in SAMPLES if tag in s.tags]
     assert chosen, f"no sample has the tag {tag}"
@@ -330,7 +330,7 @@ COVERING = _covering(CORE)
 each_sample = each_of(SAMPLES)
 each_small_sample = each_of(SMALL_SAMPLES)
 COVERING_SMALL = _covering(SMALL_SAMPLES)
-#: For what sees no more of a call than its arguments, as a compiler does.
+#: For gates that see only the arguments of a call, as a compiler does.
 each_covering = each_of(CORE, short=COVERING)
 
 

@@ -1,4 +1,4 @@
-"""Rows for the functions that call an operator with arguments of their own, one or two for each."""
+"""Rows for the functions that have other arguments than the operator they call, one or two for each."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitkernels.axes import Axis
 from vitkernels.reference.pattern import axis_pattern
 
-# From the number of queries and of keys on an axis, the rule: cut down to what fits a map of any size.
+# Makes the rule from the numbers of queries and keys on an axis: reduced to what fits a map of any size.
 Rule = Callable[[int, int], Axis]
 
 
@@ -67,7 +67,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Table:
-    """A table by offset; of one axis, an embedding of its offsets. With ``wider``, no pair of tokens needs the ends."""
+    """A table by offset, or embeddings of one axis' offsets. With ``wider``, no pair of tokens uses the ends."""
 
     rules: Rules
     has_outside: bool

@@ -1,4 +1,4 @@
-"""Every kernel once or more, on the smallest calls that cover all arguments: for checkers that slow it down.
+"""Runs every kernel at least once, on the smallest calls that cover all arguments: for checkers that slow kernels down.
 
 VITKERNELS_TEST_DEVICE=cuda compute-sanitizer python -m support.smallest_calls
 """
@@ -22,7 +22,7 @@ def run() -> int:
             outputs, grads = differentiate(sample.function, sample.call(dtype, sizes=sample.small()))
             assert not any(t.isnan().any() for t in outputs + grads), f"{sample} {dtype}"
             count += 1
-    # Several tiles in both directions, and the last of each not full.
+    # Several tiles in both directions, each with a tail.
     for sample in (s for s in SAMPLES if s.id in ("plain", "dims-96-96", "dims-256-256", "key-bias-long")):
         if is_taken(sample):
             sizes = {"b": 1, "h": 2, "g": 1, "q": 150, "k": 140, "t": 150, "u": 140}

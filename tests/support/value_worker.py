@@ -1,6 +1,6 @@
-"""Makes the calls whose values are out of range on emulated CUDA kernels; ``test_emulator_attention`` runs this.
+"""Makes the calls with values out of range on emulated CUDA kernels; ``test_emulator_attention`` runs this.
 
-The environment and the GPU are those of the process, read once. Prints the errors, ``null`` for none, as JSON.
+In a process of its own, since the environment and the GPU are read once. Prints the errors, ``null`` for none, as JSON.
 
     python -m support.value_worker COMPUTE_CAPABILITY
 """
