@@ -40,18 +40,16 @@ void check_score_term(const Checker& checker, const char* name, const OptionalTe
 
 namespace {
 
-OptionalTensor with_kernel_strides(const OptionalTensor& term) {
-  if (!term || term->dim() == 0) return term;
-  const int64_t last = term->dim() - 1;
-  const bool fine = term->size(last) == 1 || term->stride(last) == 1 || term->stride(last) == 0;
-  return fine ? term : OptionalTensor(torch::stable::contiguous(*term));
+Tensor with_kernel_strides(const Tensor& term) {
+  const int64_t last = term.dim() - 1;
+  const bool is_fine = last < 0 || term.size(last) == 1 || term.stride(last) == 1 || term.stride(last) == 0;
+  return is_fine ? term : torch::stable::contiguous(term);
 }
 
-ScoreTerm score_term(const OptionalTensor& term, int64_t rank) {
-  if (!term) return {};
+ScoreTerm score_term(const Tensor& term, int64_t rank) {
   ScoreTerm result;
-  result.data = term->const_data_ptr();
-  result.strides = score_strides(*term, rank, false);
+  result.data = term.const_data_ptr();
+  result.strides = score_strides(term, rank, false);
   return result;
 }
 
@@ -126,9 +124,11 @@ AttentionArguments::AttentionArguments(const Checker& checker, DenseCall call, c
   query = with_unit_last_stride(query);
   key = with_unit_last_stride(key);
   value = with_unit_last_stride(value);
-  for (OptionalTensor* term : {&score.terms.bias, &score.terms.multiplier, &score.terms.key_bias}) {
-    *term = with_kernel_strides(*term);
-  }
+  for_each_broadcast_term(
+      [&](const char*, Broadcast, OptionalTensor& term) {
+        if (term) term = with_kernel_strides(*term);
+      },
+      score.terms);
   if (policy.read) count_tasks();
 }
 
@@ -223,10 +223,15 @@ void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& qu
 void AttentionArguments::check_score(const Checker& checker, const DevicePolicy& policy) {
   const ScalarType type = statistics_type(dtype);
   check_scale(checker, score, query, heads, type);
-  const std::vector<int64_t> full{batch, heads, num_queries, num_keys};
-  check_score_term(checker, "bias", score.terms.bias, query, type, full, "(B, heads, Nq, Nk)");
-  check_score_term(checker, "multiplier", score.terms.multiplier, query, type, full, "(B, heads, Nq, Nk)");
-  check_score_term(checker, "key_bias", score.terms.key_bias, query, type, {batch, heads, num_keys}, "(B, heads, Nk)");
+  for_each_broadcast_term(
+      [&](const char* name, Broadcast to, const OptionalTensor& term) {
+        if (!term) return;
+        std::vector<int64_t> sizes{batch, heads, num_queries, num_keys};
+        if (to.rank == 3) sizes.erase(sizes.begin() + 2);
+        check_score_term(checker, name, term, query, type, sizes,
+                         to.rank == 3 ? "(B, heads, Nk)" : "(B, heads, Nq, Nk)");
+      },
+      score.terms);
   by_offset = OffsetScore(checker, score, query, key, type, policy.tables);
 }
 
@@ -248,11 +253,13 @@ void AttentionArguments::fill(Problem& problem) const {
   problem.head_dim = head_dim, problem.value_dim = value_dim;
   problem.axis = {.num_queries = num_queries, .num_keys = num_keys, .is_causal = is_causal};
   const ScoreFields<OptionalTensor>& terms = score.terms;
-  problem.score = {.scale = score.scale,
-                   .head_scale = terms.head_scale ? terms.head_scale->const_data_ptr() : nullptr,
-                   .multiplier = score_term(terms.multiplier, 4),
-                   .bias = score_term(terms.bias, 4),
-                   .key_bias = score_term(terms.key_bias, 3)};
+  problem.score.scale = score.scale;
+  if (terms.head_scale) problem.score.head_scale = terms.head_scale->const_data_ptr();
+  for_each_broadcast_term(
+      [](const char*, Broadcast to, const OptionalTensor& given, ScoreTerm& term) {
+        if (given) term = score_term(*given, to.rank);
+      },
+      terms, problem.score);
   by_offset.fill(problem.score.by_offset);
   problem.query = token_tensor(query);
   problem.key = token_tensor(key);

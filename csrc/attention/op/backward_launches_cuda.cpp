@@ -60,16 +60,18 @@ ScoreFields<OptionalTensor> BackwardLaunches::sum_queries(const AttentionBackwar
                                 .out = static_cast<float*>(grads.head_scale->mutable_data_ptr())},
                                stream()));
   }
-  if (needed_.bias) grads.bias = term(params, *given.bias, TermFactor::kBias, 4);
-  if (needed_.key_bias) grads.key_bias = term(params, *given.key_bias, TermFactor::kBias, 3);
-  if (needed_.multiplier) grads.multiplier = term(params, *given.multiplier, TermFactor::kMultiplier, 4);
+  for_each_broadcast_term(
+      [&](const char*, Broadcast to, bool is_needed, const OptionalTensor& tensor, OptionalTensor& grad) {
+        if (is_needed) grad = term(params, *tensor, to);
+      },
+      needed_, given, grads);
   return grads;
 }
 
-Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const Tensor& tensor, TermFactor factor,
-                              int64_t rank) const {
+Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const Tensor& tensor, Broadcast to) const {
   if (is_empty_) return gradient_of(tensor);
-  const ScoreStrides strides = score_strides(tensor, rank, true);
+  const TermFactor factor = to.is_multiplier ? TermFactor::kMultiplier : TermFactor::kBias;
+  const ScoreStrides strides = score_strides(tensor, to.rank, true);
   const PartialSumsOwner sums(gradient_of(tensor), parts_of_term(params, strides, tensor.numel()), tensor.numel());
   check(launch_attention_backward_term(params, {factor, strides, sums.sums()}, stream()));
   check(sums.add(DType::kFloat32, stream()));

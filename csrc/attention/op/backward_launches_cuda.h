@@ -27,7 +27,7 @@ class BackwardLaunches {
   ScoreFields<OptionalTensor> sum_queries(const AttentionBackwardCudaParams& params, const Tensor& grad_query) const;
 
  private:
-  Tensor term(const AttentionBackwardCudaParams& params, const Tensor& tensor, TermFactor factor, int64_t rank) const;
+  Tensor term(const AttentionBackwardCudaParams& params, const Tensor& tensor, Broadcast to) const;
 
   const Checker& checker_;
   const AttentionArguments& args_;

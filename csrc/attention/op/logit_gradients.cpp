@@ -39,19 +39,16 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
   if (offset_gradients.any()) params.max_batch_groups = OffsetGradients::kParts;
 
   params.splits = 0;
-  const auto attach = [&](ScoreTerm& term, bool is_needed, const OptionalTensor& tensor, int64_t rank) {
-    if (!is_needed) return OptionalTensor{};
-    const Tensor grad = attach_gradient(term, *tensor, rank, problem);
+  const auto attach = [&](const char*, Broadcast to, bool is_needed, const OptionalTensor& tensor, OptionalTensor& grad,
+                          ScoreTerm& term) {
+    if (!is_needed) return;
+    grad = attach_gradient(term, *tensor, to.rank, problem);
     params.batch_is_shared |= term.grad_strides.batch == 0 && problem.batch > 1;
     params.heads_are_shared |= term.grad_strides.head == 0 && problem.heads > 1;
     // One value for all keys: the splits would write to the same element.
     if (term.grad_strides.key == 0) params.splits = 1;
-    return OptionalTensor(grad);
   };
-  const ScoreFields<OptionalTensor>& given = args.score.terms;
-  terms.bias = attach(problem.score.bias, needed.bias, given.bias, 4);
-  terms.key_bias = attach(problem.score.key_bias, needed.key_bias, given.key_bias, 3);
-  terms.multiplier = attach(problem.score.multiplier, needed.multiplier, given.multiplier, 4);
+  for_each_broadcast_term(attach, needed, args.score.terms, terms, problem.score);
   if (params.splits == 0) params.splits = backward_splits(params);
   const int64_t parts = params.batch_groups() * params.splits;
   if (offset_gradients.any()) {
@@ -79,9 +76,11 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
     });
   }
   const ScalarType statistics = statistics_type(args.dtype);
-  for (OptionalTensor* grad : {&terms.bias, &terms.key_bias, &terms.multiplier}) {
-    if (*grad) *grad = torch::stable::to(**grad, statistics);
-  }
+  for_each_broadcast_term(
+      [&](const char*, Broadcast, OptionalTensor& grad) {
+        if (grad) grad = torch::stable::to(*grad, statistics);
+      },
+      terms);
   offset_gradients.finish(args.heads, terms);
   if (query_dot) terms.head_scale = sum_head_scale(args, *query_dot);
 }

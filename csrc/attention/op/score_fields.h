@@ -34,6 +34,20 @@ void for_each_score_term(Function&& f, Records&&... records) {
   for (int axis = 0; axis < kMaxAxes; ++axis) f(kRelPosNames[axis], records.rel_pos[axis]...);
 }
 
+// What a term is broadcast to: (B, heads, Nq, Nk), or for a rank of 3 (B, heads, Nk).
+struct Broadcast {
+  int64_t rank;
+  bool is_multiplier = false;
+};
+
+// Calls f(name, Broadcast, field of each record) for each term that is broadcast to the logits. A record may be a Score.
+template <class Function, class... Records>
+void for_each_broadcast_term(Function&& f, Records&&... records) {
+  f("bias", Broadcast{4}, records.bias...);
+  f("key_bias", Broadcast{3}, records.key_bias...);
+  f("multiplier", Broadcast{4, true}, records.multiplier...);
+}
+
 template <class Function, class... Records>
 void for_each_fill(Function&& f, Records&&... records) {
   f("key_fill", records.key_fill...);
