@@ -110,9 +110,10 @@ format: $(VENV)/.lint  ## rewrite the sources as lint wants them
 docs: build $(VENV)/.docs  ## build the documentation into docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-wheel: $(VENV)/.cutlass  ## build a wheel into dist/, for every GPU architecture
+wheel: $(VENV)/.cutlass  ## build a wheel into dist/, for every GPU architecture; needs nvcc
 	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist \
-	  --config-settings build-dir=build/wheel --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
+	  --config-settings build-dir=build/wheel --config-settings cmake.define.VITKERNELS_CUDA=ON \
+	  --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist docs/_build demo-out bench-out gpu-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

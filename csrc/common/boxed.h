@@ -2,6 +2,9 @@
 // the operator's schema.
 #pragma once
 
+#include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <string_view>
 
 #include "common/check.h"
@@ -21,7 +24,9 @@ class Call {
     return torch::stable::detail::to<T>(stack_[find(signature_.arguments, name, prefix)]);
   }
 
-  void give(const Tensor& result, std::string_view name, std::string_view prefix = "") {
+  // A tensor, or a list of them.
+  template <class Result>
+  void give(const Result& result, std::string_view name, std::string_view prefix = "") {
     if (num_taken_ != signature_.arguments.size()) throw std::logic_error("an argument was not taken");
     stack_[find(signature_.results, name, prefix)] = torch::stable::detail::from(result);
   }
@@ -55,8 +60,14 @@ struct OperatorName {
 
 // Registered for the operator: kFunction(call) takes all arguments and gives all results.
 template <OperatorName kOp, void (*kFunction)(Call&)>
-void boxed(StableIValue* stack, uint64_t, uint64_t) {
+void boxed(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
   static const Signature signature(kOp.text);
+  // The CPU library registers the schema; a CUDA library of another build may expect a different one.
+  if (num_arguments != signature.arguments.size() || num_results != signature.results.size()) {
+    fail("vitkernels::", kOp.text, ": got ", num_arguments, " arguments and ", num_results, " results, takes ",
+         signature.arguments.size(), " and ", signature.results.size(),
+         ": the CPU and CUDA libraries are of two builds");
+  }
   Call call(kOp.text, signature, stack);
   kFunction(call);
 }

@@ -4,8 +4,12 @@
 #include "common/dtype.h"
 #include "cpu/kernel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd.h"
 
 namespace vitkernels::VK_ISA {
+
+// Compiler flags that ask for wider vectors than the instruction set's would have kernels write beyond padded rows.
+static_assert(kVectorBytes == vector_bytes(Isa::VK_ISA));
 
 // Body<S>(params, memory) for params.element_type() does its work in run(begin, end). It may have scratch_size(),
 // parts_size(), and finish(begin, end).

@@ -19,6 +19,7 @@ __all__ = [
     "is_tracing",
     "is_transformed",
     "mark_constant",
+    "schema_of",
     "without_autocast",
 ]
 
@@ -81,6 +82,9 @@ else:
 
 
 def mark_constant(function: Callable[[], bool]) -> Callable[[], bool]:
-    """``torch.compiler.assume_constant_result``, which imports the compiler only to set this attribute."""
+    """``torch.compiler.assume_constant_result``, which imports the compiler only to set this attribute.
+
+    Where it has lost its meaning, the compiler breaks its graph at a call.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -55,7 +55,7 @@ uint8_t* Warp::shared_place(int lane, uint64_t offset, int bytes, Access access)
     const Races::Conflict conflict = block.races->touch(index, offset, bytes, access, position_);
     if (conflict.warp >= 0) {
       const Instruction& other = block.launch.program.code[conflict.position];
-      const auto [file, line] = block.launch.program.module->coord(other.statement->source);
+      const auto [file, line] = block.launch.program.module->location(other.statement->source);
       fail("race",
            "shared byte " + std::to_string(conflict.byte) + " was touched by warp " + std::to_string(conflict.warp) +
                " at " + file + ":" + std::to_string(line) + " (" + other.statement->text +
@@ -66,7 +66,7 @@ uint8_t* Warp::shared_place(int lane, uint64_t offset, int bytes, Access access)
   return block.shared.data.data() + offset;
 }
 
-Coord Warp::reach(int lane, Space space, uint64_t address, int bytes, Access access, int align) {
+Location Warp::reach(int lane, Space space, uint64_t address, int bytes, Access access, int align) {
   if (address % (align ? align : bytes)) {
     fail("misaligned", std::to_string(bytes) + " bytes at address " + std::to_string(address), lane);
   }
@@ -160,13 +160,13 @@ void ld(Warp& warp, const Instruction& in, Mask mask) {
   uint64_t addresses[kLanes];
   for_lanes(mask, [&](int lane) {
     addresses[lane] = warp.address(in.operands[1], lane);
-    const Coord coord = warp.reach(lane, in.space, addresses[lane], to.total(), Access::read);
+    const Location location = warp.reach(lane, in.space, addresses[lane], to.total(), Access::read);
     for (size_t i = 0; i < to.rows.size(); ++i) {
       uint64_t value = 0;
       unsigned unknown = 0;
-      std::memcpy(&value, coord.data + i * to.bytes, to.bytes);
+      std::memcpy(&value, location.data + i * to.bytes, to.bytes);
       if (shift) value = static_cast<uint64_t>(static_cast<int64_t>(value << shift) >> shift) & register_mask;
-      for (int b = 0; coord.unknown && b < to.bytes; ++b) unknown |= coord.unknown[i * to.bytes + b] << b;
+      for (int b = 0; location.unknown && b < to.bytes; ++b) unknown |= location.unknown[i * to.bytes + b] << b;
       if (shift && unknown >> (to.bytes - 1) & 1) unknown |= 0xffu << to.bytes;
       to.rows[i].value[lane] = value;
       to.rows[i].unknown[lane] = static_cast<uint8_t>(unknown);
@@ -181,14 +181,14 @@ void st(Warp& warp, const Instruction& in, Mask mask) {
   uint64_t addresses[kLanes];
   for_lanes(mask, [&](int lane) {
     addresses[lane] = warp.address(in.operands[0], lane);
-    const Coord coord = warp.reach(lane, in.space, addresses[lane], from.total(), Access::write);
+    const Location location = warp.reach(lane, in.space, addresses[lane], from.total(), Access::write);
     const bool global =
         in.space == Space::global || (in.space == Space::generic && window_of(addresses[lane]) == Space::global);
     for (size_t i = 0; i < from.rows.size(); ++i) {
       const uint8_t unknown = from.rows[i].unknown[lane];
       if (global) warp.check_store(unknown & ((1u << from.bytes) - 1), lane);
-      std::memcpy(coord.data + i * from.bytes, &from.rows[i].value[lane], from.bytes);
-      for (int b = 0; coord.unknown && b < from.bytes; ++b) coord.unknown[i * from.bytes + b] = unknown >> b & 1;
+      std::memcpy(location.data + i * from.bytes, &from.rows[i].value[lane], from.bytes);
+      for (int b = 0; location.unknown && b < from.bytes; ++b) location.unknown[i * from.bytes + b] = unknown >> b & 1;
     }
   });
   warp.count(in.space, addresses, from.total(), mask, true);

@@ -24,12 +24,12 @@ void cp_async(Warp& warp, const Instruction& in, Mask mask) {
     if (wanted > bytes || wanted < 0) warp.fail("out_of_bounds", "cp.async of more bytes than it may read", lane);
     sources[lane] = warp.address(in.operands[1], lane);
     if (wanted > 0) {
-      const Coord from = warp.reach(lane, Space::global, sources[lane], wanted, Access::read, bytes);
+      const Location from = warp.reach(lane, Space::global, sources[lane], wanted, Access::read, bytes);
       std::memcpy(copy.data.data(), from.data, wanted);
       if (from.unknown) std::memcpy(copy.unknown.data(), from.unknown, wanted);
       reading |= Mask{1} << lane;
     }
-    const Coord to = warp.reach(lane, Space::shared, targets[lane], bytes, Access::write);
+    const Location to = warp.reach(lane, Space::shared, targets[lane], bytes, Access::write);
     std::memset(to.unknown, 1, bytes);
     warp.open_copies[lane].push_back(std::move(copy));
   });
@@ -43,7 +43,7 @@ void commit_group(Warp& warp, const Instruction&, Mask mask) {
 
 void complete(Warp& warp, int lane, const CopyGroup& group) {
   for (const Copy& c : group) {
-    const Coord to =
+    const Location to =
         warp.reach(lane, Space::shared, kSharedBase + c.to, static_cast<int>(c.data.size()), Access::write);
     std::memcpy(to.data, c.data.data(), c.data.size());
     std::memcpy(to.unknown, c.unknown.data(), c.data.size());

@@ -28,16 +28,16 @@ void run_update(Warp& warp, const Instruction& in, Mask mask) {
   uint64_t addresses[kLanes];
   for_lanes(mask, [&](int lane) {
     addresses[lane] = warp.address(target, lane);
-    const Coord coord = warp.reach(lane, in.space, addresses[lane], kBytes<T>, Access::atomic);
+    const Location location = warp.reach(lane, in.space, addresses[lane], kBytes<T>, Access::atomic);
     for (int i = 0; i < operands; ++i) warp.check_store(rows[i].unknown[lane] & kUnknown<T>, lane);
-    for (int i = 0; coord.unknown && i < kBytes<T>; ++i) warp.check_store(coord.unknown[i], lane);
+    for (int i = 0; location.unknown && i < kBytes<T>; ++i) warp.check_store(location.unknown[i], lane);
     uint64_t old = 0, value;
-    std::memcpy(&old, coord.data, kBytes<T>);
+    std::memcpy(&old, location.data, kBytes<T>);
     if constexpr (operands == 1)
       value = updated<formula, T>(in, old, rows[0].value[lane]);
     else
       value = updated<formula, T>(in, old, rows[0].value[lane], rows[1].value[lane]);
-    std::memcpy(coord.data, &value, kBytes<T>);
+    std::memcpy(location.data, &value, kBytes<T>);
     if (returns) d.set(lane, old, 0);
   });
   warp.count(in.space, addresses, kBytes<T>, mask, true);

@@ -40,8 +40,8 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readonly("instruction", &Error::instruction)
       .def_readonly("message", &Error::message)
       .def("__repr__", [](const Error& e) {
-        std::string coord = e.line ? e.file + ":" + std::to_string(e.line) + ": " : "";
-        return coord + e.kind + " in " + e.kernel + ": " + e.message +
+        std::string location = e.line ? e.file + ":" + std::to_string(e.line) + ": " : "";
+        return location + e.kind + " in " + e.kernel + ": " + e.message +
                (e.instruction.empty() ? "" : " [" + e.instruction + "]");
       });
   py::class_<LaunchRecord>(m, "Launch")

@@ -73,14 +73,14 @@ class Decoder {
   }
 
  private:
-  static int64_t coord(int64_t& end, const Variable& v) {
+  static int64_t allocate(int64_t& end, const Variable& v) {
     const int64_t at = (end + v.align - 1) / v.align * v.align;
     end = at + v.size;
     return at;
   }
 
   int64_t shared_offset(const Variable& v) {
-    if (v.size > 0) return kSharedBase + coord(program_.static_shared, v);
+    if (v.size > 0) return kSharedBase + allocate(program_.static_shared, v);
     program_.dynamic_align = std::max(program_.dynamic_align, v.align);
     return kDynamicShared;
   }
@@ -97,8 +97,8 @@ class Decoder {
       const Variable& v = function.variables[i];
       const bool of_kernel = function.is_entry && i < function.parameters.size();
       made->offsets[i] = v.space == Space::shared ? shared_offset(v)
-                         : of_kernel              ? coord(program_.parameter_bytes, v)
-                                                  : coord(made->frame_bytes, v);
+                         : of_kernel              ? allocate(program_.parameter_bytes, v)
+                                                  : allocate(made->frame_bytes, v);
     }
     made->frame_bytes = (made->frame_bytes + 15) / 16 * 16;
     program_.routines.push_back(std::move(made));

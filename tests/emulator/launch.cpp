@@ -28,7 +28,7 @@ Error describe(const std::string& kind, const std::string& kernel, const std::st
                const Statement* statement) {
   Error e{kind, readable_name(kernel), "", 0, "", message};
   if (module && statement) {
-    std::tie(e.file, e.line) = module->coord(statement->source);
+    std::tie(e.file, e.line) = module->location(statement->source);
     e.instruction = statement->text;
   }
   return e;
@@ -97,7 +97,7 @@ void add_counters(const Launch& run, Counters& counters) {
     if (run.executed[i]) counters.instructions[in.row->name] += run.executed[i];
     const BankUse& use = run.bank_use[i];
     if (!use.accesses) continue;
-    const auto [file, line] = run.program.module->coord(in.statement->source);
+    const auto [file, line] = run.program.module->location(in.statement->source);
     std::string opcode = in.words.front();
     for (size_t w = 1; w < in.words.size(); ++w) opcode += "." + in.words[w];
     Conflicts& site = counters.conflicts[file + ":" + std::to_string(line) + " " + opcode];

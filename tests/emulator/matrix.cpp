@@ -27,7 +27,7 @@ void move_matrices(Warp& warp, const Instruction& in, Mask mask) {
   uint64_t addresses[kLanes];  // all read before the register of one can be written
   for (int lane = 0; lane < count * kMatrixRows; ++lane) addresses[lane] = warp.address(pointer, lane);
   for (int i = 0; i < count; ++i) {
-    Coord rows[kMatrixRows];
+    Location rows[kMatrixRows];
     for (int r = 0; r < kMatrixRows; ++r) {
       const int lane = i * kMatrixRows + r;
       rows[r] = warp.reach(lane, Space::shared, addresses[lane], kRowBytes, access);
@@ -37,7 +37,7 @@ void move_matrices(Warp& warp, const Instruction& in, Mask mask) {
       if (loads) held.set(lane, 0, 0);
       for (int b = 0; b < 4; ++b) {
         const int line = lane / 4, element = lane % 4 * 2 + b / 2;
-        const Coord& row = rows[transposed ? element : line];
+        const Location& row = rows[transposed ? element : line];
         const int at = 2 * (transposed ? line : element) + b % 2;
         if constexpr (loads) {
           held.value[lane] |= static_cast<uint64_t>(row.data[at]) << 8 * b;
@@ -63,13 +63,13 @@ void mma(Warp& warp, const Instruction& in, Mask mask) {
   constexpr int c_bytes = kBytes<Accumulator>, c_elements = 4 / c_bytes;
   static double a[m][k], b[n][k];             // [m, k], [n, k]
   bool a_unknown[m] = {}, b_unknown[n] = {};  // a row of A, a column of B
-  const auto read = [&](const Operand& o, auto&& coord) {
+  const auto read = [&](const Operand& o, auto&& location) {
     for (int i = 0; i < std::max(1, static_cast<int>(o.parts.size())); ++i) {
       const Row r = warp.row(part(o, i));
       for (int lane = 0; lane < kLanes; ++lane) {
         for (int e = 0; e < elements; ++e) {
-          coord(i, lane, e, number<T>(r.value[lane] >> bits * e),
-                (r.unknown[lane] >> kBytes<T> * e & kUnknown<T>) != 0);
+          location(i, lane, e, number<T>(r.value[lane] >> bits * e),
+                   (r.unknown[lane] >> kBytes<T> * e & kUnknown<T>) != 0);
         }
       }
     }

@@ -374,7 +374,7 @@ int Function::label(int scope, const std::string& name) const {
   return -1;
 }
 
-std::pair<std::string, int> Module::coord(int source) const {
+std::pair<std::string, int> Module::location(int source) const {
   if (source < 0) return {"", 0};
   const auto file = [&](int s) {
     const auto found = files.find(sources[s].file);

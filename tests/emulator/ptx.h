@@ -56,7 +56,7 @@ struct Term {  // an operand
   std::vector<Term> parts;  // of a list {a, b}, a pair a|b, or an address [a, {b, c}]
 };
 
-struct Source {  // a .loc: where an instruction comes from, and where that place was inlined (-1: nowhere)
+struct Source {  // a .loc: where an instruction comes from, and where that location was inlined (-1: nowhere)
   int file = 0, line = 0, parent = -1;
 };
 
@@ -106,7 +106,7 @@ struct Module {
   std::vector<Variable> variables;
 
   // "file:line" parts of the innermost frame in this project's own sources: not in a toolkit's include folder.
-  std::pair<std::string, int> coord(int source) const;
+  std::pair<std::string, int> location(int source) const;
 };
 
 Module parse(std::string_view text);  // throws std::runtime_error on text that is no PTX

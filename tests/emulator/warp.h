@@ -45,7 +45,7 @@ struct Row {
 };
 
 // Bytes of memory. `unknown` has a byte each, or is null where all bytes are known and cannot become unknown.
-struct Coord {
+struct Location {
   uint8_t* data;
   uint8_t* unknown;
 };
@@ -110,7 +110,7 @@ class Warp {
   }
 
   // The memory at an address, checked for bounds, alignment and races.
-  Coord reach(int lane, Space space, uint64_t address, int bytes, Access access, int align = 0);
+  Location reach(int lane, Space space, uint64_t address, int bytes, Access access, int align = 0);
   void check_store(unsigned unknown, int lane) const;  // fails if a byte of it has no value
   // For the counters: one access of `bytes` by each lane in the mask.
   void count(Space space, const uint64_t* addresses, int bytes, Mask mask, bool written);

@@ -119,7 +119,7 @@ AttentionArguments::AttentionArguments(const Checker& checker, DenseCall call, c
   check_tokens(checker, call.packing.has_value(), policy);
   if (call.packing) check_packing(checker, *call.packing, policy.read);
   heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads, policy.read);
-  if (score.head_map) head_map = torch::stable::contiguous(*score.head_map);
+  if (score.head_map) score.head_map = torch::stable::contiguous(*score.head_map);
   check_score(checker, policy);
   query = with_unit_last_stride(query);
   key = with_unit_last_stride(key);

@@ -46,7 +46,7 @@ class AttentionArguments {
   std::vector<int64_t> lse_sizes() const;
 
   Tensor query, key, value;
-  OptionalTensor head_map, cu_seqlens_q, cu_seqlens_k;  // contiguous
+  OptionalTensor cu_seqlens_q, cu_seqlens_k;  // contiguous
   ScoreArguments score;
   OffsetScore by_offset;
   DType dtype;

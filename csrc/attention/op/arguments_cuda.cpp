@@ -45,7 +45,7 @@ void fill_on_device(const AttentionArguments& args, const Tensor& out, const Ten
   params.out = token_tensor(out);
   params.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
   params.allow_tf32 = args.allow_tf32;
-  if (args.head_map) params.head_map.kv_head_of = integers(*args.head_map);
+  if (args.score.head_map) params.head_map.kv_head_of = integers(*args.score.head_map);
   if (!args.cu_seqlens_q) return;
   params.packing = {integers(*args.cu_seqlens_q), integers(*args.cu_seqlens_k), args.query.size(0), args.key.size(0)};
 }

@@ -1,5 +1,7 @@
 #include "attention/op/calls.h"
 
+#include <algorithm>
+
 namespace vitkernels {
 
 ScoreArguments::ScoreArguments(Call& call) : scale(call.take<double>("scale")) {

@@ -3,10 +3,9 @@
 #pragma once
 
 #include <limits>
-#include <tuple>
 
 #include "attention/dense.h"
-#include "common/check.h"
+#include "common/boxed.h"
 
 namespace vitkernels {
 
@@ -53,25 +52,26 @@ struct MergeArguments {
 
 inline constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
 
-// `run(checker, params)` runs the kernel.
+// run(checker, params, part) runs the kernel on the device of `part`.
 template <class Run>
-std::tuple<Tensor, Tensor> merge_attentions(const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
-                                            int64_t max_parts, Run&& run) {
-  const Checker checker("merge_attentions");
-  MergeArguments args(checker, outs, lses, max_parts);
+void merge_attentions(Call& call, int64_t max_parts, Run&& run) {
+  const auto outs = call.take<std::vector<Tensor>>("outs"), lses = call.take<std::vector<Tensor>>("lses");
+  MergeArguments args(call.checker, outs, lses, max_parts);
   Tensor out = empty_as(outs[0], sizes_of(outs[0]), outs[0].scalar_type());
   Tensor lse = empty_as(lses[0], sizes_of(lses[0]), lses[0].scalar_type());
   args.params.out = out.mutable_data_ptr();
   args.params.lse = lse.mutable_data_ptr();
-  run(checker, args.params);
-  return {out, lse};
+  run(call.checker, args.params, outs[0]);
+  call.give(out, "out");
+  call.give(lse, "lse");
 }
 
 template <class Run>
-std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
-                                              const std::vector<Tensor>& outs, const std::vector<Tensor>& lses,
-                                              int64_t max_parts, Run&& run) {
-  const Checker checker("merge_attentions_backward");
+void merge_attentions_backward(Call& call, int64_t max_parts, Run&& run) {
+  const Checker& checker = call.checker;
+  const Tensor grad_out = call.take<Tensor>("grad_out");
+  OptionalTensor grad_lse = call.take<OptionalTensor>("grad_lse");
+  const auto outs = call.take<std::vector<Tensor>>("outs"), lses = call.take<std::vector<Tensor>>("lses");
   MergeArguments args(checker, outs, lses, max_parts);
   checker.strided_like("grad_out", grad_out, outs[0]);
   checker.dtype("grad_out", grad_out, outs[0].scalar_type());
@@ -80,6 +80,7 @@ std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const Opti
     checker.strided_like("grad_lse", *grad_lse, outs[0]);
     checker.dtype("grad_lse", *grad_lse, lses[0].scalar_type());
     checker.shape("grad_lse", *grad_lse, sizes_of(lses[0]));
+    grad_lse = torch::stable::contiguous(*grad_lse);
   }
   std::vector<Tensor> grads;
   for (const Tensor& t : outs) grads.push_back(empty_as(t, sizes_of(t), t.scalar_type()));
@@ -88,13 +89,14 @@ std::vector<Tensor> merge_attentions_backward(const Tensor& grad_out, const Opti
   for (const Tensor& t : grads) grad_data.push_back(t.mutable_data_ptr());
 
   const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
-  const OptionalTensor grad_lse_rows = grad_lse ? OptionalTensor(torch::stable::contiguous(*grad_lse)) : grad_lse;
-  run(checker, MergeBackwardParams{.forward = args.params,
-                                   .grad_out = grad_out_rows.const_data_ptr(),
-                                   .grad_lse = grad_lse_rows ? grad_lse_rows->const_data_ptr() : nullptr,
-                                   .grad_outs = grad_data.data(),
-                                   .grad_lses = grad_data.data() + outs.size()});
-  return grads;
+  run(checker,
+      MergeBackwardParams{.forward = args.params,
+                          .grad_out = grad_out_rows.const_data_ptr(),
+                          .grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr,
+                          .grad_outs = grad_data.data(),
+                          .grad_lses = grad_data.data() + outs.size()},
+      outs[0]);
+  call.give(grads, "");
 }
 
 }  // namespace vitkernels

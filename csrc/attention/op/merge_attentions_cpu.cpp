@@ -5,32 +5,31 @@
 namespace vitkernels {
 namespace {
 
-constexpr int64_t kRowsPerTask = 256;
-
-// Runs the kernel of these params on all rows, in tasks.
+// The kernel of these params on all rows, in tasks.
 template <class Params>
-void run(const Params& params, int64_t rows) {
+void run_rows(const Params& params, int64_t rows) {
+  constexpr int64_t kRowsPerTask = 256;
   const Kernel<Params>& kernel = vitkernels::kernel<Params>();
   torch::stable::parallel_for(0, rows, kRowsPerTask,
                               [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, nullptr); });
 }
 
-std::tuple<Tensor, Tensor> merge_attentions_cpu(std::vector<Tensor> outs, std::vector<Tensor> lses) {
-  return merge_attentions(outs, lses, kAnyNumber,
-                          [](const Checker&, const MergeParams& params) { run(params, params.rows); });
+void merge_attentions(Call& call) {
+  merge_attentions(call, kAnyNumber,
+                   [](const Checker&, const MergeParams& params, const Tensor&) { run_rows(params, params.rows); });
 }
 
-std::vector<Tensor> merge_attentions_backward_cpu(const Tensor& grad_out, OptionalTensor grad_lse,
-                                                  std::vector<Tensor> outs, std::vector<Tensor> lses) {
-  return merge_attentions_backward(
-      grad_out, grad_lse, outs, lses, kAnyNumber,
-      [](const Checker&, const MergeBackwardParams& params) { run(params, params.forward.rows); });
+void merge_attentions_backward(Call& call) {
+  merge_attentions_backward(call, kAnyNumber, [](const Checker&, const MergeBackwardParams& params, const Tensor&) {
+    run_rows(params, params.forward.rows);
+  });
 }
 
 }  // namespace
 }  // namespace vitkernels
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
-  m.impl("merge_attentions", TORCH_BOX(&vitkernels::merge_attentions_cpu));
-  m.impl("merge_attentions_backward", TORCH_BOX(&vitkernels::merge_attentions_backward_cpu));
+  using namespace vitkernels;
+  m.impl("merge_attentions", &boxed<"merge_attentions", merge_attentions>);
+  m.impl("merge_attentions_backward", &boxed<"merge_attentions_backward", merge_attentions_backward>);
 }

@@ -15,7 +15,7 @@ from vitkernels.ops.autocast import Cast
 from vitkernels.ops.schema import GRAD, NEED, Operator
 from vitkernels.ops.vmap import one_by_one
 
-__all__ = ["Gradient", "NoGradient", "register_autograd"]
+__all__ = ["Call", "Gradient", "NoGradient", "register_autograd"]
 
 Call = Callable[..., Any]
 

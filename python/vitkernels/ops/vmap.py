@@ -12,17 +12,17 @@ __all__ = ["one_by_one"]
 
 
 def one_by_one(op: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule for ``vmap``: ``call`` for each entry of the batch, the results of all in one tensor."""
+    """A rule for ``vmap``: ``call`` for each element of the batch, the results of all in one tensor."""
 
-    def entry(argument: Any, dim: Any, i: int) -> Any:
+    def element(argument: Any, dim: Any, i: int) -> Any:
         if isinstance(dim, (list, tuple)):
-            return [entry(a, d, i) for a, d in zip(argument, dim, strict=True)]
+            return [element(a, d, i) for a, d in zip(argument, dim, strict=True)]
         return argument if dim is None else argument.select(dim, i)
 
     def batched(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
-            raise RuntimeError(f"vitkernels::{op}: vmap has no entries, takes one or more")
-        calls = [call(*(entry(a, dim, i) for a, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)]
+            raise RuntimeError(f"vitkernels::{op}: vmap has no elements, takes one or more")
+        calls = [call(*(element(a, dim, i) for a, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         results = [torch.stack(each) for each in zip(*calls, strict=True)]

@@ -40,7 +40,7 @@ class AxisRule:
             step=1,
         )
 
-    def place(self, u: int) -> int:
+    def coord(self, u: int) -> int:
         """Where query ``u`` is on the key grid."""
         return u * self.num_keys // self.num_queries
 
@@ -61,12 +61,12 @@ class AxisRule:
             begin = max(0, min(leader - self.size // 2, self.num_keys - self.size))
             return range(begin, begin + self.size)
         if self.rule == SLIDING:
-            begin = self.place(u) - self.size // 2
+            begin = self.coord(u) - self.size // 2
             return range(begin, begin + self.size)
         return range(self.num_keys)
 
     def _causal(self, u: int) -> range:
-        end = self.place(u) + 1
+        end = self.coord(u) + 1
         if self.rule == NEIGHBORHOOD:
             return range(self._leader(u, self.stride - 1) - self.size + 1, end)
         uncut = self._uncut(u)
@@ -74,7 +74,7 @@ class AxisRule:
 
     def _leader(self, u: int, within: int) -> int:
         """The query whose neighborhood all of a stride take, on the key grid."""
-        return min(self.place(u) // self.stride * self.stride + within, self.num_keys - 1)
+        return min(self.coord(u) // self.stride * self.stride + within, self.num_keys - 1)
 
 
 class AxisPattern(NamedTuple):
@@ -102,6 +102,6 @@ def axis_pattern(axis: Axis, num_queries: int, num_keys: int, has_outside: bool)
     visible = torch.zeros(num_queries, last + 1 - first, dtype=torch.bool)
     for row, keys in zip(visible, own, strict=True):
         row[keys.start - first : max(keys.stop - first, 0) : step] = True
-    place = torch.tensor([classes[u % step].place(u // step) for u in range(num_queries)], dtype=torch.int64)
+    coord = torch.tensor([classes[u % step].coord(u // step) for u in range(num_queries)], dtype=torch.int64)
     key = torch.arange(first, last + 1).div(step, rounding_mode="floor")
-    return AxisPattern(visible, place[:, None] - key, first)
+    return AxisPattern(visible, coord[:, None] - key, first)
