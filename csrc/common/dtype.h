@@ -15,12 +15,6 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <DType kDType>
-using Storage =
-    std::conditional_t<kDType == DType::kFloat64, double,
-                       std::conditional_t<kDType == DType::kFloat32, float,
-                                          std::conditional_t<kDType == DType::kBFloat16, BFloat16, Float16>>>;
-
 // Accumulation and softmax statistics: float, or double for double.
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;

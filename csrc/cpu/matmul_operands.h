@@ -40,11 +40,6 @@ VK_INLINE constexpr int64_t padded_depth(int64_t depth) {
 }
 
 template <class E>
-VK_INLINE constexpr int64_t padded_rows(int64_t rows) {
-  return kByTiles<E> ? round_up(rows, kTileSize) : rows;
-}
-
-template <class E>
 struct MatmulA {
   const E* data;
   int64_t row_stride, depth_stride;

@@ -48,13 +48,8 @@ class TransposedArguments {
 
 // Strides of a tensor broadcast to (batch, query, head).
 inline ScoreStrides weight_strides(const Tensor& t, bool contiguous) {
-  int64_t strides[3] = {};
-  int64_t running = 1;
-  for (int64_t i = t.dim() - 1; i >= 0; --i) {
-    strides[3 - t.dim() + i] = t.size(i) == 1 ? 0 : contiguous ? running : t.stride(i);
-    running *= t.size(i);
-  }
-  return {.batch = strides[0], .head = strides[2], .query = strides[1]};
+  const ScoreStrides of_axes = score_strides(t, 3, contiguous);
+  return {.batch = of_axes.batch, .head = of_axes.key, .query = of_axes.head};
 }
 
 }  // namespace vitkernels
