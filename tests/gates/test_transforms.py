@@ -111,7 +111,7 @@ def test_vmap_under_autocast():
 
 
 def test_vmap_of_nothing():
-    with pytest.raises(RuntimeError, match="vitkernels::attention: vmap has no entries, takes one or more"):
+    with pytest.raises(RuntimeError, match="vitkernels::attention: vmap has no elements, takes one or more"):
         torch.func.vmap(vk.attention)(*[torch.ones(0, 1, 2, 1, 4, device=DEVICE)] * 3)
 
 
