@@ -41,7 +41,7 @@ struct BackwardTileShape {
 };
 
 // As forward_tile. The worst case is float above 128 columns: two warps a block, which takes all shared memory, and
-// eight streamed tokens a tile. Some kernels spill, up to 240 bytes (docs/cuda_report.md). Rejected: sixteen streamed
+// eight streamed tokens a tile. Some kernels spill, up to 224 bytes (docs/cuda_report.md). Rejected: sixteen streamed
 // tokens at 128 columns of 16 bits (no spills, but twice the barriers); two blocks a multiprocessor instead of three at
 // 32 columns (no spills, but 184 registers instead of 168); recomputing the task for the stores (more spills). Not
 // measured on a GPU yet.
