@@ -2,28 +2,9 @@
 // what it got and what it takes.
 #pragma once
 
-#include <sstream>
-#include <stdexcept>
-#include <string>
-
 #include "common/stable.h"
 
 namespace vitkernels {
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << ")";
-  return text.str();
-}
 
 inline const char* dtype_text(ScalarType type) {
   switch (type) {
@@ -53,7 +34,7 @@ class Checker {
 
   void rank(const char* name, const Tensor& t, int64_t rank, const char* takes) const {
     defined(name, t);
-    check(t.dim() == rank, name, " has shape ", shape_text(t), ", takes ", rank, " dimensions ", takes);
+    check(t.dim() == rank, name, " has shape ", Shape(t), ", takes ", rank, " dimensions ", takes);
   }
 
   void size(const char* name, const Tensor& t, int64_t axis, int64_t expected, const char* meaning) const {
@@ -62,21 +43,24 @@ class Checker {
   }
 
   void shape(const char* name, const Tensor& t, const std::vector<int64_t>& expected) const {
-    bool same = t.dim() == int64_t(expected.size());
-    for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == expected[i];
-    std::ostringstream takes;
-    for (size_t i = 0; i < expected.size(); ++i) takes << (i ? ", " : "") << expected[i];
-    check(same, name, " has shape ", shape_text(t), ", takes (", takes.str(), ")");
-  }
-
-  void dtype(const char* name, const Tensor& t, ScalarType expected) const {
-    check(t.scalar_type() == expected, name, " is ", dtype_text(t.scalar_type()), ", takes ", dtype_text(expected));
+    check(std::ranges::equal(t.sizes(), expected), name, " has shape ", Shape(t), ", takes ", Shape(expected));
   }
 
   void strided_like(const char* name, const Tensor& t, const Tensor& like) const {
     defined(name, t);
     check(t.device() == like.device(), name, " is on another device than query, takes the same device");
     check(t.layout() == torch::headeronly::Layout::Strided, name, " is not a strided tensor, takes a strided one");
+  }
+
+  void tensor(const char* name, const Tensor& t, const Tensor& like, ScalarType expected) const {
+    strided_like(name, t, like);
+    check(t.scalar_type() == expected, name, " is ", dtype_text(t.scalar_type()), ", takes ", dtype_text(expected));
+  }
+
+  void tensor(const char* name, const Tensor& t, const Tensor& like, ScalarType expected,
+              const std::vector<int64_t>& sizes) const {
+    tensor(name, t, like, expected);
+    shape(name, t, sizes);
   }
 
   // The element type of the operator, from its first tensor.
@@ -87,8 +71,8 @@ class Checker {
       case ScalarType::BFloat16: return DType::kBFloat16;
       case ScalarType::Half: return DType::kFloat16;
       default:
-        check(false, name, " is ", dtype_text(t.scalar_type()), ", takes float64, float32, bfloat16 or float16");
-        return DType::kFloat32;
+        fail("vitkernels::", op_, ": ", name, " is ", dtype_text(t.scalar_type()),
+             ", takes float64, float32, bfloat16 or float16");
     }
   }
 

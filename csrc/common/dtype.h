@@ -21,13 +21,14 @@ using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // Calls `function` with a value of the element type that `dtype` names.
 template <class Function>
-inline void dispatch_dtype(DType dtype, Function&& function) {
+inline auto dispatch_dtype(DType dtype, Function&& function) {
   switch (dtype) {
     case DType::kFloat64: return function(double{});
     case DType::kFloat32: return function(float{});
     case DType::kBFloat16: return function(BFloat16{});
-    case DType::kFloat16: return function(Float16{});
+    case DType::kFloat16: break;
   }
+  return function(Float16{});
 }
 
 }  // namespace vitkernels

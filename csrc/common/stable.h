@@ -10,8 +10,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "common/dtype.h"
@@ -22,22 +22,41 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline ScalarType scalar_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64: return ScalarType::Double;
-    case DType::kFloat32: return ScalarType::Float;
-    case DType::kBFloat16: return ScalarType::BFloat16;
-    case DType::kFloat16: return ScalarType::Half;
-  }
-  return ScalarType::Undefined;
-}
-
 // The type of log-sum-exps, biases and scales that go with tensors of `dtype`.
+inline ScalarType statistics_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 inline ScalarType statistics_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// Calls the function with a value of a statistics tensor's element type.
+template <class Function>
+auto dispatch_statistics(const Tensor& t, Function&& function) {
+  return t.scalar_type() == ScalarType::Double ? function(double{}) : function(float{});
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+// The shape of a tensor in a message: (2, 3).
+struct Shape {
+  explicit Shape(const Tensor& t) : sizes(t.sizes()) {}
+  explicit Shape(const std::vector<int64_t>& sizes) : sizes(sizes) {}
+  torch::headeronly::IntHeaderOnlyArrayRef sizes;
+};
+
+inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
+  text << "(";
+  for (size_t i = 0; i < shape.sizes.size(); ++i) text << (i ? ", " : "") << shape.sizes[i];
+  return text << ")";
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 // Torch's C codes of a tensor's dtype and device.
 struct Placement {
@@ -61,9 +80,7 @@ Tensor allocate(NewTensor&& new_tensor, const Tensor& like, const std::vector<in
                  nullptr, &tensor) == AOTI_TORCH_SUCCESS) {
     return Tensor(tensor);
   }
-  std::string shape;
-  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  throw std::runtime_error("vitkernels: cannot allocate a tensor of shape (" + shape + ")");
+  fail("vitkernels: cannot allocate a tensor of shape ", Shape(sizes));
 }
 
 inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -74,10 +91,13 @@ inline Tensor zeros_as(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   return allocate(aoti_torch_aten_new_zeros, like, sizes, type);
 }
 
+inline Tensor empty_as(const Tensor& t) { return empty_as(t, sizes_of(t), t.scalar_type()); }
+inline Tensor zeros_as(const Tensor& t) { return zeros_as(t, sizes_of(t), t.scalar_type()); }
+
 // A result that was not requested, of which a backward has many: made without the dispatcher, and a new one each time,
 // since results must not alias.
-inline Tensor none_as(const Tensor& like, ScalarType type) {
-  const Placement at(like, type);
+inline Tensor none_like(const Tensor& like) {
+  const Placement at(like, like.scalar_type());
   const int64_t size = 0, stride = 1;
   AtenTensorHandle tensor;
   STABLE_TORCH_ERROR_CODE_CHECK(

@@ -9,7 +9,8 @@
 #endif
 
 #include <cstdlib>
-#include <cstring>
+#include <ranges>
+#include <span>
 #include <stdexcept>
 #include <string>
 
@@ -49,7 +50,7 @@ bool has_amx_bf16() {
 #endif
 
 // Best first. The compiler's check includes the operating system's part (saved registers).
-const Candidate* candidates(int* count) {
+std::span<const Candidate> candidates() {
   static const Candidate list[] = {
 #if defined(VITKERNELS_HAS_AVX512)
       {Isa::amx_bf16, "amx_bf16", has_avx512() && __builtin_cpu_supports("avx512bf16") && has_amx_bf16()},
@@ -62,31 +63,25 @@ const Candidate* candidates(int* count) {
 #endif
       {Isa::baseline, "baseline", true},
   };
-  *count = int(sizeof(list) / sizeof(list[0]));
   return list;
 }
 
 std::string names(bool supported_only) {
-  int count;
-  const Candidate* list = candidates(&count);
   std::string joined;
-  for (int i = count - 1; i >= 0; --i) {
-    if (supported_only && !list[i].supported) continue;
-    joined += (joined.empty() ? "" : " ") + std::string(list[i].name);
+  for (const Candidate& candidate : candidates() | std::views::reverse) {
+    if (supported_only && !candidate.supported) continue;
+    joined += (joined.empty() ? "" : " ") + std::string(candidate.name);
   }
   return joined;
 }
 
 const Candidate& choose() {
-  int count;
-  const Candidate* list = candidates(&count);
-  const char* wanted = std::getenv("VITKERNELS_ISA");
-  for (int i = 0; i < count; ++i) {
-    const bool named = wanted && *wanted;
-    if (list[i].supported && (!named || std::strcmp(wanted, list[i].name) == 0)) return list[i];
+  const char* option = std::getenv("VITKERNELS_ISA");
+  const std::string wanted = option ? option : "";
+  for (const Candidate& candidate : candidates()) {
+    if (candidate.supported && (wanted.empty() || wanted == candidate.name)) return candidate;
   }
-  throw std::runtime_error("vitkernels: VITKERNELS_ISA is '" + std::string(wanted) + "', this CPU takes " +
-                           names(true));
+  throw std::runtime_error("vitkernels: VITKERNELS_ISA is '" + wanted + "', this CPU takes " + names(true));
 }
 
 const Candidate& chosen() {

@@ -22,16 +22,12 @@ constexpr Kernel<Params> make_kernel() {
   };
   if constexpr (requires(AnyBody body) { body.scratch_size(); }) {
     kernel.scratch = [](const Params& params) {
-      int64_t size = 0;
-      dispatch_dtype(params.element_type(), [&]<class S>(S) { size = Body<S>(params, nullptr).scratch_size(); });
-      return size;
+      return dispatch_dtype(params.element_type(), [&]<class S>(S) { return Body<S>(params, nullptr).scratch_size(); });
     };
   }
   if constexpr (requires(AnyBody body) { body.parts_size(); }) {
     kernel.parts = [](const Params& params) {
-      int64_t size = 0;
-      dispatch_dtype(params.element_type(), [&]<class S>(S) { size = Body<S>(params, nullptr).parts_size(); });
-      return size;
+      return dispatch_dtype(params.element_type(), [&]<class S>(S) { return Body<S>(params, nullptr).parts_size(); });
     };
   }
   if constexpr (requires(AnyBody body) { body.finish(0, 0); }) {

@@ -60,6 +60,6 @@ cudaError_t launch_relative_grad_embedding(const AttentionBackwardCudaParams& pa
                                            const EmbeddingGradient& embedding, cudaStream_t stream);
 
 cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stream);
-cudaError_t launch_merge_attentions_backward(const MergeBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_merge_attentions(const MergeBackwardParams& params, cudaStream_t stream);
 
 }  // namespace vitkernels

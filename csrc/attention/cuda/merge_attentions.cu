@@ -175,7 +175,7 @@ cudaError_t launch_merge_attentions(const MergeParams& params, cudaStream_t stre
   return can_merge ? cudaGetLastError() : cudaErrorInvalidValue;
 }
 
-cudaError_t launch_merge_attentions_backward(const MergeBackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_merge_attentions(const MergeBackwardParams& params, cudaStream_t stream) {
   if (params.forward.rows == 0) return cudaSuccess;
   const MergeKernelParams p(params);
   dispatch_dtype(params.forward.dtype, [&]<class S>(S) {

@@ -5,11 +5,6 @@
 #include "attention/cpu/tile_sizes.h"
 
 namespace vitkernels {
-namespace {
-
-constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence: no tensor's size bounds max_seqlen
-
-}  // namespace
 
 ScoreStrides score_strides(const Tensor& t, int64_t rank, bool contiguous) {
   int64_t strides[4] = {};
@@ -26,31 +21,22 @@ void check_score_term(const Checker& checker, const char* name, const OptionalTe
                       ScalarType type, const std::vector<int64_t>& target, const char* takes) {
   if (!term) return;
   const Tensor& t = *term;
-  checker.strided_like(name, t, query);
-  checker.dtype(name, t, type);
+  checker.tensor(name, t, query, type);
   bool fits = t.dim() <= int64_t(target.size());
   for (int64_t i = 0; fits && i < t.dim(); ++i) {
     fits = t.size(i) == 1 || t.size(i) == target[target.size() - t.dim() + i];
   }
-  std::ostringstream shape;
-  for (size_t i = 0; i < target.size(); ++i) shape << (i ? ", " : "") << target[i];
-  checker.check(fits, name, " has shape ", shape_text(t), ", takes one that broadcasts to (", shape.str(),
-                ") = ", takes);
+  checker.check(fits, name, " has shape ", Shape(t), ", takes one that broadcasts to ", Shape(target), " = ", takes);
 }
 
 namespace {
+
+constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence: no tensor's size bounds max_seqlen
 
 Tensor with_kernel_strides(const Tensor& term) {
   const int64_t last = term.dim() - 1;
   const bool is_fine = last < 0 || term.size(last) == 1 || term.stride(last) == 1 || term.stride(last) == 0;
   return is_fine ? term : torch::stable::contiguous(term);
-}
-
-ScoreTerm score_term(const Tensor& term, int64_t rank) {
-  ScoreTerm result;
-  result.data = term.const_data_ptr();
-  result.strides = score_strides(term, rank, false);
-  return result;
 }
 
 void check_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
@@ -164,24 +150,13 @@ void AttentionArguments::check_tokens(const Checker& checker, bool is_packed, co
   checker.rank("query", query, rank, is_packed ? "(tokens, heads, d)" : "(B, Nq, heads, d)");
   checker.rank("key", key, rank, is_packed ? "(tokens, kv_heads, d)" : "(B, Nk, kv_heads, d)");
   checker.rank("value", value, rank, is_packed ? "(tokens, kv_heads, dv)" : "(B, Nk, kv_heads, dv)");
-  dtype = checker.element_type("query", query);
+  check_tensors(checker, *this, tokens + 1);
   checker.check(policy.takes_float64 || dtype != DType::kFloat64,
                 "query is float64, takes float32, bfloat16 or float16 on a GPU");
-  for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
-    checker.strided_like(name, *t, query);
-    checker.dtype(name, *t, query.scalar_type());
-  }
-  num_queries = query.size(tokens), heads = query.size(tokens + 1), head_dim = query.size(tokens + 2);
-  num_keys = key.size(tokens), kv_heads = key.size(tokens + 1), value_dim = value.size(tokens + 2);
-  checker.size("value", value, tokens, num_keys, "key's number of tokens");
-  checker.size("value", value, tokens + 1, kv_heads, "key's number of heads");
-  checker.size("key", key, tokens + 2, head_dim, "query's head dimension");
-  checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
-  checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
-  checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
   checker.check(head_dim <= policy.max_head_dim, "query has head dimension ", head_dim, ", takes at most ",
                 policy.max_head_dim, " on a GPU");
-  checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
+  num_queries = query.size(tokens), num_keys = key.size(tokens);
+  checker.size("value", value, tokens, num_keys, "key's number of tokens");
   if (is_packed) return;
   batch = query.size(0);
   checker.size("key", key, 0, batch, "query's batch size");
@@ -214,9 +189,7 @@ void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& qu
   checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
   OptionalTensor& head_scale = score.terms.head_scale;
   if (!head_scale) return;
-  checker.strided_like("scale", *head_scale, query);
-  checker.dtype("scale", *head_scale, type);
-  checker.shape("scale", *head_scale, {heads});
+  checker.tensor("scale", *head_scale, query, type, {heads});
   head_scale = torch::stable::contiguous(*head_scale);
 }
 
@@ -236,8 +209,8 @@ void AttentionArguments::check_score(const Checker& checker, const DevicePolicy&
 }
 
 std::vector<int64_t> AttentionArguments::out_sizes() const {
-  std::vector<int64_t> sizes = sizes_of(query);
-  sizes.back() = value_dim;
+  std::vector<int64_t> sizes = lse_sizes();
+  sizes.push_back(value_dim);
   return sizes;
 }
 
@@ -257,7 +230,7 @@ void AttentionArguments::fill(Problem& problem) const {
   if (terms.head_scale) problem.score.head_scale = terms.head_scale->const_data_ptr();
   for_each_broadcast_term(
       [](const char*, Broadcast to, const OptionalTensor& given, ScoreTerm& term) {
-        if (given) term = score_term(*given, to.rank);
+        if (given) term.data = given->const_data_ptr(), term.strides = score_strides(*given, to.rank, false);
       },
       terms, problem.score);
   by_offset.fill(problem.score.by_offset);

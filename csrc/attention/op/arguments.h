@@ -24,6 +24,25 @@ struct HeadMap {
   std::vector<int64_t> kv_head_of, first_head, head_list;
 };
 
+// Checks what query, key and value of every attention have in common: their sizes before and behind the axes of tokens,
+// of which the last is before `heads_axis`. Takes these sizes and the dtype.
+template <class Arguments>
+void check_tensors(const Checker& checker, Arguments& args, int64_t heads_axis) {
+  const Tensor &query = args.query, &key = args.key, &value = args.value;
+  args.dtype = checker.element_type("query", query);
+  for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
+    checker.tensor(name, *t, query, query.scalar_type());
+  }
+  args.heads = query.size(heads_axis), args.head_dim = query.size(heads_axis + 1);
+  args.kv_heads = key.size(heads_axis), args.value_dim = value.size(heads_axis + 1);
+  checker.size("value", value, heads_axis, args.kv_heads, "key's number of heads");
+  checker.size("key", key, heads_axis + 1, args.head_dim, "query's head dimension");
+  checker.check(args.heads > 0 && args.heads <= kMaxHeads, "query has ", args.heads, " heads, takes 1 to ", kMaxHeads);
+  checker.check(args.kv_heads <= kMaxHeads, "key has ", args.kv_heads, " heads, takes at most ", kMaxHeads);
+  checker.check(args.head_dim > 0, "query has head dimension 0, takes at least 1");
+  checker.check(args.value_dim > 0, "value has head dimension 0, takes at least 1");
+}
+
 // Checks the scale, and the scale of each head, which is made contiguous.
 void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type);
 

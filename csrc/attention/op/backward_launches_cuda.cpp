@@ -10,9 +10,7 @@ BackwardLaunches::BackwardLaunches(const Checker& checker, const AttentionArgume
   if (!is_empty_) device_.emplace(args.query);
 }
 
-Tensor BackwardLaunches::gradient_of(const Tensor& t) const {
-  return is_empty_ ? zeros_as(t, sizes_of(t), t.scalar_type()) : empty_as(t, sizes_of(t), t.scalar_type());
-}
+Tensor BackwardLaunches::gradient_of(const Tensor& t) const { return is_empty_ ? zeros_as(t) : empty_as(t); }
 
 OptionalTensor BackwardLaunches::sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,
                                      const Tensor* probs, bool needs_dots) const {

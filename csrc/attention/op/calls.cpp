@@ -82,11 +82,11 @@ ScoreFields<bool> take_needed(Call& call, const ScoreArguments& score) {
   return needed;
 }
 
-void give_gradients(Call& call, const ScoreFields<OptionalTensor>& grads, const Tensor& query) {
-  const ScalarType type = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  for_each_term([&](const char* name,
-                    const OptionalTensor& grad) { call.give(grad ? *grad : none_as(query, type), name, "grad_"); },
-                grads);
+void give_gradients(Call& call, const ScoreFields<OptionalTensor>& grads, const Tensor& lse) {
+  const auto give = [&](const char* name, const OptionalTensor& grad) {
+    call.give(grad ? *grad : none_like(lse), name, "grad_");
+  };
+  for_each_term(give, grads);
 }
 
 BackwardCall::BackwardCall(Call& call, const ScoreArguments& score)
@@ -98,18 +98,14 @@ BackwardCall::BackwardCall(Call& call, const ScoreArguments& score)
 
 void BackwardCall::check(const Checker& checker, const Tensor& query, const std::vector<int64_t>& out_sizes) {
   const std::vector<int64_t> lse_sizes(out_sizes.begin(), out_sizes.end() - 1);
-  const bool is_double = query.scalar_type() == ScalarType::Double;
+  const ScalarType type = query.scalar_type(), statistics = statistics_type(type);
   for (const auto& [name, t] : {std::pair{"grad_out", &grad_out}, {"out", &out}}) {
-    checker.strided_like(name, *t, query);
-    checker.dtype(name, *t, query.scalar_type());
-    checker.shape(name, *t, out_sizes);
+    checker.tensor(name, *t, query, type, out_sizes);
     *t = with_unit_last_stride(*t);
   }
   for (const auto& [name, t] : {std::pair{"lse", &lse}, {"grad_lse", grad_lse ? &*grad_lse : nullptr}}) {
     if (!t) continue;
-    checker.strided_like(name, *t, query);
-    checker.dtype(name, *t, is_double ? ScalarType::Double : ScalarType::Float);
-    checker.shape(name, *t, lse_sizes);
+    checker.tensor(name, *t, query, statistics, lse_sizes);
     *t = torch::stable::contiguous(*t);
   }
 }

@@ -60,7 +60,7 @@ TransposedCall take_transposed(Call& call);
 // Which gradients are requested, of the terms that are given.
 ScoreFields<bool> take_needed(Call& call, const ScoreArguments& score);
 // An empty tensor for each absent gradient.
-void give_gradients(Call& call, const ScoreFields<OptionalTensor>& grads, const Tensor& query);
+void give_gradients(Call& call, const ScoreFields<OptionalTensor>& grads, const Tensor& lse);
 
 // The arguments of an attention's backward besides those of the forward.
 struct BackwardCall {

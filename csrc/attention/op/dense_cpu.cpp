@@ -30,7 +30,7 @@ void attention_backward(Call& call) {
   BackwardCall from(call, forward.score);
   const AttentionArguments args(call.checker, std::move(forward));
   from.check(call.checker, args.query, args.out_sizes());
-  const Tensor grad_value = empty_as(args.value, sizes_of(args.value), args.value.scalar_type());
+  const Tensor grad_value = empty_as(args.value);
 
   AttentionBackwardParams params;
   args.fill(params.forward);
@@ -50,7 +50,7 @@ void attention_backward(Call& call) {
   call.give(grads.query, "grad_query");
   call.give(grads.key, "grad_key");
   call.give(grad_value, "grad_value");
-  give_gradients(call, grads.terms, args.query);
+  give_gradients(call, grads.terms, from.lse);
 }
 
 }  // namespace

@@ -61,7 +61,7 @@ void attention_backward(Call& call) {
   call.give(query, "grad_query");
   call.give(key, "grad_key");
   call.give(value, "grad_value");
-  give_gradients(call, terms, args.query);
+  give_gradients(call, terms, from.lse);
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 // Forward and backward of softmax attention: the choice of a dtype's launchers, and the forward's split-KV.
-
 #include "attention/cuda/launches.h"
 #include "attention/cuda/tile_sizes.h"
 

@@ -8,19 +8,14 @@ namespace {
 // d(head_scale)[h] = scale * sum of q.dq over all queries, in double and in order.
 Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
   Tensor grad = empty_as(query_dot, {args.heads}, query_dot.scalar_type());
-  const auto sum = [&]<class T>(T) {
+  dispatch_statistics(query_dot, [&]<class T>(T) {
     const T* dots = static_cast<const T*>(query_dot.const_data_ptr());  // [heads, rows]
     for (int64_t h = 0; h < args.heads; ++h) {
       double total = 0;
       for (int64_t i = 0; i < query_dot.size(1); ++i) total += *dots++;
       static_cast<T*>(grad.mutable_data_ptr())[h] = T(args.score.scale * total);
     }
-  };
-  if (args.dtype == DType::kFloat64) {
-    sum(double{});
-  } else {
-    sum(float{});
-  }
+  });
   return grad;
 }
 
@@ -28,16 +23,12 @@ Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
 
 LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed,
                                AttentionBackwardParams& params)
-    : query(empty_as(args.query, sizes_of(args.query), args.query.scalar_type())),
-      key(empty_as(args.key, sizes_of(args.key), args.key.scalar_type())),
-      offset_gradients(args.by_offset, needed) {
+    : query(empty_as(args.query)), key(empty_as(args.key)), offset_gradients(args.by_offset, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
   Problem& problem = params.forward.problem;
   params.grad_query = token_tensor(query);
   params.grad_key = token_tensor(key);
-
   if (offset_gradients.any()) params.max_batch_groups = OffsetGradients::kParts;
-
   params.splits = 0;
   const auto attach = [&](const char*, Broadcast to, bool is_needed, const OptionalTensor& tensor, OptionalTensor& grad,
                           ScoreTerm& term) {
@@ -51,9 +42,7 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
   for_each_broadcast_term(attach, needed, args.score.terms, terms, problem.score);
   if (params.splits == 0) params.splits = backward_splits(params);
   const int64_t parts = params.batch_groups() * params.splits;
-  if (offset_gradients.any()) {
-    offset_gradients.allocate(problem.score.by_offset, problem.heads, parts, none_as(args.query, statistics));
-  }
+  offset_gradients.allocate(problem.score.by_offset, problem.heads, parts, args.query);
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t part_elements = kernel<AttentionBackwardParams>().parts(params) / element_size;
@@ -75,12 +64,10 @@ void LogitGradients::finish(const AttentionArguments& args, const AttentionBackw
       kernel<AttentionBackwardParams>().finish(params, begin, end);
     });
   }
-  const ScalarType statistics = statistics_type(args.dtype);
-  for_each_broadcast_term(
-      [&](const char*, Broadcast, OptionalTensor& grad) {
-        if (grad) grad = torch::stable::to(*grad, statistics);
-      },
-      terms);
+  const auto round = [&](const char*, Broadcast, OptionalTensor& grad) {
+    if (grad) grad = torch::stable::to(*grad, statistics_type(args.dtype));
+  };
+  for_each_broadcast_term(round, terms);
   offset_gradients.finish(args.heads, terms);
   if (query_dot) terms.head_scale = sum_head_scale(args, *query_dot);
 }

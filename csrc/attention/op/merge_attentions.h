@@ -2,8 +2,6 @@
 // arguments, allocate, and fill the kernels' Params.
 #pragma once
 
-#include <limits>
-
 #include "attention/dense.h"
 #include "common/boxed.h"
 
@@ -24,19 +22,13 @@ struct MergeArguments {
                   outs_in.size(), ")");
     const Tensor& first = outs_in[0];
     checker.defined("outs[0]", first);
-    checker.check(first.dim() >= 2, "outs[0] has shape ", shape_text(first), ", takes (B, *spatial, heads, dv)");
+    checker.check(first.dim() >= 2, "outs[0] has shape ", Shape(first), ", takes (B, *spatial, heads, dv)");
     params.dtype = params.out_dtype = checker.element_type("outs", first);
     const std::vector<int64_t> out_sizes = sizes_of(first);
     const std::vector<int64_t> lse_sizes(out_sizes.begin(), out_sizes.end() - 1);
     for (size_t i = 0; i < outs_in.size(); ++i) {
-      checker.strided_like("outs", outs_in[i], first);
-      checker.strided_like("lses", lses_in[i], first);
-      checker.dtype("outs", outs_in[i], first.scalar_type());
-      checker.dtype("lses", lses_in[i], statistics_type(params.dtype));
-      checker.shape("outs", outs_in[i], out_sizes);
-      checker.shape("lses", lses_in[i], lse_sizes);
-    }
-    for (size_t i = 0; i < outs_in.size(); ++i) {
+      checker.tensor("outs", outs_in[i], first, first.scalar_type(), out_sizes);
+      checker.tensor("lses", lses_in[i], first, statistics_type(params.dtype), lse_sizes);
       outs.push_back(torch::stable::contiguous(outs_in[i]));
       lses.push_back(torch::stable::contiguous(lses_in[i]));
       out_data.push_back(outs[i].const_data_ptr());
@@ -50,52 +42,44 @@ struct MergeArguments {
   }
 };
 
-inline constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
-
-// run(checker, params, part) runs the kernel on the device of `part`.
-template <class Run>
-void merge_attentions(Call& call, int64_t max_parts, Run&& run) {
+// Device::run(checker, params, rows, part) runs the kernel of these params on the device of `part`.
+template <class Device>
+void merge_attentions(Call& call) {
   const auto outs = call.take<std::vector<Tensor>>("outs"), lses = call.take<std::vector<Tensor>>("lses");
-  MergeArguments args(call.checker, outs, lses, max_parts);
-  Tensor out = empty_as(outs[0], sizes_of(outs[0]), outs[0].scalar_type());
-  Tensor lse = empty_as(lses[0], sizes_of(lses[0]), lses[0].scalar_type());
+  MergeArguments args(call.checker, outs, lses, Device::kMaxParts);
+  const Tensor out = empty_as(outs[0]), lse = empty_as(lses[0]);
   args.params.out = out.mutable_data_ptr();
   args.params.lse = lse.mutable_data_ptr();
-  run(call.checker, args.params, outs[0]);
+  Device::run(call.checker, args.params, args.params.rows, outs[0]);
   call.give(out, "out");
   call.give(lse, "lse");
 }
 
-template <class Run>
-void merge_attentions_backward(Call& call, int64_t max_parts, Run&& run) {
+template <class Device>
+void merge_attentions_backward(Call& call) {
   const Checker& checker = call.checker;
   const Tensor grad_out = call.take<Tensor>("grad_out");
   OptionalTensor grad_lse = call.take<OptionalTensor>("grad_lse");
   const auto outs = call.take<std::vector<Tensor>>("outs"), lses = call.take<std::vector<Tensor>>("lses");
-  MergeArguments args(checker, outs, lses, max_parts);
-  checker.strided_like("grad_out", grad_out, outs[0]);
-  checker.dtype("grad_out", grad_out, outs[0].scalar_type());
-  checker.shape("grad_out", grad_out, sizes_of(outs[0]));
+  const MergeArguments args(checker, outs, lses, Device::kMaxParts);
+  checker.tensor("grad_out", grad_out, outs[0], outs[0].scalar_type(), sizes_of(outs[0]));
   if (grad_lse) {
-    checker.strided_like("grad_lse", *grad_lse, outs[0]);
-    checker.dtype("grad_lse", *grad_lse, lses[0].scalar_type());
-    checker.shape("grad_lse", *grad_lse, sizes_of(lses[0]));
+    checker.tensor("grad_lse", *grad_lse, outs[0], lses[0].scalar_type(), sizes_of(lses[0]));
     grad_lse = torch::stable::contiguous(*grad_lse);
   }
   std::vector<Tensor> grads;
-  for (const Tensor& t : outs) grads.push_back(empty_as(t, sizes_of(t), t.scalar_type()));
-  for (const Tensor& t : lses) grads.push_back(empty_as(t, sizes_of(t), t.scalar_type()));
   std::vector<void*> grad_data;
-  for (const Tensor& t : grads) grad_data.push_back(t.mutable_data_ptr());
+  for (const std::vector<Tensor>* list : {&outs, &lses}) {
+    for (const Tensor& t : *list) grad_data.push_back(grads.emplace_back(empty_as(t)).mutable_data_ptr());
+  }
 
   const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
-  run(checker,
-      MergeBackwardParams{.forward = args.params,
-                          .grad_out = grad_out_rows.const_data_ptr(),
-                          .grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr,
-                          .grad_outs = grad_data.data(),
-                          .grad_lses = grad_data.data() + outs.size()},
-      outs[0]);
+  const MergeBackwardParams params{.forward = args.params,
+                                   .grad_out = grad_out_rows.const_data_ptr(),
+                                   .grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr,
+                                   .grad_outs = grad_data.data(),
+                                   .grad_lses = grad_data.data() + outs.size()};
+  Device::run(checker, params, args.params.rows, outs[0]);
   call.give(grads, "");
 }
 

@@ -9,16 +9,6 @@ constexpr int64_t kPadding = 16;
 
 int64_t num_entries(const Tensor& table) { return table.numel() / table.size(0); }
 
-// Calls the function with a value of a statistics tensor's element type.
-template <class Function>
-void dispatch_statistics(const Tensor& t, Function&& function) {
-  if (t.scalar_type() == ScalarType::Double) {
-    function(double{});
-  } else {
-    function(float{});
-  }
-}
-
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : t; }
 
 OptionalTensor reversed_entries(const OptionalTensor& table) {
@@ -166,12 +156,11 @@ void OffsetScore::check_table(const Checker& checker, const char* name, const Op
                               const Tensor& query, ScalarType statistics) const {
   if (!table) return;
   const Tensor& t = *table;
-  checker.strided_like(name, t, query);
-  checker.dtype(name, t, statistics);
+  checker.tensor(name, t, query, statistics);
   const int64_t heads = query.size(query.dim() - 2);
   bool fits = t.dim() >= 2 && t.dim() <= 1 + kMaxAxes && (t.size(0) == 1 || t.size(0) == heads);
   for (int64_t i = 1; fits && i < t.dim(); ++i) fits = t.size(i) % 2 == 1;
-  checker.check(fits, name, " has shape ", shape_text(t), ", takes 1 or ", heads,
+  checker.check(fits, name, " has shape ", Shape(t), ", takes 1 or ", heads,
                 " (heads), then an odd number 2 n - 1 for each of one to three axes");
 }
 
@@ -179,13 +168,12 @@ void OffsetScore::check_rel_pos(const Checker& checker, int axis, const Tensor& 
   if (!from.rel_pos[axis]) return;
   const Tensor& t = *from.rel_pos[axis];
   const char* name = kRelPosNames[axis];
-  checker.strided_like(name, t, query);
-  checker.dtype(name, t, statistics);
+  checker.tensor(name, t, query, statistics);
   const int64_t heads = query.size(query.dim() - 2), dim = query.size(query.dim() - 1), rank = t.dim();
   const bool fits = (rank == 2 || (rank == 3 && (t.size(0) == 1 || t.size(0) == heads))) && t.size(rank - 1) == dim &&
                     t.size(rank - 2) % 2 == 1;
-  checker.check(fits, name, " has shape ", shape_text(t), ", takes (2 n - 1, ", dim, ") or (", heads, ", 2 n - 1, ",
-                dim, ") = (heads, offsets, d)");
+  checker.check(fits, name, " has shape ", Shape(t), ", takes (2 n - 1, ", dim, ") or (", heads, ", 2 n - 1, ", dim,
+                ") = (heads, offsets, d)");
 }
 
 // Infers the grid from the numbers of offsets. It must be the same in all terms.
@@ -193,7 +181,7 @@ void OffsetScore::find_grid(const Checker& checker, int64_t num_prefix) {
   grid.num_prefix = num_prefix;
   const auto take = [&](const char* name, const Tensor& t, int axis, int64_t offsets) {
     const int64_t size = (offsets + 1) / 2;
-    checker.check(!source || size == grid.size[axis], name, " has shape ", shape_text(t), ", of ", size,
+    checker.check(!source || size == grid.size[axis], name, " has shape ", Shape(t), ", of ", size,
                   " tokens on an axis that has ", grid.size[axis], " in ", source);
     grid.size[axis] = size;
   };
@@ -233,12 +221,13 @@ void OffsetScore::fill(OffsetTerms& terms) const {
 OffsetGradients::OffsetGradients(const OffsetScore& score, const ScoreFields<bool>& needed)
     : score(score), needed(needed) {}
 
-void OffsetGradients::allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& like) {
+void OffsetGradients::allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& query) {
+  const ScalarType statistics = statistics_type(query.scalar_type());
   const auto table = [&](bool is_needed, TableTerm& term, OptionalTensor& sum) {
     if (!is_needed) return;
     term.grad_head_stride = terms.grid.num_entries() + kPadding;
     term.grad_part_stride = heads * term.grad_head_stride;
-    sum = zeros_as(like, {parts, term.grad_part_stride}, ScalarType::Double);
+    sum = zeros_as(query, {parts, term.grad_part_stride}, ScalarType::Double);
     term.grad = static_cast<double*>(sum->mutable_data_ptr());
   };
   table(needed.bias_table, terms.bias, sums.bias_table);
@@ -248,7 +237,7 @@ void OffsetGradients::allocate(OffsetTerms& terms, int64_t heads, int64_t parts,
     RelPosTerm& term = terms.rel_pos[axis];
     term.grad_head_stride = terms.grid.num_offsets(axis) * term.row_stride;
     term.grad_part_stride = heads * term.grad_head_stride;
-    sums.rel_pos[axis] = zeros_as(like, {parts, term.grad_part_stride}, like.scalar_type());
+    sums.rel_pos[axis] = zeros_as(query, {parts, term.grad_part_stride}, statistics);
     term.grad = sums.rel_pos[axis]->mutable_data_ptr();
   }
 }
@@ -256,7 +245,7 @@ void OffsetGradients::allocate(OffsetTerms& terms, int64_t heads, int64_t parts,
 void OffsetGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& grads) const {
   // Reduces `sum`, of element type Sum, to a gradient in the shape of `given`.
   const auto reduce = [&]<class Sum, class T>(Sum, T, const Tensor& sum, const Tensor& given, Reduction reduction) {
-    const Tensor grad = empty_as(given, sizes_of(given), given.scalar_type());
+    const Tensor grad = empty_as(given);
     reduction.stride = sum.size(1) / num_heads;
     reduction.run(static_cast<const Sum*>(sum.const_data_ptr()), sum.size(0), num_heads,
                   static_cast<T*>(grad.mutable_data_ptr()));
@@ -265,7 +254,7 @@ void OffsetGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& gra
   const auto table = [&](const OptionalTensor& sum, const OptionalTensor& given, OptionalTensor& grad) {
     if (!sum) return;
     const Reduction reduction{.heads = given->size(0), .entries = num_entries(*given), .dim = 1, .row = 1, .stride = 0};
-    dispatch_statistics(*given, [&]<class T>(T) { grad = reduce(double{}, T{}, *sum, *given, reduction); });
+    grad = dispatch_statistics(*given, [&]<class T>(T) { return reduce(double{}, T{}, *sum, *given, reduction); });
   };
   table(sums.bias_table, score.from.bias_table, grads.bias_table);
   table(sums.multiplier_table, score.from.multiplier_table, grads.multiplier_table);
@@ -274,8 +263,8 @@ void OffsetGradients::finish(int64_t num_heads, ScoreFields<OptionalTensor>& gra
     const Tensor& t = *score.from.rel_pos[axis];
     const Reduction reduction{
         .heads = heads_of(t), .entries = offsets_of(t), .dim = t.size(t.dim() - 1), .row = padded_dim(t), .stride = 0};
-    dispatch_statistics(t,
-                        [&]<class T>(T) { grads.rel_pos[axis] = reduce(T{}, T{}, *sums.rel_pos[axis], t, reduction); });
+    grads.rel_pos[axis] =
+        dispatch_statistics(t, [&]<class T>(T) { return reduce(T{}, T{}, *sums.rel_pos[axis], t, reduction); });
   }
 }
 

@@ -52,7 +52,7 @@ class OffsetGradients {
   bool any() const { return needed.bias_table || needed.multiplier_table || any_rel_pos(); }
 
   // Partial sums for each of `parts` tasks.
-  void allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& like);
+  void allocate(OffsetTerms& terms, int64_t heads, int64_t parts, const Tensor& query);
   void finish(int64_t heads, ScoreFields<OptionalTensor>& grads) const;
 
  private:

@@ -53,8 +53,8 @@ Tensor DeviceOffsetGradients::table(const AttentionBackwardCudaParams& params, c
                                     TermFactor factor) const {
   if (launches_.is_empty()) return launches_.gradient_of(given);
   const int64_t entries = params.forward.problem.score.by_offset.grid.num_entries();
-  const PartialSumsOwner sums(zeros_as(given, sizes_of(given), ScalarType::Float), parts_of_table(params),
-                              args_.heads * entries, PartialSumsOwner::Start::kZero);
+  const PartialSumsOwner sums(zeros_as(given), parts_of_table(params), args_.heads * entries,
+                              PartialSumsOwner::Start::kZero);
   launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));
   launches_.check(sums.add(DType::kFloat32, launches_.stream()));
   return sums.gradient();

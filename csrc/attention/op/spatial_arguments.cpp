@@ -69,26 +69,15 @@ SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call)
 void SpatialArguments::check_tokens(const Checker& checker) {
   constexpr const char* kTakes = ", takes 4 to 6 dimensions (B, one to three axes, heads, d)";
   checker.defined("query", query);
-  checker.check(query.dim() >= 4 && query.dim() <= 3 + kMaxAxes, "query has shape ", shape_text(query), kTakes);
+  checker.check(query.dim() >= 4 && query.dim() <= 3 + kMaxAxes, "query has shape ", Shape(query), kTakes);
   axes = int(query.dim()) - 3;
   checker.rank("key", key, query.dim(), "(B, *map, kv_heads, d), as query");
   checker.rank("value", value, query.dim(), "(B, *map, kv_heads, dv), as query");
-  dtype = checker.element_type("query", query);
-  for (const auto& [name, t] : {std::pair{"query", &query}, {"key", &key}, {"value", &value}}) {
-    checker.strided_like(name, *t, query);
-    checker.dtype(name, *t, query.scalar_type());
-  }
-  batch = query.size(0), heads = query.size(axes + 1), head_dim = query.size(axes + 2);
-  kv_heads = key.size(axes + 1), value_dim = value.size(axes + 2);
+  check_tensors(checker, *this, axes + 1);
+  batch = query.size(0);
   checker.size("key", key, 0, batch, "query's batch size");
   checker.size("value", value, 0, batch, "query's batch size");
   for (int axis = 0; axis < axes; ++axis) checker.size("value", value, 1 + axis, key.size(1 + axis), "key's map");
-  checker.size("value", value, axes + 1, kv_heads, "key's number of heads");
-  checker.size("key", key, axes + 2, head_dim, "query's head dimension");
-  checker.check(heads > 0 && heads <= kMaxHeads, "query has ", heads, " heads, takes 1 to ", kMaxHeads);
-  checker.check(kv_heads <= kMaxHeads, "key has ", kv_heads, " heads, takes at most ", kMaxHeads);
-  checker.check(head_dim > 0, "query has head dimension 0, takes at least 1");
-  checker.check(value_dim > 0, "value has head dimension 0, takes at least 1");
   key_map = map_sizes(key);
   query_map = is_shared_query ? key_map : map_sizes(query);
   for (int axis = 0; axis < axes; ++axis) {
@@ -157,10 +146,8 @@ void SpatialArguments::check_shared_query(const Checker& checker) const {
 
 void SpatialArguments::check_fill(const Checker& checker, const char* name, OptionalTensor& fill, int64_t dim) const {
   if (!fill) return;
-  checker.strided_like(name, *fill, query);
   checker.check(score.has_outside, name, " is given, takes None unless there are keys outside the map");
-  checker.dtype(name, *fill, query.scalar_type());
-  checker.shape(name, *fill, {kv_heads, dim});
+  checker.tensor(name, *fill, query, query.scalar_type(), {kv_heads, dim});
   fill = torch::stable::contiguous(*fill);
 }
 

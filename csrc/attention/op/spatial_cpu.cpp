@@ -41,7 +41,7 @@ void spatial_attention_backward(Call& call) {
   call.give(grads.query, "grad_query");
   call.give(grads.key, "grad_key");
   call.give(grads.value, "grad_value");
-  give_gradients(call, grads.terms, args.query);
+  give_gradients(call, grads.terms, from.lse);
 }
 
 }  // namespace

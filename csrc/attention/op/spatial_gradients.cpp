@@ -6,9 +6,7 @@ namespace vitkernels {
 namespace {
 
 // Kernels write every element, unless there is nothing to do.
-Tensor gradient_of(const Tensor& t, bool is_zero) {
-  return is_zero ? zeros_as(t, sizes_of(t), t.scalar_type()) : empty_as(t, sizes_of(t), t.scalar_type());
-}
+Tensor gradient_of(const Tensor& t, bool is_zero) { return is_zero ? zeros_as(t) : empty_as(t); }
 
 // If every key is in one tile and read by one query head, that tile computes the key's whole gradient.
 bool key_has_one_tile(const SpatialArguments& args, const SpatialParams& params) {
@@ -42,7 +40,7 @@ Tensor sum_of_parts(const Tensor& parts, double factor, const Tensor& like) {
 Tensor sum_key_bias(const Tensor& parts, const Tensor& bias, int axes, const SpatialParams& params) {
   const Tensor grad = zeros_as(bias, sizes_of(bias), ScalarType::Double);
   const MapTensor strides = key_bias_tensor(grad, axes);
-  const auto add = [&]<class T>(T) {
+  dispatch_statistics(parts, [&]<class T>(T) {
     const T* from = static_cast<const T*>(parts.const_data_ptr());
     const int64_t* size = params.key_size;
     for (int64_t row = 0; row < parts.size(0) * params.batch * params.heads; ++row) {
@@ -52,12 +50,7 @@ Tensor sum_key_bias(const Tensor& parts, const Tensor& bias, int axes, const Spa
         for (int64_t i = 0; i < size[2]; ++i) at[i * strides.axis_stride[2]] += *from++;
       }
     }
-  };
-  if (parts.scalar_type() == ScalarType::Double) {
-    add(double{});
-  } else {
-    add(float{});
-  }
+  });
   return torch::stable::to(grad, bias.scalar_type());
 }
 
@@ -69,7 +62,6 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFiel
       key(gradient_of(args.key, args.is_empty())),
       value(gradient_of(args.value, args.is_empty())),
       offset_gradients(args.tables, needed) {
-  const ScalarType statistics = statistics_type(args.dtype);
   params.grad_query = map_tensor(query, args.axes);
   params.grad_key = map_tensor(key, args.axes);
   params.grad_value = map_tensor(value, args.axes);
@@ -88,14 +80,12 @@ SpatialGradients::SpatialGradients(const SpatialArguments& args, const ScoreFiel
   key_fill_sums = zeros(needed.key_fill, {parts, args.kv_heads, args.head_dim}, ScalarType::Double);
   value_fill_sums = zeros(needed.value_fill, {parts, args.kv_heads, args.value_dim}, ScalarType::Double);
   head_scale_sums = zeros(needed.head_scale, {parts, args.heads}, ScalarType::Double);
-  key_bias_sums =
-      zeros(needed.key_bias, {params.splits, args.batch, args.heads, params.forward.num_keys()}, statistics);
+  key_bias_sums = zeros(needed.key_bias, {params.splits, args.batch, args.heads, params.forward.num_keys()},
+                        statistics_type(args.dtype));
   params.key_fill_sums = sums(key_fill_sums), params.value_fill_sums = sums(value_fill_sums);
   params.head_scale_sums = sums(head_scale_sums);
   params.forward.score.key_bias.grad = data(key_bias_sums);
-  if (offset_gradients.any()) {
-    offset_gradients.allocate(params.forward.score.by_offset, args.heads, parts, none_as(args.query, statistics));
-  }
+  offset_gradients.allocate(params.forward.score.by_offset, args.heads, parts, args.query);
 }
 
 void SpatialGradients::finish(const SpatialArguments& args, const SpatialBackwardParams& params) {

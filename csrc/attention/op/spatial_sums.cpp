@@ -99,8 +99,7 @@ void MapPartialSumsOwner::allocate(const SpatialArguments& args, const Tensor& g
 }
 
 void MapPartialSumsOwner::finish() const {
-  const bool is_done = !owned && !parts;  // summed in place, or nothing was attached
-  if (is_done) return;
+  if (!owned && !parts) return;  // summed in place, or nothing was attached
   torch::stable::parallel_for(0, sums.num_lines(), 1, [&](int64_t begin, int64_t end) {
     kernel<MapPartialSums>().run(sums, begin, end, nullptr);
   });

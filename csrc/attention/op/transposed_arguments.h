@@ -17,24 +17,19 @@ class TransposedArguments {
     const std::vector<int64_t> rows = attention.lse_sizes();
     const ScalarType statistics = statistics_type(attention.dtype);
     checker.rank("value_q", value, 4, "(B, Nq, heads, dv)");
-    checker.strided_like("value_q", value, attention.query);
-    checker.dtype("value_q", value, attention.query.scalar_type());
+    checker.tensor("value_q", value, attention.query, attention.query.scalar_type());
     checker.size("value_q", value, 0, rows[0], "query's batch size");
     checker.size("value_q", value, 1, rows[1], "query's number of tokens");
     checker.size("value_q", value, 2, rows[2], "query's number of heads");
     checker.check(value.size(3) > 0, "value_q has head dimension 0, takes at least 1");
-    checker.strided_like("lse", lse, attention.query);
-    checker.dtype("lse", lse, statistics);
-    checker.shape("lse", lse, rows);
+    checker.tensor("lse", lse, attention.query, statistics, rows);
     check_score_term(checker, "query_weight", query_weight, attention.query, statistics, rows, "(B, Nq, heads)");
     value = with_unit_last_stride(value);
     lse = torch::stable::contiguous(lse);
   }
 
   void check_grad_out(const Checker& checker, const Tensor& grad_out) const {
-    checker.strided_like("grad_out", grad_out, attention.query);
-    checker.dtype("grad_out", grad_out, attention.query.scalar_type());
-    checker.shape("grad_out", grad_out, out_sizes());
+    checker.tensor("grad_out", grad_out, attention.query, attention.query.scalar_type(), out_sizes());
   }
 
   std::vector<int64_t> out_sizes() const {

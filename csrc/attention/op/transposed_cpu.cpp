@@ -8,8 +8,6 @@
 namespace vitkernels {
 namespace {
 
-using torch::stable::parallel_for;
-
 void fill(const TransposedArguments& args, AttentionParams& params) {
   args.attention.fill(params);
   params.problem.value = token_tensor(args.value);
@@ -39,23 +37,17 @@ void attention_transposed(Call& call) {
 
 // d(query_weight) in its own shape, reduced from that of each row [B, Nq, heads], in double and in order.
 Tensor sum_query_weight(const Tensor& weight, const Tensor& of_rows) {
-  Tensor grad = zeros_as(weight, sizes_of(weight), ScalarType::Double);
-  if (of_rows.numel() == 0) return torch::stable::to(grad, weight.scalar_type());
+  const Tensor grad = zeros_as(weight, sizes_of(weight), ScalarType::Double);
   const ScoreStrides strides = weight_strides(weight, true);
   double* sums = static_cast<double*>(grad.mutable_data_ptr());
-  const auto sum = [&]<class T>(T) {
+  dispatch_statistics(of_rows, [&]<class T>(T) {
     const T* row = static_cast<const T*>(of_rows.const_data_ptr());
     for (int64_t b = 0; b < of_rows.size(0); ++b) {
       for (int64_t query = 0; query < of_rows.size(1); ++query) {
         for (int64_t h = 0; h < of_rows.size(2); ++h) sums[strides.offset(b, h, query, 0)] += *row++;
       }
     }
-  };
-  if (of_rows.scalar_type() == ScalarType::Double) {
-    sum(double{});
-  } else {
-    sum(float{});
-  }
+  });
   return torch::stable::to(grad, weight.scalar_type());
 }
 
@@ -69,9 +61,7 @@ void attention_transposed_backward(Call& call) {
   const Tensor out_gradient = with_unit_last_stride(grad_out);
 
   const Tensor &query = args.attention.query, &value = args.value, &lse = args.lse;
-  const Tensor grad_value = empty_as(value, sizes_of(value), value.scalar_type());
-  const Tensor grad_lse = empty_as(lse, sizes_of(lse), lse.scalar_type());
-  const Tensor grad_row_weight = empty_as(lse, sizes_of(lse), lse.scalar_type());
+  const Tensor grad_value = empty_as(value), grad_lse = empty_as(lse), grad_row_weight = empty_as(lse);
   AttentionTransposedBackwardParams params{.attention = {}, .weight = weight_of(args)};
   AttentionBackwardParams& attention = params.attention;
   fill(args, attention.forward);
@@ -89,17 +79,16 @@ void attention_transposed_backward(Call& call) {
   const bool is_empty = query.numel() == 0 && args.attention.key.numel() == 0;
   if (attention.num_tasks() > 0 && !is_empty) run_kernel(kernel, params, attention.num_tasks(), 1, query);
   if (query.numel() > 0) {
-    parallel_for(0, args.attention.batch * args.attention.heads, 1,
-                 [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
+    torch::stable::parallel_for(0, args.attention.batch * args.attention.heads, 1,
+                                [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
   }
   grads.finish(args.attention, attention);
   call.give(grads.query, "grad_query");
   call.give(grads.key, "grad_key");
   call.give(grad_value, "grad_value_q");
   call.give(grad_lse, "grad_lse");
-  call.give(needs_weight ? sum_query_weight(*args.query_weight, grad_row_weight) : none_as(lse, lse.scalar_type()),
-            "grad_query_weight");
-  give_gradients(call, grads.terms, query);
+  call.give(needs_weight ? sum_query_weight(*args.query_weight, grad_row_weight) : none_like(lse), "grad_query_weight");
+  give_gradients(call, grads.terms, lse);
 }
 
 }  // namespace

@@ -74,10 +74,9 @@ void attention_transposed_backward(Call& call) {
   call.give(grad_key, "grad_key");
   call.give(grad_value, "grad_value_q");
   call.give(grad_lse, "grad_lse");
-  call.give(
-      needs_weight ? sum_query_weight(launches, *args.query_weight, grad_row_weight) : none_as(lse, lse.scalar_type()),
-      "grad_query_weight");
-  give_gradients(call, terms, query);
+  call.give(needs_weight ? sum_query_weight(launches, *args.query_weight, grad_row_weight) : none_like(lse),
+            "grad_query_weight");
+  give_gradients(call, terms, lse);
 }
 
 }  // namespace
