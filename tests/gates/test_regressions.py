@@ -62,6 +62,36 @@ def test_any_nan_stays_nan(isa):
     assert ran.returncode == 0, ran.stderr
 
 
+HUGE_LOGITS = """
+import torch, vitkernels as vk
+generator = torch.Generator().manual_seed(0)
+q, k, v = (torch.randn(1, 7, 7, 1, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+def rows(t): return t.flatten(1, -3)
+def attention(of, q, k, v, scale): return of.attention(rows(q), rows(k), rows(v), scale=scale, return_lse=True)
+def windows(of, q, k, v, scale):
+    return of.spatial_attention(q, k, v, axes=[vk.Neighborhood(7)] * 2, scale=scale, return_lse=True)
+def transposed(of, q, k, v, scale):
+    _, lse = of.attention(rows(q), rows(k), rows(v), scale=scale, return_lse=True)
+    return of.attention_transposed(rows(q), rows(k), rows(v), lse.detach(), scale=scale), lse
+for function in (attention, windows, transposed):
+    for scale in (1e6, 1e9, 1e11, -1e11, 1e30):
+        out, lse = function(vk, q, k, v, scale)
+        wanted, wanted_lse = function(vk.reference, q.double(), k.double(), v.double(), scale)
+        torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-2)
+        torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-6, atol=0)
+        for grad, of_double in zip(*(torch.autograd.grad(o.sum(), (v,)) for o in (out, wanted))):
+            torch.testing.assert_close(grad, of_double, rtol=2e-2, atol=2e-2)
+"""
+
+
+@pytest.mark.parametrize("isa", isas_supported())
+def test_huge_logits(isa):
+    """The maximum is that of rounded products: subtracting it from an exact one may leave thousands."""
+    command = [sys.executable, "-c", HUGE_LOGITS]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VITKERNELS_ISA": isa})
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("shape", [(3, 49, 49), (49,), (1, 1), (1,)], ids=str)
 def test_gradient_shared_by_many_windows(shape):
     """A sum over hundreds of windows rounds no worse than PyTorch's, which adds them pairwise."""

@@ -133,6 +133,7 @@ VK_INLINE void differentiate_score(const Row& score, Range visible, RowNumbers<T
 // Without terms.
 template <class T>
 VK_INLINE void differentiate_products(Range visible, RowNumbers<T> with, T* logits, T* gradients) {
+  with.scale = remaining_scale(logits, visible, with.scale, with.offset);
   for_each_vector<T>(visible, [&](int64_t c, Range lanes) VK_BODY {
     const Vec<T> prob = keep(exp<T>(load(logits + c) * with.scale - with.offset), lanes, T(0));
     store(logits + c, prob);

@@ -168,14 +168,30 @@ VK_INLINE void clear_outside(E* row, Range visible, int64_t width) {
   clear<T>(row, {round_up(visible.end, kWidth<T>), width});
 }
 
+template <class T>
+VK_NOINLINE void scale_row(T* logits, Range visible, T scale) {
+  for_each_vector<T>(visible, [&](int64_t column, Range) { store(logits + column, load(logits + column) * scale); });
+}
+
+// The factor that is left for exp(logits * scale - offset). An FMA subtracts from the exact product, but the offset stems
+// from rounded ones: where their difference is no longer small, the logits are scaled in place first.
+template <class T>
+VK_INLINE T remaining_scale(T* logits, Range visible, T scale, T offset) {
+  constexpr T kLargest = 1 << 15;  // products below are rounded by 2^-9 at most, as little as bfloat16 itself
+  if (scale == T(1) || std::abs(offset) <= kLargest) return scale;
+  scale_row(logits, visible, scale);
+  return T(1);
+}
+
 // probabilities[visible] = exp(logits - max), zero in the other columns below `width`; may be in place. Updates the
 // running state and returns the factor that rescales the accumulator.
 template <class E, class T>
-VK_INLINE T exponentiate(const T* logits, E* probabilities, Range visible, int64_t width, T scale, T largest,
+VK_INLINE T exponentiate(T* logits, E* probabilities, Range visible, int64_t width, T scale, T largest,
                          RowState<T>& state) {
   const T before = state.offset(), was_max = state.max;
   state.max = std::max(state.max, largest);
   const T offset = state.offset();
+  scale = remaining_scale(logits, visible, scale, offset);
   Vec<T> sum{};
   for_each_vector<T>(visible, [&](int64_t column, Range lanes) {
     const Vec<T> p = keep(exp<T, E>(load(logits + column) * scale - offset), lanes, T(0));

@@ -121,7 +121,8 @@ class Transposed {
         exponentiate(prob, visible, offset,
                      [&](Vec<T> x, int64_t column, Range lanes) { return score.apply(x * left_scale, column, lanes); });
       } else {
-        exponentiate(prob, visible, offset, [&](Vec<T> x, int64_t, Range) { return x * left_scale; });
+        const T scale_of_row = remaining_scale(prob, visible, left_scale, offset);
+        exponentiate(prob, visible, offset, [&](Vec<T> x, int64_t, Range) { return x * scale_of_row; });
       }
       clear_outside<T>(prob, visible, round_up(width, kWidth<T>));
     }

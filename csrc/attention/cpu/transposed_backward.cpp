@@ -20,6 +20,7 @@ namespace {
 template <class S>
 class TransposedBackward {
   using T = Compute<S>;
+  using E = Operand<S>;  // of the first product: logits have the forward's bits
 
  public:
   TransposedBackward(const AttentionTransposedBackwardParams& params, void* memory) : params(params), scratch(memory) {}
@@ -31,6 +32,7 @@ class TransposedBackward {
   }
 
   void run(int64_t begin, int64_t end) {
+    const TileScope tiles;
     for_each_key_tile(attention, begin, end, [&](const KeyTileTask& task) {
       batch = task.batch, split = task.split;
       tile_of_keys(task.kv_head, task.tile);
@@ -84,9 +86,11 @@ class TransposedBackward {
     const int64_t count = rows.end - rows.begin;
 
     const EvenRows query_rows{p.query.at<const S>(batch, rows.begin, head), p.query.token_stride};
-    pack_rows<T>(query_rows, count, p.head_dim, p.score.scale_of<T>(head), queries, query_width);  // [count, d]
-    pack_weighted_values<T, S>(p, params.weight, batch, head, rows, values, value_width);          // [count, dv]
-    key_tile.multiply(queries, count, {0, seen.end}, logits, logits_stride);                       // [count, seen]
+    const T scale = p.score.scale_of<T>(head);
+    pack_queries(query_rows, count, p.head_dim, scale, operands, operand_width);           // [count, d]
+    pack_rows<T>(query_rows, count, p.head_dim, scale, queries, query_width);              // [count, d]
+    pack_weighted_values<T, S>(p, params.weight, batch, head, rows, values, value_width);  // [count, dv]
+    key_tile.multiply(operands, count, {0, seen.end}, logits, logits_stride);              // [count, seen]
     matmul<T, false>({values, value_width, 1}, {out_gradient_panels, kPanel<T>, p.value_dim * kPanel<T>}, count,
                      round_up(seen.end, kWidth<T>), p.value_dim, gradients, logits_stride);  // [count, seen]
 
@@ -95,8 +99,8 @@ class TransposedBackward {
       const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);
       const T lse = static_cast<const T*>(forward.lse)[(batch * p.num_queries() + query) * p.heads + head];
       differentiate_row(p.score, {batch, head, query, tile.begin, visible, seen.end},
-                        RowNumbers<T>{T(1), exponent_offset(lse), T(0)}, logits + r * logits_stride,
-                        gradients + r * logits_stride);
+                        RowNumbers<T>{kFoldsScale<E> ? T(1) : scale, exponent_offset(lse), T(0)},
+                        logits + r * logits_stride, gradients + r * logits_stride);
     }
 
     matmul<T, true>({logits, logits_stride, 1}, {out_gradient, value_width, kPanel<T>}, count, value_width, seen.end,
@@ -121,6 +125,7 @@ class TransposedBackward {
   const Axis axis = p.axis;
   const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kBackwardKeyTile);
   const int64_t query_width = round_up(p.head_dim, kWidth<T>);
+  const int64_t operand_width = round_up(p.head_dim, kOperandWidth<E>);
   const int64_t value_width = round_up(p.value_dim, kWidth<T>);
   const int64_t logits_stride = (max_keys / kWidth<T> | 1) * kWidth<T>;
 
@@ -128,8 +133,9 @@ class TransposedBackward {
   T* values = scratch.take<T>(kBackwardQueryBlock * value_width);
   T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
   T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  KeyTile<T> key_tile{scratch.take<T>(max_keys * p.head_dim), scratch.take<T>(kMaxLastKeys* query_width), p.head_dim,
-                      query_width};
+  E* operands = scratch.take<E>(kBackwardQueryBlock * operand_width);
+  KeyTile<E> key_tile{scratch.take<E>(max_keys * padded_depth<E>(p.head_dim)),
+                      scratch.take<E>(kMaxLastKeys* operand_width), p.head_dim, operand_width};
   T* key_copy = scratch.take<T>(max_keys * query_width);
   T* key_gradient = scratch.take<T>(max_keys * query_width);
   T* out_gradient_panels = scratch.take<T>(max_keys * p.value_dim);
