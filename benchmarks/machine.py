@@ -29,6 +29,13 @@ def _cpuinfo(field: str) -> str:
     return ""
 
 
+def _cpu() -> str:
+    """The name, and what tells apart the CPUs that have the same one."""
+    numbers = [f"{field} {_cpuinfo(name)}" for field, name in (("family", "cpu family"), ("model", "model"))]
+    name = _cpuinfo("model name")
+    return f"{name}, {', '.join(numbers)}" if name else platform.processor()
+
+
 def _git(*arguments: str) -> str | None:
     here = Path(__file__).parent
     try:
@@ -79,7 +86,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     flags = set(_cpuinfo("flags").split())
     status = _git("status", "--porcelain")
     return {
-        "cpu": _cpuinfo("model name") or platform.processor(),
+        "cpu": _cpu(),
         "flags": [flag for flag in _FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
