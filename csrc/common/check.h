@@ -50,6 +50,18 @@ class Checker {
     defined(name, t);
     check(t.device() == like.device(), name, " is on another device than query, takes the same device");
     check(t.layout() == torch::headeronly::Layout::Strided, name, " is not a strided tensor, takes a strided one");
+    if (t.numel() > 0) stored(name, t);
+  }
+
+  // Sharded parameters are views of storages that are resized to nothing between uses.
+  void stored(const char* name, const Tensor& t) const {
+    const auto sizes = t.sizes(), strides = t.strides();
+    int64_t bytes, end = t.storage_offset() + 1;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+    for (size_t i = 0; i < sizes.size(); ++i) end += (sizes[i] - 1) * strides[i];
+    const int64_t needed = end * int64_t(t.element_size());
+    check(needed <= bytes, name, " of shape ", Shape(t), " has a storage of ", bytes, " bytes, takes ", needed,
+          ": it was resized");
   }
 
   void tensor(const char* name, const Tensor& t, const Tensor& like, ScalarType expected) const {

@@ -105,10 +105,17 @@ inline Tensor none_like(const Tensor& like) {
   return Tensor(tensor);
 }
 
+// Torch's own error, of an expanded tensor that is too large to be copied, loses its text on the way.
+inline Tensor as_contiguous(const Tensor& t) try {
+  return torch::stable::contiguous(t);
+} catch (const std::exception&) {
+  fail("vitkernels: cannot copy a tensor of shape ", Shape(t), " to contiguous memory");
+}
+
 // Any strides are fine as long as the last one is 1; a tensor without that is copied.
 inline Tensor with_unit_last_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : as_contiguous(t);
 }
 
 // Scratch memory for one call of a kernel: `bytes` for each thread that may work on so many tasks.

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 import vitkernels as vk
+from support.calls import replace
+from support.samples import SAMPLES
 from torch.autograd import forward_ad
 from vitkernels._library import isas_supported
 
@@ -166,3 +168,38 @@ def test_embeddings_without_a_table_are_long_enough(axis, outside, offsets):
     x = torch.randn(1, 1962, 3, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match=f"rel_pos_width has 3 offsets on axis 0, takes at least {offsets}"):
         vk.spatial_attention(x, x, x, [axis], rel_pos=[torch.randn(3, 16, requires_grad=True)], outside=outside)
+
+
+def resized(t):
+    t = t.clone()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
+@pytest.mark.parametrize("sample", {s.operator: s for s in reversed(SAMPLES)}.values(), ids=str)
+def test_storages_that_were_freed(sample):
+    """Those of sharded parameters are resized to nothing between uses."""
+    call = replace(sample.call(torch.float32, sizes=sample.small()), lambda t: t.detach())
+    found = 0
+    for name, argument in call.items():
+        if isinstance(argument, torch.Tensor) and argument.numel() > 1:
+            with pytest.raises(
+                RuntimeError, match=rf"vitkernels::{sample.operator}: .* has a storage of \d+ bytes, takes"
+            ):
+                sample.function(**call | {name: resized(argument)})
+            found += 1
+    assert found or sample.operator == "merge_attentions"
+
+
+def test_merging_storages_that_were_freed():
+    out, lse = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2)
+    for outs, lses in (([out, resized(out)], [lse, lse]), ([out, out], [resized(lse), lse])):
+        with pytest.raises(RuntimeError, match=r"vitkernels::merge_attentions: .* has a storage of"):
+            vk.merge_attentions(outs, lses)
+
+
+def test_copies_that_are_too_large():
+    q = torch.randn(1, 2, 1, 2)
+    key = torch.randn(1, 1, 1, 1).expand(1, 2**40, 1, 2)  # without a unit stride
+    with pytest.raises(RuntimeError, match=r"vitkernels: cannot copy a tensor of shape \(1, 1099511627776, 1, 2\)"):
+        vk.attention(q, key, key)

@@ -36,7 +36,7 @@ constexpr int64_t kMaxLength = int64_t(1) << 31;  // of a packed sequence: no te
 Tensor with_kernel_strides(const Tensor& term) {
   const int64_t last = term.dim() - 1;
   const bool is_fine = last < 0 || term.size(last) == 1 || term.stride(last) == 1 || term.stride(last) == 0;
-  return is_fine ? term : torch::stable::contiguous(term);
+  return is_fine ? term : as_contiguous(term);
 }
 
 void check_integers(const Checker& checker, const char* name, const Tensor& t, const Tensor& like) {
@@ -105,7 +105,7 @@ AttentionArguments::AttentionArguments(const Checker& checker, DenseCall call, c
   check_tokens(checker, call.packing.has_value(), policy);
   if (call.packing) check_packing(checker, *call.packing, policy.read);
   heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads, policy.read);
-  if (score.head_map) score.head_map = torch::stable::contiguous(*score.head_map);
+  if (score.head_map) score.head_map = as_contiguous(*score.head_map);
   check_score(checker, policy);
   query = with_unit_last_stride(query);
   key = with_unit_last_stride(key);
@@ -173,8 +173,8 @@ void AttentionArguments::check_packing(const Checker& checker, const Packing& pa
     check_integers(checker, name, *offsets, query);
     checker.check(offsets->size(0) > 0, name, " is empty, takes 0 and the end of each sequence");
   }
-  cu_seqlens_q = torch::stable::contiguous(packing.cu_seqlens_q);
-  cu_seqlens_k = torch::stable::contiguous(packing.cu_seqlens_k);
+  cu_seqlens_q = as_contiguous(packing.cu_seqlens_q);
+  cu_seqlens_k = as_contiguous(packing.cu_seqlens_k);
   checker.check(cu_seqlens_q->size(0) == cu_seqlens_k->size(0), "cu_seqlens_k has ", cu_seqlens_k->size(0),
                 " elements, takes as many as cu_seqlens_q (", cu_seqlens_q->size(0), ")");
   if (read) {
@@ -190,7 +190,7 @@ void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& qu
   OptionalTensor& head_scale = score.terms.head_scale;
   if (!head_scale) return;
   checker.tensor("scale", *head_scale, query, type, {heads});
-  head_scale = torch::stable::contiguous(*head_scale);
+  head_scale = as_contiguous(*head_scale);
 }
 
 void AttentionArguments::check_score(const Checker& checker, const DevicePolicy& policy) {

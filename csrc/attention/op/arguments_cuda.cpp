@@ -17,7 +17,7 @@ bool values_are_checked() {
 }
 
 std::vector<int64_t> read_device_integers(const Checker& checker, const Tensor& t) {
-  const Tensor values = torch::stable::contiguous(t);
+  const Tensor values = as_contiguous(t);
   const OnDevice device(t);
   const auto read = [&]<class T>(T) {
     std::vector<T> copy(t.numel());

@@ -106,7 +106,7 @@ void BackwardCall::check(const Checker& checker, const Tensor& query, const std:
   for (const auto& [name, t] : {std::pair{"lse", &lse}, {"grad_lse", grad_lse ? &*grad_lse : nullptr}}) {
     if (!t) continue;
     checker.tensor(name, *t, query, statistics, lse_sizes);
-    *t = torch::stable::contiguous(*t);
+    *t = as_contiguous(*t);
   }
 }
 

@@ -29,8 +29,8 @@ struct MergeArguments {
     for (size_t i = 0; i < outs_in.size(); ++i) {
       checker.tensor("outs", outs_in[i], first, first.scalar_type(), out_sizes);
       checker.tensor("lses", lses_in[i], first, statistics_type(params.dtype), lse_sizes);
-      outs.push_back(torch::stable::contiguous(outs_in[i]));
-      lses.push_back(torch::stable::contiguous(lses_in[i]));
+      outs.push_back(as_contiguous(outs_in[i]));
+      lses.push_back(as_contiguous(lses_in[i]));
       out_data.push_back(outs[i].const_data_ptr());
       lse_data.push_back(lses[i].const_data_ptr());
     }
@@ -65,7 +65,7 @@ void merge_attentions_backward(Call& call) {
   checker.tensor("grad_out", grad_out, outs[0], outs[0].scalar_type(), sizes_of(outs[0]));
   if (grad_lse) {
     checker.tensor("grad_lse", *grad_lse, outs[0], lses[0].scalar_type(), sizes_of(lses[0]));
-    grad_lse = torch::stable::contiguous(*grad_lse);
+    grad_lse = as_contiguous(*grad_lse);
   }
   std::vector<Tensor> grads;
   std::vector<void*> grad_data;
@@ -73,7 +73,7 @@ void merge_attentions_backward(Call& call) {
     for (const Tensor& t : *list) grad_data.push_back(grads.emplace_back(empty_as(t)).mutable_data_ptr());
   }
 
-  const Tensor grad_out_rows = torch::stable::contiguous(grad_out);
+  const Tensor grad_out_rows = as_contiguous(grad_out);
   const MergeBackwardParams params{.forward = args.params,
                                    .grad_out = grad_out_rows.const_data_ptr(),
                                    .grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr,

@@ -9,11 +9,11 @@ constexpr int64_t kPadding = 16;
 
 int64_t num_entries(const Tensor& table) { return table.numel() / table.size(0); }
 
-OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(torch::stable::contiguous(*t)) : t; }
+OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(as_contiguous(*t)) : t; }
 
 OptionalTensor reversed_entries(const OptionalTensor& table) {
   if (!table) return {};
-  const Tensor source = torch::stable::contiguous(*table);
+  const Tensor source = as_contiguous(*table);
   const int64_t heads = source.size(0), entries = num_entries(source), stride = entries + kPadding;
   Tensor target = zeros_as(source, {heads, stride}, source.scalar_type());
   dispatch_statistics(source, [&]<class T>(T) {
@@ -40,7 +40,7 @@ int64_t padded_dim(const Tensor& rel_pos) {
 
 OptionalTensor reversed_rows(const OptionalTensor& rel_pos) {
   if (!rel_pos) return {};
-  const Tensor source = torch::stable::contiguous(*rel_pos);
+  const Tensor source = as_contiguous(*rel_pos);
   const int64_t heads = heads_of(source), offsets = offsets_of(source), dim = source.size(source.dim() - 1);
   Tensor target = zeros_as(source, {heads, offsets, padded_dim(source)}, source.scalar_type());
   dispatch_statistics(source, [&]<class T>(T) {

@@ -148,7 +148,7 @@ void SpatialArguments::check_fill(const Checker& checker, const char* name, Opti
   if (!fill) return;
   checker.check(score.has_outside, name, " is given, takes None unless there are keys outside the map");
   checker.tensor(name, *fill, query, query.scalar_type(), {kv_heads, dim});
-  fill = torch::stable::contiguous(*fill);
+  fill = as_contiguous(*fill);
 }
 
 void SpatialArguments::tile(const Checker& checker) {

@@ -25,7 +25,7 @@ class TransposedArguments {
     checker.tensor("lse", lse, attention.query, statistics, rows);
     check_score_term(checker, "query_weight", query_weight, attention.query, statistics, rows, "(B, Nq, heads)");
     value = with_unit_last_stride(value);
-    lse = torch::stable::contiguous(lse);
+    lse = as_contiguous(lse);
   }
 
   void check_grad_out(const Checker& checker, const Tensor& grad_out) const {
