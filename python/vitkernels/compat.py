@@ -1,6 +1,6 @@
-"""flash-attention's calls, for code that imports them: ``from vitkernels.compat import flash_attn_func``.
+"""Calls of flash-attention and of PyTorch, for code that has them: ``from vitkernels.compat import flash_attn_func``.
 
-Arguments, layouts and results are flash-attention's; what the kernels do not compute is an error, never ignored.
+Arguments, layouts and results are theirs; what the kernels do not compute is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,69 @@ from torch import Tensor
 
 from vitkernels.functional import attention, attention_varlen, merge_attentions
 
-__all__ = ["flash_attn_func", "flash_attn_varlen_func"]
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "scaled_dot_product_attention"]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.scaled_dot_product_attention`, heads before tokens.
+
+    Args:
+        query: ``(B, heads, Nq, d)``; fewer or more axes before the last two as well.
+        key: ``(B, heads, Nk, d)``; with ``enable_gqa`` the number of heads may be a divisor of the query's.
+        value: ``(B, heads, Nk, dv)``, heads as ``key``.
+        attn_mask: broadcasts to ``(B, heads, Nq, Nk)``: boolean, true where a key is seen, or floating, added to the
+            logits.
+        dropout_p: only 0.
+        is_causal: query i sees keys up to i; not together with ``attn_mask``.
+        scale: default ``d ** -0.5``.
+        enable_gqa: successive query heads share a key head.
+
+    Returns:
+        ``(B, heads, Nq, dv)``, as a view of ``(B, Nq, heads, dv)``. A query that sees no key gets zeros.
+
+    Raises:
+        NotImplementedError: if ``dropout_p`` is not 0.
+        RuntimeError: for arguments that do not go together, and as :func:`vitkernels.attention`.
+    """
+    name, rank = "scaled_dot_product_attention", query.dim()
+    if dropout_p != 0.0:
+        _refuse(name, "dropout_p", str(dropout_p), "0")
+    if is_causal and attn_mask is not None:
+        raise RuntimeError(f"vitkernels.compat.{name}: is_causal is True, takes False with an attn_mask")
+    if rank < 2 or key.dim() != rank or value.dim() != rank:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise RuntimeError(
+            f"vitkernels.compat.{name}: query, key and value have shapes {shapes}, takes (B, heads, tokens, d)"
+        )
+    if rank > 2 and not enable_gqa and query.size(-3) != key.size(-3):
+        raise RuntimeError(
+            f"vitkernels.compat.{name}: key has {key.size(-3)} heads, takes query's {query.size(-3)} without enable_gqa"
+        )
+    batch, bias = query.shape[:-3], attn_mask
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.where(bias, 0.0, -torch.inf)
+        if rank > 4 and bias.dim() > 3:
+            bias = _with_four_axes(bias.expand(*batch, *bias.shape[-3:]))
+    q, k, v = (_with_four_axes(t).transpose(1, 2) for t in (query, key, value))
+    out = attention(q, k, v, bias=bias, is_causal=is_causal, scale=scale).transpose(1, 2)
+    return out if rank == 4 else out.reshape(*query.shape[:-2], *out.shape[2:])
+
+
+def _with_four_axes(t: Tensor) -> Tensor:
+    """One axis in place of all before the last three; axes of size one in front of fewer."""
+    if t.dim() > 4:
+        return t.flatten(0, -4)
+    return t[(None,) * (4 - t.dim())]
 
 
 def flash_attn_func(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import vitkernels as vk
-from support.calls import outputs_of
+from support.calls import Recorder, outputs_of
 from support.devices import DEVICE, ON_CPU, dtype_of
 from support.sample import Sample
 from support.samples import CORE, COVERING, each_of
@@ -160,3 +160,17 @@ def test_forward_mode_without_a_tangent():
     with forward_ad.dual_level():
         assert torch.equal(vk.attention(q, q, q), plain)
         assert torch.equal(*vk.merge_attentions([plain] * 2, [torch.zeros(1, 3, 1, device=DEVICE)] * 2)[:1], plain)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (2, None, 0)], ids=str)
+def test_vmap_of_data_is_one_call(in_dims):
+    q, k, v = (torch.randn(3, 2, 5, 4, 8, requires_grad=True) for _ in range(3))
+    given = [t.movedim(0, dim) if dim is not None else t[0] for t, dim in zip((q, k, v), in_dims, strict=True)]
+    with Recorder() as recorder:
+        out, lse = torch.func.vmap(lambda *t: vk.attention(*t, return_lse=True), in_dims)(*given)
+        merged = torch.func.vmap(lambda o, e: vk.merge_attentions([o, o], [e, e])[0])(out, lse)
+        grads = torch.autograd.grad(merged.sum(), (q, k, v))
+    assert len(recorder.calls) == 4
+    expected = [vk.attention(q[i], k[i if in_dims[1] == 0 else 0], v[i]) for i in range(3)]
+    torch.testing.assert_close(out, torch.stack(expected))
+    torch.testing.assert_close(grads, torch.autograd.grad(sum(o.sum() for o in expected), (q, k, v)))

@@ -1,10 +1,10 @@
-"""flash-attention's calls: their alignment of causal masks, their layouts, and what they refuse."""
+"""Calls of flash-attention and PyTorch: alignment of causal masks, layouts, and what they refuse."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from vitkernels.compat import flash_attn_func, flash_attn_varlen_func
+from vitkernels.compat import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
 
 
 def plain(q, k, v, scale=None, causal=False):
@@ -72,3 +72,57 @@ def test_varlen_causal_needs_equal_lengths():
     a, b = torch.tensor([0, 2, 6]), torch.tensor([0, 3, 6])
     with pytest.raises(NotImplementedError, match="causal is True, takes False where"):
         flash_attn_varlen_func(q, k, v, a, b, 4, 3, causal=True)
+
+
+SDPA_CALLS = {
+    "plain": ({}, [(2, 3, 9, 8)] * 3),
+    "cross": ({}, [(2, 3, 9, 8), (2, 3, 5, 8), (2, 3, 5, 6)]),
+    "causal": ({"is_causal": True}, [(2, 3, 9, 8), (2, 3, 5, 8), (2, 3, 5, 8)]),
+    "scale": ({"scale": 0.3}, [(2, 3, 9, 8)] * 3),
+    "grouped": ({"enable_gqa": True}, [(2, 6, 9, 8), (2, 2, 5, 8), (2, 2, 5, 8)]),
+    "two-axes": ({}, [(9, 8)] * 3),
+    "three-axes": ({}, [(3, 9, 8)] * 3),
+    "five-axes": ({}, [(2, 2, 3, 9, 8)] * 3),
+}
+MASKS = {"dense": (9, 9), "heads": (3, 9, 9), "keys": (2, 1, 1, 9), "batch": (2, 1, 9, 9)}
+
+
+def same_as_torch(shapes, options, dtype=torch.float64):
+    inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    results = []
+    for function in (scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):
+        out = function(*inputs, **options)
+        learnt = [*inputs, *(o for o in options.values() if isinstance(o, torch.Tensor) and o.requires_grad)]
+        results.append((out, *torch.autograd.grad(out.square().sum(), learnt)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", SDPA_CALLS)
+def test_scaled_dot_product_attention(name):
+    options, shapes = SDPA_CALLS[name]
+    same_as_torch(shapes, options)
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+@pytest.mark.parametrize("kind", ["boolean", "floating", "learnt"])
+@pytest.mark.parametrize("name", MASKS)
+def test_scaled_dot_product_attention_with_a_mask(name, kind, rank):
+    mask = torch.rand(MASKS[name], dtype=torch.float64)
+    mask = mask > 0.3 if kind == "boolean" else mask.requires_grad_(kind == "learnt")
+    if kind == "boolean":
+        mask[..., 0] = True
+    same_as_torch([(2,) * (rank - 3) + (3, 9, 8)] * 3, {"attn_mask": mask})
+
+
+def test_scaled_dot_product_attention_refuses():
+    q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    refused = {
+        "dropout_p is 0.1, takes 0": lambda: scaled_dot_product_attention(q, q, q, dropout_p=0.1),
+        "is_causal is True, takes False": lambda: scaled_dot_product_attention(q, q, q, q[0, 0], is_causal=True),
+        "key has 2 heads, takes query's 4": lambda: scaled_dot_product_attention(q, k, k),
+        r"shapes \(2, 4, 9, 8\), \(4, 9, 8\)": lambda: scaled_dot_product_attention(q, q[0], q),
+    }
+    for message, call in refused.items():
+        with pytest.raises(RuntimeError, match=f"vitkernels.compat.scaled_dot_product_attention: .*{message}"):
+            call()

@@ -43,6 +43,11 @@ def _of_keys(given: Arguments) -> Tensor:
 
 
 def _like_first(given: Arguments) -> tuple[Tensor, ...]:
+    outs, lses = given["outs"], given["lses"]
+    if len(outs) != len(lses):
+        raise RuntimeError(
+            f"vitkernels::merge_attentions: lses has {len(lses)} tensors, takes as many as outs ({len(outs)})"
+        )
     return tuple(given[name][0].new_empty(given[name][0].shape) for name in ("outs", "lses"))
 
 
@@ -62,7 +67,8 @@ def in_statistics_dtype(op: str, query: Tensor, name: str, term: Tensor) -> Tens
 def check_floating(op: str, name: str, term: Tensor) -> None:
     """Raise unless ``term`` has a dtype of ours: a boolean mask would be taken for zeros and ones."""
     if term.dtype not in _SCORE_DTYPES:
-        raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype")
+        of_mask = f" ({name}=torch.where({name}, 0.0, -torch.inf))" if term.dtype == torch.bool else ""
+        raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype{of_mask}")
 
 
 def allow_tf32(query: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vitkernels._torch_private import below_autograd, entry_of, is_tracing, is_transformed
 from vitkernels.ops.autocast import Cast
 from vitkernels.ops.schema import GRAD, NEED, Operator
-from vitkernels.ops.vmap import one_by_one
+from vitkernels.ops.vmap import batching_rule
 
 __all__ = ["Call", "Gradient", "NoGradient", "register_autograd"]
 
@@ -159,7 +159,7 @@ def _recorders(op: Operator, gradient: NoGradient) -> Sequence[Call]:
         return type(op.name, (torch.autograd.Function,), members)
 
     plain, transformed = recorder(forward=record), recorder(forward=forward, setup_context=setup_context)
-    transformed.vmap = staticmethod(one_by_one(op.name, transformed.apply))
+    transformed.vmap = staticmethod(batching_rule(op, transformed.apply))
     applied: list[Call] = [plain.apply, transformed.apply]
     return [partial(_apply_flat, op, apply) for apply in applied] if op.has_lists else applied
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["one_by_one"]
+from vitkernels.ops.schema import GRAD, NEED, Operator
+
+__all__ = ["batching_rule"]
+
+#: Arguments whose first axis is the batch; terms that broadcast to one, and their rank with it.
+_BATCHES = ("query", "key", "value", "value_q", "out", "lse", "outs", "lses", "grad_out", "grad_lse")
+_RANKS = {"bias": 4, "multiplier": 4, "key_bias": 3, "query_weight": 3}
 
 
-def one_by_one(op: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule for ``vmap``: ``call`` for each element of the batch, the results of all in one tensor."""
+def batching_rule(op: Operator, call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """A rule for ``vmap``: one call whose batch is that of all elements, or where terms differ a call for each.
 
-    def element(argument: Any, dim: Any, i: int) -> Any:
-        if isinstance(dim, (list, tuple)):
-            return [element(a, d, i) for a, d in zip(argument, dim, strict=True)]
-        return argument if dim is None else argument.select(dim, i)
+    ``call`` may take lists of tensors flat (:meth:`Operator.flat`).
+    """
 
     def batched(info: Any, dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
-            raise RuntimeError(f"vitkernels::{op}: vmap has no elements, takes one or more")
-        calls = [call(*(element(a, dim, i) for a, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)]
+            raise RuntimeError(f"vitkernels::{op.name}: vmap has no elements, takes one or more")
+        names = op.arguments if len(args) == len(op.arguments) else ["outs"] * len(args)
+        if _has_one_batch(names, dims, args):
+            found = call(*(_folded(*each, info.batch_size) for each in zip(names, args, dims, strict=True)))
+            return _apart(op, found, info.batch_size)
+        calls = [
+            call(*(_element(a, dim, i) for a, dim in zip(args, dims, strict=True))) for i in range(info.batch_size)
+        ]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         results = [torch.stack(each) for each in zip(*calls, strict=True)]
@@ -30,3 +40,42 @@ def one_by_one(op: str, call: Callable[..., Any]) -> Callable[..., Any]:
         return as_returned(results), as_returned([0] * len(results))
 
     return batched
+
+
+def _has_one_batch(names: Sequence[str], dims: Sequence[Any], args: Sequence[Any]) -> bool:
+    """Whether the elements differ in arguments with a batch alone, and so do the gradients that are requested."""
+    for name, arg, dim in zip(names, args, dims, strict=True):
+        if name == "cu_seqlens_q" or (name.startswith(NEED) and arg):
+            return False
+        if not isinstance(arg, Tensor) or name in _BATCHES:
+            continue
+        if dim is not None or (arg.dim() >= _RANKS.get(name, arg.dim() + 1) and arg.size(0) != 1):
+            return False
+    return True
+
+
+def _folded(name: str, arg: Any, dim: Any, count: int) -> Any:
+    if name not in _BATCHES or not isinstance(arg, (Tensor, list, tuple)):
+        return arg
+    if not isinstance(arg, Tensor):
+        each = zip(arg, dim if isinstance(dim, (list, tuple)) else [dim] * len(arg), strict=True)
+        return [_folded(name, a, d, count) for a, d in each]
+    return (arg.expand(count, *arg.shape) if dim is None else arg.movedim(dim, 0)).flatten(0, 1)
+
+
+def _apart(op: Operator, found: Any, count: int) -> tuple[Any, Any]:
+    """The results of all elements in one, as those of each along a new first axis."""
+    if isinstance(found, Tensor):
+        return found.reshape(count, found.size(0) // count, *found.shape[1:]), 0
+    absent = [NEED + name.removeprefix(GRAD) in op.arguments for name in op.results]
+    if len(absent) != len(found):  # a list
+        absent = [False] * len(found)
+    results = [(t, None) if no else _apart(op, t, count) for t, no in zip(found, absent, strict=True)]
+    as_returned = type(found)
+    return as_returned(t for t, _ in results), as_returned(dim for _, dim in results)
+
+
+def _element(argument: Any, dim: Any, i: int) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return [_element(a, d, i) for a, d in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, i)

@@ -1,0 +1,72 @@
+"""FLOP formulas of the operators, for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+They follow its conventions: two FLOPs for each multiply-add of a matrix product, none for a softmax, five products in
+a backward, and ``is_causal`` of dense attention counts as if every key were seen. Over a map only the pairs of a query
+and a key that see each other count (those beyond ``radius``, too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vitkernels.ops.schema import Arguments, Operator
+from vitkernels.reference.pattern import AxisRule
+
+__all__: list[str] = []
+
+
+def _lengths(offsets: Tensor, longest: int) -> list[int]:
+    """Of packed sequences; where only shapes are known, all are as long as the longest."""
+    if type(offsets) is not Tensor or offsets.is_meta:
+        return [longest] * (offsets.size(0) - 1)
+    return [int(n) for n in offsets.diff().tolist()]
+
+
+def _pairs_on_axis(integers: list[int], num_queries: int, num_keys: int, has_outside: bool) -> int:
+    rule, step, size, key_size, shift, halo, stride, is_causal = integers
+    whole = AxisRule(
+        rule, step, size, key_size, shift, halo, stride, bool(is_causal), num_queries, num_keys, has_outside
+    )
+    return sum(
+        len(of_class.keys(u)) for of_class in map(whole.of_class, range(step)) for u in range(of_class.num_queries)
+    )
+
+
+def _pairs(given: Arguments) -> int:
+    """How many pairs of a query and a key have a logit."""
+    query, key = given["query"], given["key"]
+    heads: int = query.size(-2)
+    if "cu_seqlens_q" in given:
+        lengths = (_lengths(given[f"cu_seqlens_{side}"], given[f"max_seqlen_{side}"]) for side in "qk")
+        return sum(heads * q * k for q, k in zip(*lengths, strict=True))
+    batch: int = key.size(0)
+    if "axes" not in given:
+        return batch * heads * int(query.size(1) * key.size(1))
+    maps = [tuple((key if given["is_shared_query"] else query).shape[1:-2]), tuple(key.shape[1:-2])]
+    axes = [list(given["axes"][i : i + 8]) for i in range(0, len(given["axes"]), 8)]
+    each = zip(axes, *maps, strict=True)
+    return batch * heads * prod(_pairs_on_axis(axis, q, k, given["has_outside"]) for axis, q, k in each)
+
+
+def _register(name: str, of_query: int, of_value: int) -> None:
+    """A formula for an operator with so many products as deep as a query, and as a value."""
+    names = Operator(name).arguments
+
+    def formula(*args: Any, out_val: Any = None, **options: Any) -> int:
+        given = dict(zip(names, args, strict=False)) | options
+        value = given["value"] if "value" in given else given["value_q"]
+        return 2 * _pairs(given) * int(of_query * given["query"].size(-1) + of_value * value.size(-1))
+
+    registered: Callable[..., Any] = register_flop_formula(getattr(torch.ops.vitkernels, name), get_raw=True)
+    registered(formula)
+
+
+for _name in ("attention", "attention_varlen", "attention_transposed", "spatial_attention"):
+    _register(_name, 1, 1)
+    _register(f"{_name}_backward", 3, 2)
