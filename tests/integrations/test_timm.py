@@ -232,7 +232,9 @@ def test_dropout_in_training_takes_the_stock_path():
     torch.manual_seed(9)
     stock = outputs_and_gradients(model, images)
     report = vk.accelerate(model)
-    assert {entry.reason for entry in report.replaced} == {"stock path in training: attention dropout 0.2"}
+    assert {entry.reason for entry in report.replaced} == {
+        "stock path in training: attention dropout 0.2; stock path with hooks on attn_drop"
+    }
     torch.manual_seed(9)
     with expect_kernel_calls(0):
         ours = outputs_and_gradients(model, images)
@@ -245,7 +247,7 @@ def test_device_without_kernels_takes_the_stock_path():
     module, x = attention_module()
     module.to("meta")
     (entry,) = vk.accelerate(module).entries
-    assert entry.reason == "stock path on meta: no kernels for it"
+    assert entry.reason == "stock path on meta: no kernels for it; stock path with hooks on attn_drop"
     with expect_kernel_calls(0):
         assert module(x.to("meta")).shape == x.shape
 
@@ -303,7 +305,7 @@ def test_report_is_a_table():
     report = vk.accelerate(model)
     kernels = ", ".join(f"{device}: {state}" for device, state in vk._library.backends().items())
     assert str(report) == (
-        "   2 x timm Attention -> vitkernels.attention\n"
+        "   2 x timm Attention -> vitkernels.attention (stock path with hooks on attn_drop)\n"
         f"   1 x {__name__.partition('.')[0]} OtherAttention -> stock (no fused replacement)\n"
         f"kernels: {kernels}"
     )

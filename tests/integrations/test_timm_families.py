@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import vitkernels as vk
+from support.hooks import assert_hooks_are_called
 from support.model_zoo import (
     DEPTH,
     TIMM_FAMILIES,
@@ -35,11 +36,21 @@ families = pytest.importorskip("vitkernels.integrations.timm.families")
 ATTENTIONS_PER_MODULE = {"timm DiffAttention": 2, "timm DiffParallelScalingBlock": 2}
 
 
+def shape_for_no_images(model: nn.Module, images: torch.Tensor) -> torch.Size | None:
+    """``None`` if the model cannot do it."""
+    try:
+        with torch.no_grad():
+            return model.eval()(images[:0]).shape
+    except RuntimeError:
+        return None
+
+
 @pytest.mark.parametrize("name", TIMM_FAMILIES)
 def test_family_agrees(name):
     model, images = timm_family(name)
     _, _, replaced, left = TIMM_FAMILIES[name]
     stock, keys = outputs_and_gradients(model, images), list(model.state_dict())
+    no_images = shape_for_no_images(model, images)
     report = vk.accelerate(model)
     assert Counter(entry.kind for entry in report.replaced) == {f"timm {kind}": n for kind, n in replaced.items()}
     assert Counter(entry.kind for entry in report.stock) == {f"timm {kind}": n for kind, n in left.items()}
@@ -49,6 +60,9 @@ def test_family_agrees(name):
     with expect_kernel_calls(sum(ATTENTIONS_PER_MODULE.get(entry.kind, 1) for entry in report.replaced)):
         ours = outputs_and_gradients(model, images)
     assert_close(ours, stock)
+    if no_images:
+        assert shape_for_no_images(model, images) == no_images
+    assert_hooks_are_called(model.eval(), images)
     vk.restore(model)
     assert torch.equal(model.eval()(images), stock["output"])
 
@@ -213,6 +227,7 @@ def test_layer_agrees(name):
     with expect_kernel_calls(ATTENTIONS_PER_MODULE.get(entry.kind, 1)):
         ours = layer_outcome(module, inputs, kwargs)
     assert_close(ours, stock)
+    assert_hooks_are_called(module, *inputs, **kwargs)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -175,6 +175,32 @@ def test_masks_agree(kind):
     assert_agrees(multihead(), x, x, x, **arguments)
 
 
+def refusal(module: nn.Module, *inputs: torch.Tensor, **kwargs) -> tuple[type, str]:
+    with pytest.raises((AssertionError, RuntimeError)) as error:
+        module(*inputs, need_weights=False, **kwargs)
+    return error.type, str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["one key", "four axes", "one head", "one image", "one image of keys", "values", "two axes", "dtype"]
+)
+def test_what_torch_refuses_is_refused(kind):
+    module, x, seen = multihead(), tokens(2, 5, 24), torch.zeros(5, 5, dtype=torch.bool)
+    inputs, masks = {
+        "one key": ((x, x, x), {"attn_mask": seen[:, :1]}),
+        "four axes": ((x, x, x), {"attn_mask": seen.expand(2, 3, 5, 5)}),
+        "one head": ((x, x, x), {"attn_mask": seen.expand(1, 5, 5)}),
+        "one image": ((x, x, x), {"key_padding_mask": seen[:1]}),
+        "one image of keys": ((x, x[:1], x[:1]), {}),
+        "values": ((x, x, x[:1]), {}),
+        "two axes": ((x, x[0], x[0]), {}),
+        "dtype": ((x, x, x), {"attn_mask": torch.zeros(5, 5, dtype=torch.float16)}),
+    }[kind]
+    stock = refusal(module, *inputs, **masks)
+    vk.accelerate(module)
+    assert refusal(module, *inputs, **masks) == stock
+
+
 @pytest.mark.parametrize("kind", ["need_weights", "is_causal", "unbatched"])
 def test_what_the_kernel_cannot_do_takes_the_stock_path(kind):
     x = tokens(5, 24) if kind == "unbatched" else tokens(2, 5, 24)

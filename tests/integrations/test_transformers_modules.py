@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import vitkernels as vk
+from support.hooks import assert_hooks_are_called
 from support.model_zoo import (
     TRANSFORMERS_FAMILIES,
     add_low_rank,
@@ -42,6 +43,7 @@ def test_outputs_and_gradients_agree(name):
     with expect_kernel_calls(sum(replaced.values())):
         ours = outputs_and_gradients(model, images)
     assert_close(ours, stock)
+    assert_hooks_are_called(model, images)
     vk.restore(model)
     assert [type(m) for m in model.modules()] == classes
     again = outputs_and_gradients(model, images)

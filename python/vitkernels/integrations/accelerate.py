@@ -10,6 +10,7 @@ from types import ModuleType
 from torch import nn
 
 from vitkernels._library import backends
+from vitkernels.integrations.handwritten import CALLS_SDPA, calls_sdpa
 from vitkernels.integrations.report import Entry, Report, kind_of
 
 __all__ = ["accelerate", "register_transformers", "restore"]
@@ -28,8 +29,10 @@ def accelerate(model: nn.Module) -> Report:
     """Let the attention modules of ``model`` compute with the kernels, in place.
 
     Parameters, buffers, hooks, ``state_dict`` keys and the classes that ``isinstance`` sees stay; copies,
-    pickles and compiled versions of the model stay accelerated. ``torch.fx`` traces the stock path, and
-    ``torch.jit.script`` needs :func:`restore` first. A second call changes nothing.
+    pickles and compiled versions of the model stay accelerated. A module that the kernel's work includes, such as the
+    dropout of the attention weights, is not called: while it has hooks, registered before or after, the attention
+    around it takes the stock path. ``torch.fx`` traces the stock path; ``torch.jit.script`` and the ONNX exporter with
+    ``dynamo=False`` need :func:`restore` first, and say so. A second call changes nothing.
 
     - torch, and so torchvision: ``nn.MultiheadAttention``. Of torchvision also the shifted windows of Swin and
       Swin V2.
@@ -40,7 +43,9 @@ def accelerate(model: nn.Module) -> Report:
       ``"sdpa"``. The setting lives in the model's config, so a model that shares the config object follows.
       Beside these the modules of CvT, PVT and PVTv2, which compute on their own, and the layers of Swin and Swin V2.
 
-    A subclass of a replaced class is left alone, since it may compute something else.
+    A subclass of a replaced class is left alone, since it may compute something else. So is a module that calls torch's
+    ``scaled_dot_product_attention`` on its own: :func:`vitkernels.compat.scaled_dot_product_attention` takes its place
+    there.
 
     Shifted windows are computed on the map: nothing is rolled or cut into windows. The libraries add -100 to the
     logits of pairs that a shift keeps apart; here such pairs do not exist, which differs where logits lie that far
@@ -60,8 +65,13 @@ def accelerate(model: nn.Module) -> Report:
     inside = tuple(f"{name}." if name else "" for name, entry in entries.items() if entry.status == "replaced")
     # What a replaced module has inside is part of it, and not an entry of its own.
     entries = {name: entry for name, entry in entries.items() if not name or not name.startswith(inside)}
+    by_hand = {cls for cls in {type(module) for module in model.modules()} if calls_sdpa(cls)}
     for name, module in model.named_modules():
-        if name not in entries and not name.startswith(inside) and _looks_like_attention(module):
+        if name in entries or name.startswith(inside):
+            continue
+        if type(module) in by_hand:
+            entries[name] = Entry(name, kind_of(module), "stock", CALLS_SDPA)
+        elif _looks_like_attention(module):
             entries[name] = Entry(name, kind_of(module), "stock", "no fused replacement")
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     return Report(sorted(entries.values(), key=lambda entry: order[entry.name]), backends())

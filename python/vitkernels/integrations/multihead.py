@@ -7,9 +7,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from vitkernels.functional import attention
+from vitkernels.integrations.classes import without
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
 from vitkernels.integrations.report import Entry, kind_of
 from vitkernels.integrations.shapes import split_last
+from vitkernels.integrations.torchscript import check_exporter, refuse_script
 from vitkernels.nn.masks import mask_terms
 
 __all__ = ["FusedMultiheadAttention", "replace", "restore"]
@@ -41,6 +43,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if isinstance(query, fx.Proxy):  # a leaf, as every module of torch.nn
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, arguments, {})
+        check_exporter(self)
         if (
             need_weights
             or is_causal
@@ -48,7 +51,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
             or query.dim() != 3
             or query.is_nested
             or query.dtype not in KERNEL_DTYPES["attention"].get(query.device.type, ())
-            or not all(mask is None or _is_mask(mask) for mask in (key_padding_mask, attn_mask))
+            or not self._fit(query, key, value)
+            or not self._masks_fit(query, key, attn_mask, key_padding_mask)
         ):
             return super().forward(*arguments)
         q, k, v = self._projections(query, key, value)
@@ -59,6 +63,30 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         if not self.batch_first:
             out = out.transpose(0, 1)
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
+
+    __prepare_scriptable__ = refuse_script
+
+    def _fit(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether the shapes are as torch takes them. The stock forward says what is wrong with others."""
+        batch = 0 if self.batch_first else 1
+        return query is key is value or (
+            key.dim() == 3 and key.shape == value.shape and query.size(batch) == key.size(batch)
+        )
+
+    def _masks_fit(self, query: Tensor, key: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> bool:
+        """Likewise, and the dtypes: torch's masks are not broadcast."""
+        if attn_mask is None and key_padding_mask is None:
+            return True
+        batch, tokens = (0, 1) if self.batch_first else (1, 0)
+        images, n_q, n_k = query.size(batch), query.size(tokens), key.size(tokens)
+        accepted = (
+            (attn_mask, ((n_q, n_k), (images * self.num_heads, n_q, n_k))),
+            (key_padding_mask, ((images, n_k),)),
+        )
+        return all(
+            mask is None or (mask.dtype in (torch.bool, query.dtype) and tuple(mask.shape) in shapes)
+            for mask, shapes in accepted
+        )
 
     def _projections(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values ``(*, heads, d)`` of each token."""
@@ -92,15 +120,19 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 def replace(model: nn.Module) -> list[Entry]:
     """Swap the class of every ``nn.MultiheadAttention`` of ``model``."""
     bypassed = {id(m.self_attn) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)}
-    entries = []
+    entries, made = [], dict[type, type]()
     for name, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention):
             continue
+        accelerated = isinstance(module, FusedMultiheadAttention)
         obstacle = _obstacle(module)
         if obstacle:
+            if accelerated:  # by an earlier call, before something was changed
+                _restore(module, made)
             entries.append(Entry(name, kind_of(module), "stock", obstacle))
             continue
-        module.__class__ = FusedMultiheadAttention
+        if not accelerated:
+            module.__class__ = FusedMultiheadAttention
         reasons = [*conditions(module, module.dropout), _CONDITION]
         if id(module) in bypassed:
             reasons.append(_BYPASSED)
@@ -110,17 +142,18 @@ def replace(model: nn.Module) -> list[Entry]:
 
 def restore(model: nn.Module) -> None:
     """Give every accelerated module its stock class again."""
+    made: dict[type, type] = {}
     for module in model.modules():
-        if type(module) is FusedMultiheadAttention:
-            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]  # narrower than what it becomes
+        if isinstance(module, FusedMultiheadAttention):
+            _restore(module, made)
 
 
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
+def _restore(module: nn.Module, made: dict[type, type]) -> None:
+    module.__class__ = without(type(module), FusedMultiheadAttention, nn.MultiheadAttention, made)
 
 
 def _obstacle(module: nn.MultiheadAttention) -> str:
-    if type(module) not in (nn.MultiheadAttention, FusedMultiheadAttention):
+    if type(module) is not nn.MultiheadAttention and not isinstance(module, FusedMultiheadAttention):
         return "a subclass of torch's MultiheadAttention may compute something else"
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"

@@ -1,7 +1,11 @@
-"""Between the layouts of the models and the one of the kernels."""
+"""Between the layouts of the models and the one of the kernels.
+
+A size of -1 is only right where it follows from one axis: from all elements it cannot be found when there are none.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["map_of", "split_last", "tokens_of"]
@@ -19,4 +23,4 @@ def tokens_of(feature_map: Tensor) -> Tensor:
 
 def map_of(tokens: Tensor, height: int, width: int) -> Tensor:
     """``(B, height * width, *)`` as ``(B, C, height, width)``."""
-    return tokens.flatten(2).transpose(1, 2).reshape(tokens.size(0), -1, height, width).contiguous()
+    return torch.unflatten(tokens.flatten(2).transpose(1, 2), 2, (height, width)).contiguous()

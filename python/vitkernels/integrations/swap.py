@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from vitkernels.integrations.classes import class_at, path_of, without
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
 from vitkernels.integrations.report import Entry, kind_of
+from vitkernels.integrations.torchscript import check_exporter, refuse_script
 
-__all__ = ["Fused", "Swaps", "path_of"]
+__all__ = ["DROPOUT", "SOFTMAX", "Fused", "Swaps"]
+
+#: Classes that `absorbed` names.
+DROPOUT = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
+SOFTMAX = ("torch.nn.modules.activation.Softmax",)
 
 
 class Fused(nn.Module):
@@ -28,8 +34,11 @@ class Fused(nn.Module):
     input_name: ClassVar[str]
     #: What ``attend`` reads of the module. The library may rename it, and then the module is left alone.
     attributes: ClassVar[tuple[str, ...]] = ()
-    #: Modules inside whose work ``attend`` does, so that they are not called: their path -> their class.
-    absorbed: ClassVar[Mapping[str, str]] = {}
+    #: Modules inside whose work ``attend`` does, so that they are not called: their path, where there may be none, ->
+    #: the classes that it can stand for. With another class, hooks or a forward of their own the stock path is taken.
+    absorbed: ClassVar[Mapping[str, tuple[str, ...]]] = {"attn_drop": DROPOUT}
+    #: ``absorbed`` with the classes themselves.
+    parts: ClassVar[tuple[tuple[str, tuple[type, ...]], ...]]
     #: The operator that ``attend`` calls.
     operator: ClassVar[str] = "attention"
     #: The path of the dropout of the attention weights, which the kernel does not have: a module or a rate.
@@ -44,14 +53,17 @@ class Fused(nn.Module):
         def attend(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check_exporter(self)
         x: Tensor = args[0] if args else kwargs[self.input_name]
         if (
             x.dtype not in KERNEL_DTYPES[self.operator].get(x.device.type, ())
             or (self.training and self.dropout_of(self) > 0.0)
-            or any(_has_hooks(_at(self, path)) for path in self.absorbed)
+            or not all(_may_be_passed_over(_part(self, path), classes) for path, classes in self.parts)
         ):
             return super().forward(*args, **kwargs)
         return self.attend(*args, **kwargs)
+
+    __prepare_scriptable__ = refuse_script
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """The library's forward."""
@@ -89,30 +101,35 @@ class Swaps:
 
     def replace(self, model: nn.Module) -> list[Entry]:
         """Swap the class of every attention module of ``model`` that has an accelerated one."""
-        entries = []
+        entries, made = [], dict[type, type]()
         for name, module in model.named_modules():
-            stock_class = _stock_class(module)
-            fused = self.family_of(stock_class)
-            reason = _obstacle(module, fused) if fused else self._reason(stock_class)
+            accelerated = self._accelerated(module)
+            fused = accelerated or self.family_of(type(module))
+            reason = _obstacle(module, fused) if fused else self._reason(type(module))
             if reason:
+                if accelerated:  # by an earlier call, before something was changed
+                    module.__class__ = without(type(module), accelerated, accelerated.stock_class, made)
                 entries.append(Entry(name, kind_of(module), "stock", reason))
             elif fused:
-                module.__class__ = fused
-                reasons = conditions(module, fused.dropout_of(module), fused.operator)
-                if fused.condition:
-                    reasons.append(fused.condition)
-                if fused.absorbed:
-                    reasons.append(f"stock path with hooks on {' or '.join(fused.absorbed)}")
+                if not accelerated:
+                    module.__class__ = fused
+                found = conditions(module, fused.dropout_of(module), fused.operator)
+                reasons = filter(None, [*found, fused.condition, _condition_of_parts(module, fused)])
+                stock_class = fused.stock_class
                 kind = f"{stock_class.__module__.partition('.')[0]} {stock_class.__name__}"
                 entries.append(Entry(name, kind, "replaced", "; ".join(reasons), fused.operator))
         return entries
 
     def restore(self, model: nn.Module) -> None:
         """Give every accelerated module its stock class again."""
+        made: dict[type, type] = {}
         for module in model.modules():
-            stock_class, current = _stock_class(module), type(module)
-            if self.family_of(stock_class) is current:
-                module.__class__ = stock_class
+            if accelerated := self._accelerated(module):
+                module.__class__ = without(type(module), accelerated, accelerated.stock_class, made)
+
+    def _accelerated(self, module: nn.Module) -> type[Fused] | None:
+        """The accelerated class among those of ``module``."""
+        return next((cls for cls in type(module).__mro__ if cls is self._classes.get(cls.__name__)), None)
 
     def family_of(self, stock_class: type) -> type[Fused] | None:
         """The accelerated class of one of the library's."""
@@ -126,7 +143,10 @@ class Swaps:
             module, _, stock = path.rpartition(".")
             stock_class = getattr(import_module(module), stock)
             input_name = list(inspect.signature(forward.attend).parameters)[1]
-            body = {"__module__": self.module, "stock_class": stock_class, "input_name": input_name}
+            parts = tuple(
+                (path, tuple(filter(None, map(class_at, classes)))) for path, classes in forward.absorbed.items()
+            )
+            body = {"__module__": self.module, "stock_class": stock_class, "input_name": input_name, "parts": parts}
             self._classes[name] = type(name, (forward, stock_class), body)
         return self._classes[name]
 
@@ -157,6 +177,12 @@ def _at(module: nn.Module, path: str) -> Any:
     return found
 
 
+def _part(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at ``path`` in ``module``, if there is one."""
+    found = _at(module, path)
+    return found if isinstance(found, nn.Module) else None
+
+
 def _has(module: nn.Module, path: str) -> bool:
     parent, _, name = path.rpartition(".")
     return hasattr(_at(module, parent) if parent else module, name)
@@ -167,9 +193,22 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(map(len, hooks))
 
 
-def path_of(cls: type) -> str:
-    """Module and name of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _may_be_passed_over(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
+    """Whether nobody would notice that an absorbed ``module`` is not called."""
+    return module is None or (type(module) in classes and "forward" not in module.__dict__ and not _has_hooks(module))
+
+
+def _condition_of_parts(module: nn.Module, fused: type[Fused]) -> str:
+    """When hooks lead to the stock path, as far as the absorbed modules of ``module`` exist."""
+    found = {path: part for path, _ in fused.parts if (part := _part(module, path)) is not None}
+    if hooked := [path for path, part in found.items() if _has_hooks(part)]:
+        return f"stock path now: hooks on {_joined(hooked)}"
+    return f"stock path with hooks on {_joined([*found])}" if found else ""
+
+
+def _joined(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _owner(cls: type) -> str:
@@ -177,20 +216,16 @@ def _owner(cls: type) -> str:
     return f"{library}'{'' if library.endswith('s') else 's'} {cls.__name__}"
 
 
-def _stock_class(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module``, or the one that it had before the swap."""
-    stock_class: type[nn.Module] = vars(type(module)).get("stock_class", type(module))
-    return stock_class
-
-
 def _obstacle(module: nn.Module, fused: type[Fused]) -> str:
     """Why ``module``, whose class or stock class has ``fused`` for it, must keep the library's forward."""
     if "forward" in module.__dict__:
         return "its forward is overridden on the instance"
     stock_class = fused.stock_class
-    for path, inner in fused.absorbed.items():
-        found = _at(module, path)
-        if path_of(type(found)) != inner:
+    for path, classes in fused.parts:
+        found = _part(module, path)
+        if found is None:
+            continue
+        if type(found) not in classes:
             return f"its {path} is a {type(found).__name__}, which may compute something else"
         if "forward" in found.__dict__:
             return f"the forward of its {path} is overridden on the instance"

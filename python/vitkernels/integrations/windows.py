@@ -54,6 +54,6 @@ def cosine_terms(logit_scale: Tensor, table: Tensor) -> dict[str, Any]:
 
     Source: Liu et al., "Swin Transformer V2" (2022), section 3.3; the bounds are those of the libraries.
     """
-    bias_table = 16 * torch.sigmoid(table.reshape(-1, logit_scale.size(0)))  # [offsets, H]
+    bias_table = 16 * torch.sigmoid(table.flatten(0, -2))  # [offsets, H]
     scale = logit_scale.clamp(max=math.log(100.0)).exp().flatten()  # [H]
     return {"scale": scale, "qk_norm": "l2", "bias_table": bias_table}

@@ -8,7 +8,7 @@ from torch import Tensor
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import map_of, split_last, tokens_of
 from vitkernels.integrations.swap import Fused
-from vitkernels.integrations.timm.forward import packed_projection, scale_of
+from vitkernels.integrations.timm.forward import REL_POS_AND_DROPOUT, packed_projection, scale_of
 
 __all__ = [
     "BeitAttention",
@@ -42,6 +42,7 @@ class BeitAttention(Fused):
 class RelativePositionAttention(Fused):
     """The ViTs with relative positions, from a table or a small MLP."""
 
+    absorbed = REL_POS_AND_DROPOUT
     attributes = ("qkv", "num_heads", "scale", "q_norm", "k_norm", "rel_pos", "attn_drop", "proj", "proj_drop")
 
     def attend(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:

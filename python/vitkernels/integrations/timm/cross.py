@@ -93,7 +93,7 @@ class PooledKeysAttention(Fused):
 
 def _strided(reduction: nn.Module, x: Tensor, size: Sequence[int], pool: nn.Module | None = None) -> Tensor:
     """The tokens ``x`` of a map of ``size``, pooled and reduced."""
-    feature_map = x.transpose(1, 2).reshape(x.size(0), -1, *size)
+    feature_map = torch.unflatten(x.transpose(1, 2), 2, tuple(size))
     reduced: Tensor = reduction(feature_map if pool is None else pool(feature_map))
     return reduced.flatten(2).transpose(1, 2)
 

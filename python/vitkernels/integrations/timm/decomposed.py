@@ -68,7 +68,7 @@ class PooledAttention(Fused):
 
     attributes = (
         "qkv", "num_heads", "scale", "has_cls_token", "pool_q", "norm_q", "pool_k", "norm_k", "pool_v", "norm_v",
-        "rel_pos_type", "residual_pooling", "dim_out", "proj",
+        "rel_pos_type", "residual_pooling", "proj",
     )  # fmt: skip
 
     def attend(self, x: Tensor, feat_size: list[int]) -> tuple[Tensor, list[int]]:
@@ -83,15 +83,17 @@ class PooledAttention(Fused):
             out = attention(q, k, v, scale=self.scale)
         if self.residual_pooling:
             out = out + q
-        return self.proj(out.reshape(x.size(0), -1, self.dim_out)), q_size
+        return self.proj(out.flatten(2)), q_size
 
     def _pooled(self, t: Tensor, size: list[int], pool: Any, norm: Any) -> tuple[Tensor, list[int]]:
         """``t (B, N, heads, d)`` on a coarser grid, and the size of that."""
         if pool is not None:
             first, pixels = t.tensor_split([int(self.has_cls_token)], dim=1)
-            pooled = pool(pixels.permute(0, 2, 3, 1).reshape(-1, t.size(-1), *size))  # [BH, d, y, x]
+            pixels = torch.unflatten(pixels.permute(0, 2, 3, 1).flatten(0, 1), 2, tuple(size))
+            pooled = pool(pixels)  # [BH, d, y, x]
             size = list(pooled.shape[2:])
-            pixels = torch.unflatten(pooled.flatten(2), 0, (t.size(0), -1)).permute(0, 3, 1, 2)  # [B, N, H, d]
+            heads = (t.size(0), t.size(2))
+            pixels = torch.unflatten(pooled.flatten(2), 0, heads).permute(0, 3, 1, 2)  # [B, N, H, d]
             t = torch.cat((first, pixels), dim=1)
         if norm is not None:
             t = norm(t)
@@ -119,5 +121,5 @@ class WindowOrGlobalAttention(Fused):
             scale = 1.0
         elif self.rope is not None:
             q, k = (rotate(t, self.rope.get_embed(), 0, False).type_as(v) for t in (q, k))
-        out = attention(q, k, v, scale=scale).reshape(*x.shape[:3], -1)
-        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
+        out = attention(q, k, v, scale=scale).flatten(2)
+        return self.proj_drop(self.proj(torch.unflatten(out, 1, size)))  # type: ignore[no-any-return]

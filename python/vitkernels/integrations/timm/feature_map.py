@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import map_of, split_last, tokens_of
 from vitkernels.integrations.swap import Fused
-from vitkernels.integrations.timm.forward import scale_of
+from vitkernels.integrations.timm.forward import REL_POS_AND_DROPOUT, scale_of
 from vitkernels.nn.masks import mask_terms
 
 __all__ = [
@@ -57,6 +57,7 @@ class MapAttention(Fused):
 class BiasedMapAttention(Fused):
     """CoAtNet: relative positions of its own, or shared by all blocks of a stage."""
 
+    absorbed = REL_POS_AND_DROPOUT
     attributes = ("qkv", "num_heads", "scale", "head_first", "rel_pos", "attn_drop", "proj", "proj_drop")
 
     def attend(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:

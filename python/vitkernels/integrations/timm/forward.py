@@ -6,9 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.swap import DROPOUT, Fused
 
-__all__ = ["packed_projection", "scale_of"]
+__all__ = ["REL_POS", "REL_POS_AND_DROPOUT", "packed_projection", "scale_of"]
+
+#: timm's relative positions, which are added to the logits.
+REL_POS = tuple(f"timm.layers.pos_embed_rel.{name}" for name in ("RelPosBias", "RelPosBiasTf", "RelPosMlp"))
+
+#: What attention with them does inside, for `Fused.absorbed`.
+REL_POS_AND_DROPOUT = {"rel_pos": REL_POS, "attn_drop": DROPOUT}
 
 
 def scale_of(module: Fused) -> float | None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitkernels.functional import grid_attention
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.swap import Fused, path_of
-from vitkernels.integrations.timm.forward import scale_of
+from vitkernels.integrations.swap import DROPOUT, SOFTMAX, Fused
+from vitkernels.integrations.timm.forward import REL_POS, scale_of
 from vitkernels.integrations.windows import Projections, attend_in_windows
 
 __all__ = ["LocallyGroupedAttention", "NormedWindowBlock", "PartitionBlock", "SpatialBlock"]
@@ -35,7 +35,7 @@ class SpatialBlock(Fused):
     """DaViT: without positions, between convolutions."""
 
     operator = "spatial_attention"
-    absorbed: ClassVar = {"attn": "timm.models.davit.WindowAttention"}
+    absorbed: ClassVar = {"attn": ("timm.models.davit.WindowAttention",), "attn.softmax": SOFTMAX}
     attributes = (
         "cpe1", "cpe2", "norm1", "norm2", "mlp", "drop_path1", "drop_path2", "window_size", "attn", "attn.qkv",
         "attn.num_heads", "attn.scale", "attn.proj",
@@ -58,7 +58,7 @@ class NormedWindowBlock(Fused):
     """TinyViT: a bias by distance; the attention has the norm inside, so that the padding has its bias."""
 
     operator = "spatial_attention"
-    absorbed: ClassVar = {"attn": "timm.models.tiny_vit.Attention"}
+    absorbed: ClassVar = {"attn": ("timm.models.tiny_vit.Attention",)}
     attributes = (
         "window_size", "local_conv", "mlp", "drop_path1", "drop_path2", "attn", "attn.norm", "attn.qkv",
         "attn.num_heads", "attn.key_dim", "attn.val_dim", "attn.scale", "attn.attention_biases",
@@ -87,19 +87,14 @@ class PartitionBlock(Fused):
 
     operator = "spatial_attention"
     dropout_attribute = "attn.attn_drop"
-    absorbed: ClassVar = {"attn": "timm.models.maxxvit.AttentionCl"}
+    absorbed: ClassVar = {
+        "attn": ("timm.models.maxxvit.AttentionCl",), "attn.rel_pos": REL_POS, "attn.attn_drop": DROPOUT,
+    }  # fmt: skip
     attributes = (
         "norm1", "norm2", "mlp", "ls1", "ls2", "drop_path1", "drop_path2", "partition_block", "partition_size", "attn",
         "attn.qkv", "attn.num_heads", "attn.dim_head", "attn.head_first", "attn.scale", "attn.rel_pos", "attn.proj",
         "attn.proj_drop",
     )  # fmt: skip
-
-    @staticmethod
-    def obstacle(module: nn.Module) -> str:
-        rel_pos: Any = module.attn.rel_pos  # type: ignore[union-attr]
-        if rel_pos is None or path_of(type(rel_pos)) in _REL_POS:
-            return ""
-        return f"its relative positions are a {type(rel_pos).__name__}, which may compute something else"
 
     def attend(self, x: Tensor) -> Tensor:
         attn, size = self.attn, self.partition_size
@@ -129,9 +124,6 @@ def _pixels(tokens: Tensor, size: Sequence[int]) -> Tensor:
 def _packed(attention: Fused, x: Tensor) -> Projections:
     q, k, v = split_last(attention.qkv(x), 3, attention.num_heads, -1).unbind(3)
     return q, k, v
-
-
-_REL_POS = [f"timm.layers.pos_embed_rel.{name}" for name in ("RelPosBias", "RelPosBiasTf", "RelPosMlp")]
 
 
 def _table(rel_pos: Any) -> Tensor | None:

@@ -61,7 +61,7 @@ class PackedAttention(Fused):
     def attend(self, x: Tensor) -> Tensor:
         q, k, v = split_last(self.qkv(x.flatten(1, -2)), 3, self.num_heads, -1).unbind(2)
         out = attention(q, k, v, scale=scale_of(self))
-        return self.proj_drop(self.proj(out.reshape(*x.shape[:-1], -1)))  # type: ignore[no-any-return]
+        return self.proj_drop(self.proj(torch.unflatten(out.flatten(2), 1, x.shape[1:-1])))  # type: ignore[no-any-return]
 
 
 class UnequalDimsAttention(Fused):
@@ -100,11 +100,12 @@ class PoolingStageAttention(Fused):
         height, width = x.shape[1:3]
         q, k, v = split_last(self.qkv(x).flatten(1, 2), 3, self.num_heads, -1).unbind(2)
         if self.q_pool is not None:
-            q = self.q_pool(q.reshape(x.size(0), height, width, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            q = torch.unflatten(q.flatten(2), 1, (height, width))  # [B, height, width, C]
+            q = self.q_pool(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             height, width = q.shape[1:3]
             q = split_last(q.flatten(1, 2), self.num_heads, -1).contiguous()
         out = attention(q, k, v, scale=scale_of(self))
-        return self.proj(out.reshape(x.size(0), height, width, -1))  # type: ignore[no-any-return]
+        return self.proj(torch.unflatten(out.flatten(2), 1, (height, width)))  # type: ignore[no-any-return]
 
 
 class ParallelBlock(Fused):

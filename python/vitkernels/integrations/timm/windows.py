@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.swap import DROPOUT, SOFTMAX, Fused
 from vitkernels.integrations.timm.forward import packed_projection, scale_of
 from vitkernels.integrations.windows import Projections, attend_in_windows, cosine_terms, pad_to_windows
 
 __all__ = ["CosineWindowBlock", "WindowBlock"]
+
+_WEIGHTS = {"attn.softmax": SOFTMAX, "attn.attn_drop": DROPOUT}
 
 
 class WindowBlock(Fused):
@@ -20,7 +22,7 @@ class WindowBlock(Fused):
 
     operator = "spatial_attention"
     dropout_attribute = "attn.attn_drop"
-    absorbed: ClassVar = {"attn": "timm.models.swin_transformer.WindowAttention"}
+    absorbed: ClassVar = {"attn": ("timm.models.swin_transformer.WindowAttention",), **_WEIGHTS}
     attributes = (
         "norm1", "norm2", "mlp", "drop_path1", "drop_path2", "window_size", "shift_size", "attn", "attn.qkv",
         "attn.num_heads", "attn.scale", "attn.relative_position_bias_table", "attn.proj", "attn.proj_drop",
@@ -38,7 +40,7 @@ class CosineWindowBlock(Fused):
 
     operator = "spatial_attention"
     dropout_attribute = "attn.attn_drop"
-    absorbed: ClassVar = {"attn": "timm.models.swin_transformer_v2.WindowAttention"}
+    absorbed: ClassVar = {"attn": ("timm.models.swin_transformer_v2.WindowAttention",), **_WEIGHTS}
     attributes = (
         "norm1", "norm2", "mlp", "drop_path1", "drop_path2", "window_size", "shift_size", "attn", "attn.qkv",
         "attn.q_bias", "attn.k_bias", "attn.v_bias", "attn.qkv_bias_separate", "attn.num_heads", "attn.logit_scale",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitkernels.functional import attention
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.swap import Fused, Swaps
+from vitkernels.integrations.swap import DROPOUT, Fused, Swaps
 from vitkernels.integrations.transformers.windows import CosineWindowLayer, WindowLayer
 
 __all__ = ["FUSED", "SWAPS", "ConvolutionalProjections", "ReducedKeys", "ReducedKeysWithProjection"]
@@ -19,6 +19,7 @@ class ConvolutionalProjections(Fused):
     """CvT: a depthwise convolution before each projection, strided for keys and values."""
 
     dropout_attribute = "dropout"
+    absorbed: ClassVar = {"dropout": DROPOUT}
     attributes = (
         "with_cls_token", "convolution_projection_query", "convolution_projection_key",
         "convolution_projection_value", "projection_query", "projection_key", "projection_value", "num_heads",
@@ -43,6 +44,7 @@ class ReducedKeys(Fused):
 
     condition = "stock path with output_attentions"
     dropout_attribute = "dropout"
+    absorbed: ClassVar = {"dropout": DROPOUT}
     attributes: ClassVar[tuple[str, ...]] = (
         "query", "key", "value", "num_attention_heads", "sequences_reduction_ratio", "dropout",
     )  # fmt: skip
@@ -70,6 +72,7 @@ class ReducedKeysWithProjection(ReducedKeys):
     """PVTv2: or from one of its 7 x 7 average; the output projection is part of the module."""
 
     dropout_attribute = "attn_drop"
+    absorbed: ClassVar = {"attn_drop": DROPOUT}
     attributes = (
         "query", "key", "value", "num_attention_heads", "spatial_reduction_ratio", "linear_attention", "attn_drop",
         "proj", "proj_drop",

@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from vitkernels.functional import attention
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
 from vitkernels.integrations.report import Entry, kind_of
+from vitkernels.integrations.torchscript import check_exporter
 from vitkernels.nn.masks import mask_terms
 
 __all__ = ["Stock", "attention_forward", "attention_mask", "replace", "restore"]
@@ -65,6 +66,7 @@ def attention_forward(
     Returns:
         ``(B, Nq, heads, dv)``, and ``None`` in place of the attention weights.
     """
+    check_exporter(module)
     if (
         dropout > 0.0
         or query.dtype not in KERNEL_DTYPES["attention"].get(query.device.type, ())

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.swap import Fused
+from vitkernels.integrations.swap import DROPOUT, Fused
 from vitkernels.integrations.windows import Projections, attend_in_windows, cosine_terms
 
 __all__ = ["CosineWindowLayer", "WindowLayer"]
@@ -23,8 +23,8 @@ class WindowLayer(Fused):
     condition = "stock path with output_attentions"
     dropout_attribute = "attention.attention_dropout"
     absorbed: ClassVar = {
-        "attention": f"{_SWIN}.SwinAttention",
-        "attention.relative_position_bias": f"{_SWIN}.SwinRelativePositionBias",
+        "attention": (f"{_SWIN}.SwinAttention",),
+        "attention.relative_position_bias": (f"{_SWIN}.SwinRelativePositionBias",),
     }
     attributes = (
         "layernorm_before", "layernorm_after", "mlp", "dropout", "drop_path", "window_size", "shift_size",
@@ -68,8 +68,9 @@ class CosineWindowLayer(Fused):
     condition = "stock path with output_attentions"
     dropout_attribute = "attention.self.dropout"
     absorbed: ClassVar = {
-        "attention": f"{_SWIN_V2}.Swinv2Attention",
-        "attention.self": f"{_SWIN_V2}.Swinv2SelfAttention",
+        "attention": (f"{_SWIN_V2}.Swinv2Attention",),
+        "attention.self": (f"{_SWIN_V2}.Swinv2SelfAttention",),
+        "attention.self.dropout": DROPOUT,
     }
     attributes = (
         "layernorm_before", "layernorm_after", "intermediate", "output", "drop_path", "window_size", "shift_size",
