@@ -1,5 +1,6 @@
 """Every block of Python in the documentation runs, those of one page one after another."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,15 +20,18 @@ PAGES = [str(page.relative_to(ROOT)) for page in (ROOT / "README.md", *sorted((R
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-def test_python_blocks(page):
+def test_python_blocks(page, tmp_path):
     zoo = pytest.importorskip("support.model_zoo")
     code = "\n".join(blocks(page))
     # What a page says of `model`, `query` and the like before any of its blocks.
     given = (
         f"import {zoo.__name__}, torch, timm\nimport vitkernels as vk\n"
-        "model = timm.create_model('vit_tiny_patch16_224').eval()\n"
+        "model = timm.create_model('vit_tiny_patch16_224', depth=1).eval()\n"
         "query, key, value = torch.randn(3, 1, 5, 3, 16).unbind(0)\nbias = torch.zeros(3, 5, 5)\n"
         "num_heads, importance = 3, torch.rand(3)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", given + code], capture_output=True, text=True, cwd=ROOT / "tests")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}  # for the zoo
+    ran = subprocess.run(
+        [sys.executable, "-c", given + code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
     assert ran.returncode == 0, ran.stderr
