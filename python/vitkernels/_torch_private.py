@@ -20,6 +20,7 @@ __all__ = [
     "is_transformed",
     "mark_constant",
     "schema_of",
+    "sizes_are_tensors",
     "without_autocast",
 ]
 
@@ -28,6 +29,11 @@ below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(torch._C, "_
 
 #: Whether ``torch.jit.trace`` is at work; the public function asks the same in more steps.
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+
+
+def sizes_are_tensors() -> bool:
+    """Whether sizes of tensors are tensors themselves, as ``torch.jit.trace`` has them."""
+    return not torch.compiler.is_compiling() and is_tracing()
 
 
 def schema_of(overload: Any) -> Any:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vitkernels._torch_private import sizes_are_tensors
+
 __all__ = ["Axis", "Block", "Full", "Halo", "Neighborhood", "Sliding", "encode"]
 
 _RULES = {"full": 0, "block": 1, "neighborhood": 2, "sliding": 3}  # Rule in pattern.h
@@ -25,10 +27,17 @@ class Axis:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             at_least = 0 if name in ("shift", "halo") else 1
-            if (type(value) is int and value >= at_least) or name == "is_causal":
+            if (type(value) is int and value >= at_least) or (name == "key_size" and value is None):
                 continue
-            if name == "key_size" and value is None:
+            if name == "is_causal":
+                if not isinstance(value, (bool, torch.SymBool)):
+                    raise RuntimeError(
+                        f"vitkernels::{type(self).__name__}: is_causal is {value!r}, takes True or False"
+                    )
                 continue
+            if isinstance(value, torch.Tensor) and sizes_are_tensors():
+                value = int(value)
+                object.__setattr__(self, name, value)
             is_integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
             if not is_integer or value < at_least:
                 raise RuntimeError(

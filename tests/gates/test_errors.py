@@ -7,7 +7,7 @@ import torch
 import vitkernels as vk
 from support.calls import outputs_of
 from support.devices import FUNCTIONS, ON_CPU
-from support.gates.errors import ERRORS, ON_MAP, PARTS, QKV, TRANSPOSED, VALUE_ERRORS, VARLEN, check_text, each_error
+from support.gates.errors import CALLS, ERRORS, PARTS, VALUE_ERRORS, check_text, each_error
 
 
 @each_error(ERRORS)
@@ -23,15 +23,10 @@ def test_values(function, call, text):
 
 def test_the_calls_are_right_otherwise():
     """Else the errors above could have another reason."""
-    for function, call, shape in (
-        (vk.attention, QKV, (2, 5, 4, 3)),
-        (vk.attention_varlen, VARLEN, (5, 4, 3)),
-        (vk.attention_transposed, TRANSPOSED, (2, 7, 4, 3)),
-        (vk.merge_attentions, PARTS, (2, 5, 3)),
-        (vk.spatial_attention, ON_MAP, (2, 5, 7, 4, 3)),
-    ):
+    for function, call in (*CALLS, (vk.merge_attentions, PARTS)):
         if ON_CPU or torch.float32 in FUNCTIONS.get(function.__name__, ()):
-            assert outputs_of(function(**call))[0].shape == shape
+            of_values = call["outs"][0] if "outs" in call else call.get("value", call.get("value_q"))
+            assert outputs_of(function(**call))[0].shape[-1] == of_values.shape[-1]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +38,18 @@ def test_the_calls_are_right_otherwise():
         (lambda: vk.Neighborhood("7"), "Neighborhood: kernel_size is '7', takes an integer from 1 on"),
         (lambda: vk.Sliding(3, True), "Sliding: dilation is True, takes an integer from 1 on"),
         (lambda: vk.Full([2]), "Full: step is [2], takes an integer from 1 on"),
+        (lambda: vk.Full(torch.tensor(2)), "Full: step is tensor(2), takes an integer from 1 on"),
+        (lambda: vk.Full(is_causal="no"), "Full: is_causal is 'no', takes True or False"),
+        (lambda: vk.Block(2, is_causal=None), "Block: is_causal is None, takes True or False"),
     ],
 )
 def test_rules(rule, text):
     with pytest.raises(RuntimeError, match=re.escape(f"vitkernels::{text}")):
         rule()
+
+
+@pytest.mark.parametrize(("function", "call"), CALLS, ids=[f.__name__ for f, _ in CALLS])
+def test_options_that_nobody_has(function, call):
+    name = function.__name__
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'colour'"):
+        function(**call, colour=1)

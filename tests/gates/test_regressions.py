@@ -142,6 +142,15 @@ def test_cosine_attention_of_small_and_large_float16():
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cosine_attention_of_zeros_has_finite_gradients(dtype):
+    q, k, v = (torch.zeros(1, 3, 1, 8, dtype=dtype).requires_grad_() for _ in range(3))
+    (vk.attention(q, k + 1, v + 1, qk_norm="l2") * torch.arange(8)).sum().backward()
+    vk.attention(q + 1, k, torch.randn(1, 3, 1, 8, dtype=dtype), qk_norm="l2", scale=100.0).square().sum().backward()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+    assert k.grad.abs().max() < 1e4
+
+
 def test_huge_empty_batch_is_cheap():
     q = torch.zeros(2**40, 0, 1, 1, requires_grad=True)
     vk.attention(q, q, q).sum().backward()
@@ -166,7 +175,7 @@ TOO_SHORT = [
 def test_embeddings_without_a_table_are_long_enough(axis, outside, offsets):
     """One that was shorter than its axis was read, and its gradient written, beyond its end."""
     x = torch.randn(1, 1962, 3, 16, requires_grad=True)
-    with pytest.raises(RuntimeError, match=f"rel_pos_width has 3 offsets on axis 0, takes at least {offsets}"):
+    with pytest.raises(RuntimeError, match=rf"rel_pos\[0\] has 3 offsets on axis 0, takes at least {offsets}"):
         vk.spatial_attention(x, x, x, [axis], rel_pos=[torch.randn(3, 16, requires_grad=True)], outside=outside)
 
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 import vitkernels as vk
 from support.calls import differentiate
+from support.devices import dtype_of
+from support.samples import COVERING
+from support.samples_named import NAMED_SAMPLES
 
 DTYPE = torch.float64
 
@@ -188,6 +191,18 @@ CALLS = {
 }
 
 
+EMPTY = CALLS | {
+    "na2d": lambda q, k, v: vk.na2d(q, k, v, 3, dilation=(1, 1), return_lse=True),
+    "window": lambda q, k, v: vk.window_attention(q, k, v, 4, 2, rel_pos=[torch.zeros(7, 6)] * 2, return_lse=True),
+    "criss-cross": lambda q, k, v: vk.criss_cross_attention(q, k, v, return_lse=True),
+}
+ONE_OF_EACH = [
+    next(s for s in (COVERING + NAMED_SAMPLES) if s.operator == name)
+    for name in vk.functional.__all__
+    if name != "merge_attentions"
+]
+
+
 @pytest.mark.parametrize("function", CALLS.values(), ids=CALLS)
 def test_compiles_once_for_all_sizes(function):
     torch._dynamo.reset()
@@ -197,3 +212,60 @@ def test_compiles_once_for_all_sizes(function):
             tensors = qkv(*grid)
             agree(compiled, function, *tensors)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("grid", [(0, 8), (8, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("function", EMPTY.values(), ids=EMPTY)
+def test_empty_maps(function, grid):
+    tensors = qkv(*grid)
+    found = function(*tensors)
+    for t in found if isinstance(found, tuple) else [found]:
+        assert t.shape[:4] == (2, *grid, 4)
+        t.sum().backward(retain_graph=True)
+    assert all(t.grad.shape == t.shape for t in tensors)
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_empty_map_of_one_axis(length):
+    q, k, v = qkv(length)
+    extra = [torch.randn(2, 3, 4, n, dtype=DTYPE) for n in (6, 5)]
+    rpb = torch.randn(4, 5, dtype=DTYPE)
+    out, lse = vk.na1d(q, k, v, 3, 1, 2, True, None, *extra, rpb=rpb, return_lse=True)
+    assert out.shape == (2, length, 4, 5) and lse.shape == (2, length, 4)
+
+
+def test_swins_name_of_the_shift():
+    tensors = qkv(6, 8)
+    found = vk.window_attention(*tensors, 4, shift_size=(1, 2))
+    assert torch.equal(found, vk.window_attention(*tensors, 4, (1, 2)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("sample", ONE_OF_EACH, ids=str)
+def test_one_scale_for_all_heads(sample, shape):
+    call = sample.call(dtype_of(sample, DTYPE), sizes=sample.small())
+    call["scale"] = torch.full(shape, 0.3, dtype=DTYPE, requires_grad=True)
+    heads = call["query"].shape[-2]
+    found = differentiate(sample.function, call)
+    expected = differentiate(lambda scale, **rest: sample.function(scale=scale.reshape(1).expand(heads), **rest), call)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
+    assert call["scale"].shape == shape
+
+
+TRACED = CALLS | {
+    "strided halo": lambda q, k, v: vk.halo_attention(q[:, ::2, ::2], k, v, 4, 2),
+    "pooled windows": lambda q, k, v: vk.window_attention(q, k[:, ::2, ::2], v[:, ::2, ::2], 4, 2),
+    "grid, all options": lambda q, k, v: vk.grid_attention(
+        q, k, v, (4, 2), bias_table=q[0, :7, :3, :, 0].permute(2, 0, 1), key_bias=k[:, 0, ..., 0, 0][:, None, None],
+        additional_keys=k[:, 0, :3], additional_values=v[:, 0, :3], scale=q[0, 0, 0, :, 0], return_lse=True,
+    ),
+    "scaled by the size": lambda q, k, v: vk.spatial_attention(q, k, v, [vk.Block(q.shape[3])] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("function", TRACED.values(), ids=TRACED)
+def test_a_trace_is_right_at_other_sizes(function):
+    traced = torch.jit.trace(function, qkv(8, 16), check_trace=False)
+    for grid in ((8, 16), (16, 8), (24, 16)):
+        agree(traced, function, *qkv(*grid))

@@ -235,9 +235,10 @@ def is_for_all(argument: str) -> bool:
 def shorter(rng: random.Random, call: Call, slot: Slot, dim: int) -> Call:
     length, count = slot.tensor.size(dim), slot.tensor.dim()
     lengths = {0, 1, length // 2, max(length - 2, 0), length - 1}
-    # A length of 1 is right for terms that broadcast, tables for all heads, and a query for the whole batch.
+    # A length of 1 is right for terms that broadcast, a scale and tables of all heads, and a query of the batch.
     is_first = dim == -count and (count > 2 or not slot.argument.startswith("rel_pos"))
-    if slot.argument.endswith(("bias", "multiplier", "query_weight")) or (is_first and is_for_all(slot.argument)):
+    may_be_one = slot.argument == "scale" or slot.argument.endswith(("bias", "multiplier", "query_weight"))
+    if may_be_one or (is_first and is_for_all(slot.argument)):
         lengths.discard(1)
     shape = list(slot.tensor.shape)
     shape[dim] = rng.choice(sorted(lengths))

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
+from vitkernels.functional.arguments import check_flag, check_tensors
 from vitkernels.functional.score import Score, ScoreOptions, operands, with_additional_keys
+from vitkernels.functional.words import Words
 from vitkernels.ops import attention as _ops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["attention"]
+
+_WORDS = Words("attention")
 
 
 @overload
@@ -66,7 +70,8 @@ def attention(
         query: ``(B, Nq, heads, d)``, or batch size 1 to share one query among all batches of ``key``.
         key: ``(B, Nk, kv_heads, d)``; ``heads`` must be a multiple of ``kv_heads`` (or see ``head_map``).
         value: ``(B, Nk, kv_heads, dv)``; ``dv`` may differ from ``d``.
-        scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
+        scale: factor on the logits, a number or a differentiable tensor: ``(heads,)``, or one number for all heads,
+            ``()`` or ``(1,)``. Default ``d ** -0.5``.
         qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
         bias: added to the logits, broadcastable to ``(B, heads, Nq, Nk)``. Its gradient is reduced, in a fixed
             order, straight into its own shape. ``-inf`` removes a key.
@@ -122,9 +127,15 @@ def attention(
         scale, qk_norm, bias, key_bias, multiplier, bias_table, multiplier_table, rel_pos, num_prefix_tokens, head_map,
         additional_keys, additional_values,
     )  # fmt: skip
+    check_tensors("attention", query=query, key=key, value=value)
+    check_flag("attention", "is_causal", is_causal)
     given = operands("attention", query, key, value, score)
     query, key, terms, keys, _ = given
-    found: tuple[Tensor, Tensor] = _ops.attention(query, key, value, *terms, *keys, is_causal, _ops.allow_tf32(query))
+    found: tuple[Tensor, Tensor]
+    try:
+        found = _ops.attention(query, key, value, *terms, *keys, is_causal, _ops.allow_tf32(query))
+    except RuntimeError as error:
+        raise _WORDS.of(error, "attention", rel_pos) from None
     if additional_values is not None:
-        found = with_additional_keys(found, given, additional_values)
+        found = with_additional_keys(_WORDS, found, given, additional_values)
     return found if return_lse else found[0]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
+from vitkernels.functional.arguments import check_flag, check_tensors
 from vitkernels.functional.score import PackedOptions, Score, operands
 from vitkernels.ops import attention as _ops
 
@@ -81,7 +82,10 @@ def attention_varlen(
     Qwen2.5-VL (2025) hold images of different sizes.
     """
     score = Score(scale, qk_norm, bias, key_bias, multiplier, head_map=head_map)
-    query, key, terms, keys, _ = operands("attention_varlen", query, key, value, score)
+    op = "attention_varlen"
+    check_tensors(op, query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_flag(op, "is_causal", is_causal)
+    query, key, terms, keys, _ = operands(op, query, key, value, score)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     found: tuple[Tensor, Tensor] = _ops.attention_varlen(
         query, key, value, *packing, *terms, *keys, is_causal, _ops.allow_tf32(query)

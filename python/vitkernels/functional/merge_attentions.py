@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vitkernels.functional.arguments import check_tensors
 from vitkernels.ops import attention as _ops
 
 __all__ = ["merge_attentions"]
@@ -32,6 +33,7 @@ def merge_attentions(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Te
     for name, parts in (("outs", outs), ("lses", lses)):
         if not isinstance(parts, (list, tuple)):
             raise RuntimeError(f"{op}: {name} is a {type(parts).__name__}, takes a list of tensors")
+        check_tensors("merge_attentions", **{f"{name}[{i}]": part for i, part in enumerate(parts)})
     if len(outs) == 0:
         # Without a tensor there is no device, and the operator's own check is never reached.
         raise RuntimeError(f"{op}: outs is empty, takes at least one tensor")

@@ -7,11 +7,15 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from vitkernels.axes import Neighborhood
-from vitkernels.functional.spatial_attention import spatial_attention
-from vitkernels.functional.windows import of_each_axis
+from vitkernels.axes import Axis, Full, Neighborhood
+from vitkernels.functional.arguments import check_flag, check_maps, check_tensors, integers
+from vitkernels.functional.score import Score
+from vitkernels.functional.spatial_attention import attend_on_map
+from vitkernels.functional.words import Words
 
 __all__ = ["na1d", "na2d", "na3d"]
+
+_WORDS = {n: Words(f"na{n}d", {"bias_table": "rpb"}) for n in (1, 2, 3)}
 
 
 @overload
@@ -48,11 +52,9 @@ def na1d(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`vitkernels.na2d`, on a map of one axis: ``(B, length, heads, d)``."""
-    axes = _axes("na1d", key, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
-    return spatial_attention(
-        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
-        bias_table=_by_offset("na1d", axes, rpb), return_lse=return_lse,
-    )  # fmt: skip
+    score = Score(scale, additional_keys=additional_keys, additional_values=additional_values)
+    found = _attend(1, (query, key, value), (kernel_size, stride, dilation, is_causal), score, rpb)
+    return found if return_lse else found[0]
 
 
 @overload
@@ -101,7 +103,8 @@ def na2d(
         stride: so many successive queries share a neighborhood; 1 is a sliding window, ``kernel_size`` are blocks.
         dilation: tokens from one key of a neighborhood to the next.
         is_causal: only keys at or before the query on an axis.
-        scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
+        scale: factor on the logits, a number or a differentiable tensor, ``(heads,)``, ``(1,)`` or ``()``. Default
+            ``d ** -0.5``.
         additional_keys: ``(B, Na, kv_heads, d)`` keys that every query sees besides its neighborhood.
         additional_values: ``(B, Na, kv_heads, dv)``, their values.
         rpb: ``(heads, 2 kernel_size - 1 for each axis)``, added to the logits by the offset of the key from the query
@@ -119,11 +122,9 @@ def na2d(
     "Dilated Neighborhood Attention Transformer" (2022), section 3.2; ``stride``: Hassani et al., "Generalized
     Neighborhood Attention" (2025), section 3.
     """
-    axes = _axes("na2d", key, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
-    return spatial_attention(
-        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
-        bias_table=_by_offset("na2d", axes, rpb), return_lse=return_lse,
-    )  # fmt: skip
+    score = Score(scale, additional_keys=additional_keys, additional_values=additional_values)
+    found = _attend(2, (query, key, value), (kernel_size, stride, dilation, is_causal), score, rpb)
+    return found if return_lse else found[0]
 
 
 @overload
@@ -162,41 +163,48 @@ def na3d(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`vitkernels.na2d`, on a map of three axes: ``(B, depth, height, width, heads, d)``."""
-    axes = _axes("na3d", key, kernel_size=kernel_size, stride=stride, dilation=dilation, is_causal=is_causal)
-    return spatial_attention(
-        query, key, value, axes, scale=scale, additional_keys=additional_keys, additional_values=additional_values,
-        bias_table=_by_offset("na3d", axes, rpb), return_lse=return_lse,
-    )  # fmt: skip
+    score = Score(scale, additional_keys=additional_keys, additional_values=additional_values)
+    found = _attend(3, (query, key, value), (kernel_size, stride, dilation, is_causal), score, rpb)
+    return found if return_lse else found[0]
 
 
-def _axes(op: str, key: Tensor, **options: Any) -> list[Neighborhood]:
-    """The pattern, from one value or one for each axis of every option."""
-    num_axes = int(op[2])
-    dims = num_axes + 3
-    if key.dim() != dims:
-        shape = tuple(key.shape)
-        raise RuntimeError(f"vitkernels::{op}: key has shape {shape}, takes {dims} dimensions (B, *map, heads, d)")
-    each = [of_each_axis(op, name, option, num_axes) for name, option in options.items()]
-    axes = [Neighborhood(*of_axis) for of_axis in zip(*each, strict=True)]
-    for i, (axis, length) in enumerate(zip(axes, key.shape[1:-2], strict=True)):
-        if axis.kernel_size * axis.dilation > length > 0:
-            times = f" times dilation {axis.dilation}" if axis.dilation > 1 else ""
-            raise RuntimeError(
-                f"vitkernels::{op}: kernel_size {axis.kernel_size}{times} exceeds the map's axis {i} ({length})"
-            )
-        if axis.stride > axis.kernel_size:
-            raise RuntimeError(
-                f"vitkernels::{op}: stride is {axis.stride}, takes at most kernel_size ({axis.kernel_size})"
-            )
-    return axes
+def _attend(
+    num_axes: int, data: tuple[Tensor, Tensor, Tensor], options: tuple[Any, Any, Any, Any], score: Score,
+    rpb: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``out`` and ``lse``, from one value or one for each axis of ``kernel_size, stride, dilation, is_causal``."""
+    words = _WORDS[num_axes]
+    op = words.function
+    _, sizes = check_maps(op, *data, num_axes)
+    names = ("kernel_size", "stride", "dilation")
+    counts = [integers(op, name, option, num_axes) for name, option in zip(names, options[:3], strict=True)]
+    flags = list(options[3]) if isinstance(options[3], (list, tuple)) else [options[3]] * num_axes
+    if len(flags) != num_axes:
+        raise RuntimeError(
+            f"vitkernels::{op}: is_causal is {options[3]!r}, takes one value or one for each of {num_axes} axes"
+        )
+    axes: list[Axis] = []
+    for i, (n, size, stride, dilation, is_causal) in enumerate(zip(sizes, *counts, flags, strict=True)):
+        check_flag(op, "is_causal", is_causal)
+        if size * dilation > n > 0:
+            times = f" times dilation {dilation}" if dilation > 1 else ""
+            raise RuntimeError(f"vitkernels::{op}: kernel_size {size}{times} exceeds the map's axis {i} ({n})")
+        if stride > size:
+            raise RuntimeError(f"vitkernels::{op}: stride is {stride}, takes at most kernel_size ({size})")
+        axes.append(
+            Neighborhood(size, stride, dilation, is_causal) if n > 0 else Full()
+        )  # without keys, nearest or not
+    score = score._replace(bias_table=_by_offset(op, counts[0], rpb))
+    return attend_on_map(words, *data, axes, score)
 
 
-def _by_offset(op: str, axes: Sequence[Neighborhood], rpb: Tensor | None) -> Tensor | None:
+def _by_offset(op: str, sizes: Sequence[int], rpb: Tensor | None) -> Tensor | None:
     """The operator's table, by the offset of the query from the key, from NATTEN's."""
     if rpb is None:
         return None
-    offsets = [2 * axis.kernel_size - 1 for axis in axes]
-    if rpb.dim() != len(axes) + 1 or list(rpb.shape[1:]) != offsets:
+    check_tensors(op, rpb=rpb)
+    offsets = [2 * size - 1 for size in sizes]
+    if rpb.dim() != len(offsets) + 1 or list(rpb.shape[1:]) != offsets:
         raise RuntimeError(
             f"vitkernels::{op}: rpb has shape {tuple(rpb.shape)}, takes (heads, {', '.join(map(str, offsets))})"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vitkernels.functional.arguments import check_tensors
 from vitkernels.ops.attention import in_statistics_dtype
 
 __all__ = ["embeddings"]
@@ -27,5 +28,6 @@ def embeddings(op: str, query: Tensor, rel_pos: Sequence[Tensor], num_axes: int 
         raise RuntimeError(
             f"vitkernels::{op}: rel_pos has {len(rel_pos)} tables, takes one for each of {num_axes} axes"
         )
+    check_tensors(op, **{f"rel_pos[{i}]": t for i, t in enumerate(rel_pos)})
     absent: list[Tensor | None] = [None] * (_MAX_AXES - len(rel_pos))
     return absent + [in_statistics_dtype(op, query, f"rel_pos[{i}]", t) for i, t in enumerate(rel_pos)]

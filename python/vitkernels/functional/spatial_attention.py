@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from vitkernels.axes import Axis, encode
+from vitkernels.functional.arguments import check_flag, check_tensors
 from vitkernels.functional.score import Outside, Score, SpatialOptions, operands, with_additional_keys
+from vitkernels.functional.words import Words
 from vitkernels.ops import attention as _ops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["spatial_attention"]
+__all__ = ["attend_on_map", "spatial_attention"]
+
+_WORDS = Words("spatial_attention")
 
 
 @overload
@@ -77,7 +81,8 @@ def spatial_attention(
             ``u * key_n // n``.
         value: ``(B, *key_map, kv_heads, dv)``; ``dv`` may differ from ``d``.
         axes: the rule of each axis of the map.
-        scale: factor on the logits, a number or a differentiable ``(heads,)`` tensor. Default ``d ** -0.5``.
+        scale: factor on the logits, a number or a differentiable tensor: ``(heads,)``, or one number for all heads,
+            ``()`` or ``(1,)``. Default ``d ** -0.5``.
         qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
         key_bias: :math:`c`, added to the logits of one key for all queries, broadcastable to
             ``(B, heads, *key_map)``. ``-inf`` removes a key.
@@ -116,18 +121,38 @@ def spatial_attention(
     Parameter Efficient Visual Backbones" (2021), section 2.2; Hassani et al., "Neighborhood Attention Transformer"
     (2023), eq. 2 to 4; Tu et al., "MaxViT" (2022), section 3.2.
     """
-    op = "spatial_attention"
+    op = _WORDS.function
     if not isinstance(axes, (list, tuple)) or not all(isinstance(axis, Axis) for axis in axes):
         raise RuntimeError(f"vitkernels::{op}: axes is {axes!r}, takes a sequence of vitkernels.Full, Block, ...")
+    check_tensors(op, query=query, key=key, value=value)
+    check_flag(op, "is_shared_query", is_shared_query)
     score = Score(
         scale, qk_norm, None, key_bias, None, bias_table, multiplier_table, rel_pos, 0, head_map, additional_keys,
         additional_values, outside, radius,
     )  # fmt: skip
-    given = operands(op, query, key, value, score, len(axes))
-    query, key, terms, keys, _ = given
-    found: tuple[Tensor, Tensor] = _ops.spatial_attention(
-        query, key, value, encode(axes), is_shared_query, *terms, *keys, _ops.allow_tf32(query)
-    )
-    if additional_values is not None:
-        found = with_additional_keys(found, given, additional_values)
+    found = attend_on_map(_WORDS, query, key, value, axes, score, is_shared_query)
     return found if return_lse else found[0]
+
+
+def attend_on_map(
+    words: Words,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axes: Sequence[Axis],
+    score: Score,
+    is_shared_query: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse``, for the function of ``words``."""
+    given = operands(words.function, query, key, value, score, len(axes))
+    query, key, terms, keys, _ = given
+    found: tuple[Tensor, Tensor]
+    try:
+        found = _ops.spatial_attention(
+            query, key, value, encode(axes), is_shared_query, *terms, *keys, _ops.allow_tf32(query)
+        )
+    except RuntimeError as error:
+        raise words.of(error, "spatial_attention", score.rel_pos) from None
+    if score.additional_values is not None:
+        found = with_additional_keys(words, found, given, score.additional_values)
+    return found

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
+from vitkernels._torch_private import sizes_are_tensors
 from vitkernels.axes import Axis, Block, Full, Halo
-from vitkernels.functional.score import Options, Outside
-from vitkernels.functional.spatial_attention import spatial_attention
+from vitkernels.functional.arguments import check_flag, check_maps, check_tensors, integers, map_of
+from vitkernels.functional.partition import attend_to_gathered_grids
+from vitkernels.functional.score import Options, Outside, Score, in_options
+from vitkernels.functional.spatial_attention import attend_on_map
+from vitkernels.functional.words import Words
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["grid_attention", "halo_attention", "of_each_axis", "window_attention"]
+__all__ = ["grid_attention", "halo_attention", "window_attention"]
 
 Size = int | Sequence[int]
+
+_WINDOW = Words("window_attention", rules={"size": "window_size", "key_size": "window_size"})
+_GRID = Words("grid_attention")
+_HALO = Words("halo_attention", rules={"size": "block_size", "key_size": "block_size", "halo": "halo_size"})
 
 
 @overload
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, window_size: Size, shift: Size = ..., *, bias_table: Tensor | None = ...,
-    is_shared_query: bool = ..., return_lse: Literal[False] = ..., **options: Unpack[Options],
+    is_shared_query: bool = ..., shift_size: Size | None = ..., return_lse: Literal[False] = ...,
+    **options: Unpack[Options],
 ) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, window_size: Size, shift: Size = ..., *, bias_table: Tensor | None = ...,
-    is_shared_query: bool = ..., return_lse: Literal[True], **options: Unpack[Options],
+    is_shared_query: bool = ..., shift_size: Size | None = ..., return_lse: Literal[True], **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -43,6 +52,7 @@ def window_attention(
     *,
     bias_table: Tensor | None = None,
     is_shared_query: bool = False,
+    shift_size: Size | None = None,
     return_lse: bool = False,
     **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,7 +73,8 @@ def window_attention(
         bias_table: :math:`T`, by the offset of the query from the key, in Swin's shape
             ``((2 window - 1) * ..., heads)``, the offsets of the last axis next to each other, or in that of
             :func:`vitkernels.spatial_attention`, ``(heads or 1, 2 window - 1, ...)`` (a map of one axis: Swin's).
-        is_shared_query: one query window serves all windows of the map.
+        is_shared_query: one query window serves all windows of the map, which they divide.
+        shift_size: Swin's name of ``shift``, which is 0 then.
         return_lse: also return the natural log of each row's sum of exponentials.
         options: ``scale``, ``qk_norm``, ``key_bias``, ``multiplier_table``, ``rel_pos``, ``head_map``,
             ``additional_keys``, ``additional_values``, as in :func:`vitkernels.spatial_attention`.
@@ -77,18 +88,28 @@ def window_attention(
     Source: Liu et al., "Swin Transformer" (2021), section 3.2 and eq. 4; ``is_shared_query``: Hatamizadeh et al.,
     "Global Context Vision Transformers" (2023), section 3.2.
     """
-    op, key_map = "window_attention", key.shape[1:-2]
-    query_map = key_map if is_shared_query else query.shape[1:-2]
-    sizes = of_each_axis(op, "window_size", window_size, key.dim() - 3)
-    shifts = of_each_axis(op, "shift", shift, key.dim() - 3)
+    op = _WINDOW.function
+    check_flag(op, "is_shared_query", is_shared_query)
+    query_map, key_map = check_maps(op, query, key, value, is_same=False)
+    sizes = integers(op, "window_size", window_size, len(key_map))
+    if shift_size is not None and shift != 0:
+        raise RuntimeError(f"vitkernels::{op}: shift is {shift!r}, takes 0 where shift_size is given ({shift_size!r})")
+    named = ("shift", shift) if shift_size is None else ("shift_size", shift_size)
+    shifts = integers(op, *named, len(key_map), at_least=0)
+    for own_shift, size in zip(shifts, sizes, strict=True):
+        if own_shift >= size:
+            raise RuntimeError(f"vitkernels::{op}: {named[0]} is {own_shift}, takes less than window_size ({size})")
+    if is_shared_query:
+        _check_shared_query(query, sizes, shifts, key_map)
+        query_map = key_map
     axes = [
-        Block(size, offset, None if nq == nk else _of_keys(op, size, nq, nk))
-        for size, offset, nq, nk in zip(sizes, shifts, query_map, key_map, strict=False)
+        Block(size, offset, None if nq == nk else _of_keys(op, "window_size", size, nq, nk))
+        for size, offset, nq, nk in zip(sizes, shifts, query_map, key_map, strict=True)
     ]
     table = in_axes(op, bias_table, [2 * size - 1 for size in sizes])
-    return spatial_attention(
-        query, key, value, axes, bias_table=table, is_shared_query=is_shared_query, return_lse=return_lse, **options
-    )
+    score = Score(**in_options(op, options), bias_table=table)
+    found = attend_on_map(_WINDOW, query, key, value, axes, score, is_shared_query)
+    return found if return_lse else found[0]
 
 
 @overload
@@ -136,14 +157,20 @@ def grid_attention(
     Source: Tu et al., "MaxViT: Multi-Axis Vision Transformer" (2022), section 3.2; with ``n // interval`` for
     ``grid_size``, the long-distance attention of Wang et al., "CrossFormer" (2022), section 3.2.
     """
-    op = "grid_attention"
-    sizes = of_each_axis(op, "grid_size", grid_size, key.dim() - 3)
-    for i, (size, n) in enumerate(zip(sizes, key.shape[1:-2], strict=False)):
-        if size < 1 or n % size != 0:
+    op = _GRID.function
+    _, sizes_of_map = check_maps(op, query, key, value)
+    sizes = integers(op, "grid_size", grid_size, len(sizes_of_map))
+    for i, (size, n) in enumerate(zip(sizes, sizes_of_map, strict=True)):
+        if n % size != 0:
             raise RuntimeError(f"vitkernels::{op}: grid_size is {size}, takes a divisor of the map's axis {i} ({n})")
-    axes = [Full(step=max(n // size, 1)) for n, size in zip(key.shape[1:-2], sizes, strict=False)]
     table = in_axes(op, bias_table, [2 * size - 1 for size in sizes])
-    return spatial_attention(query, key, value, axes, bias_table=table, return_lse=return_lse, **options)
+    score = Score(**in_options(op, options), bias_table=table)
+    if sizes_are_tensors():
+        found = attend_to_gathered_grids(_GRID, query, key, value, sizes, score)
+    else:
+        axes = [Full(step=max(n // size, 1)) for n, size in zip(sizes_of_map, sizes, strict=True)]
+        found = attend_on_map(_GRID, query, key, value, axes, score)
+    return found if return_lse else found[0]
 
 
 @overload
@@ -197,33 +224,26 @@ def halo_attention(
     Source: Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Backbones" (2021), section
     2.2; Chen et al., "Activating More Pixels in Image Super-Resolution Transformer" (2023), section 3.2.
     """
-    op = "halo_attention"
-    sizes = of_each_axis(op, "block_size", block_size, key.dim() - 3)
-    halos = of_each_axis(op, "halo_size", halo_size, key.dim() - 3)
+    op = _HALO.function
+    query_map, key_map = check_maps(op, query, key, value, is_same=False)
+    sizes = integers(op, "block_size", block_size, len(key_map))
+    halos = integers(op, "halo_size", halo_size, len(key_map), at_least=0)
     axes: list[Axis] = [
-        Halo(size if nq == nk else _of_keys(op, size, nk, nq), halo, size)
-        for size, halo, nq, nk in zip(sizes, halos, query.shape[1:-2], key.shape[1:-2], strict=False)
+        Halo(size if nq == nk else _of_keys(op, "block_size", size, nk, nq), halo, size)
+        for size, halo, nq, nk in zip(sizes, halos, query_map, key_map, strict=True)
     ]
     table = in_axes(op, bias_table, [2 * (size + halo) - 1 for size, halo in zip(sizes, halos, strict=True)])
-    return spatial_attention(
-        query, key, value, axes, bias_table=table, outside=outside, return_lse=return_lse, **options
-    )
-
-
-def of_each_axis(op: str, name: str, option: Any, num_axes: int) -> list[Any]:
-    """``option`` for each axis of the map: one value stands for all."""
-    if not isinstance(option, (list, tuple)):
-        return [option] * num_axes
-    if len(option) != num_axes:
-        raise RuntimeError(
-            f"vitkernels::{op}: {name} is {option!r}, takes one value or one for each of {num_axes} axes"
-        )
-    return list(option)
+    score = Score(**in_options(op, options), bias_table=table, outside=outside)
+    found = attend_on_map(_HALO, query, key, value, axes, score)
+    return found if return_lse else found[0]
 
 
 def in_axes(op: str, table: Tensor | None, offsets: Sequence[int]) -> Tensor | None:
     """A table of Swin's shape, ``(product of the offsets, heads)``, as the operator takes it; others as they are."""
-    if table is None or table.dim() != 2:
+    if table is None:
+        return None
+    check_tensors(op, bias_table=table)
+    if table.dim() != 2:
         return table
     if table.size(0) != math.prod(offsets):
         by_axis = " * ".join(map(str, offsets))
@@ -231,10 +251,28 @@ def in_axes(op: str, table: Tensor | None, offsets: Sequence[int]) -> Tensor | N
     return table.t().reshape(-1, *offsets)
 
 
-def _of_keys(op: str, size: int, n: int, other_n: int) -> int:
+def _of_keys(op: str, name: str, size: int, n: int, other_n: int) -> int:
     """How many tokens of a map of ``other_n`` lie where one of ``n`` has ``size``."""
-    if n == 0 or size * other_n % n != 0:
+    if n == 0 or other_n == 0 or size * other_n % n != 0:
         raise RuntimeError(
-            f"vitkernels::{op}: {size} tokens of {n} are not a whole number of those of {other_n} on the other map"
+            f"vitkernels::{op}: {name} is {size}, but {size} tokens of {n} are not a whole number of those of "
+            f"{other_n} on the other map"
         )
     return size * other_n // n
+
+
+def _check_shared_query(query: Tensor, sizes: Sequence[int], shifts: Sequence[int], key_map: Sequence[int]) -> None:
+    op = _WINDOW.function
+    for i, (size, n) in enumerate(zip(sizes, key_map, strict=True)):
+        if n % size != 0:
+            raise RuntimeError(
+                f"vitkernels::{op}: window_size is {size}, takes a divisor of the map's axis {i} ({n}) with a shared "
+                "query"
+            )
+    if any(shifts):
+        raise RuntimeError(f"vitkernels::{op}: shift is {tuple(shifts)}, takes 0 with a shared query")
+    if map_of(query) != list(sizes):
+        raise RuntimeError(
+            f"vitkernels::{op}: query has shape {tuple(query.shape)}, takes one window {tuple(sizes)} with "
+            "is_shared_query"
+        )

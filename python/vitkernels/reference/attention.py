@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitkernels.reference.grid import by_offset, relative_logits
 
-__all__ = ["attention"]
+__all__ = ["attention", "normalized"]
 
 
 def attention(
@@ -63,6 +63,13 @@ def head_map_of(query: Tensor, key: Tensor, head_map: Tensor | None) -> Tensor:
     return torch.arange(heads, device=query.device) // max(heads // max(key.size(2), 1), 1)
 
 
+def normalized(t: Tensor) -> Tensor:
+    """``t`` divided by its norm over the last dimension, or by 1 where that is 0: its gradient is finite as well."""
+    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / torch.where(norm == 0.0, 1.0, norm.clamp(min=1e-12))).to(t.dtype)
+
+
 def attention_logits(
     query: Tensor,
     key: Tensor,
@@ -82,12 +89,11 @@ def attention_logits(
     """The logits ``(B, heads, Nq, Nk)`` in the precision of the statistics. Keys from ``num_own`` on have no terms."""
     heads = query.size(2)
     if qk_norm == "l2":
-        wide = torch.promote_types(query.dtype, torch.float32)
-        query, key = (torch.nn.functional.normalize(t.to(wide), dim=-1).to(t.dtype) for t in (query, key))
+        query, key = normalized(query), normalized(key)
     if scale is None:
         scale = query.size(-1) ** -0.5
     if isinstance(scale, Tensor):
-        scale = scale.to(query.dtype)[:, None, None]
+        scale = scale.to(query.dtype).reshape(-1, 1, 1)
 
     q = query.transpose(1, 2)  # [B, H, Nq, D]
     k = key[:, :, head_map_of(query, key, head_map)].transpose(1, 2)  # [B, H, Nk, D]

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import pad
 
 from vitkernels.axes import Axis
-from vitkernels.reference.attention import attention
+from vitkernels.reference.attention import attention, normalized
 from vitkernels.reference.pattern import AxisPattern, axis_pattern
 
 __all__ = ["spatial_attention"]
@@ -115,8 +115,7 @@ def _relative_logits(
 ) -> Tensor:
     """``(B, heads, Nq, Nk)``: products of the query with the embeddings of the offsets."""
     if qk_norm == "l2":
-        wide = torch.promote_types(query.dtype, torch.float32)
-        query = normalize(query.to(wide), dim=-1).to(query.dtype)
+        query = normalized(query)
     total = query.new_zeros(())
     for axis, table in enumerate(rel_pos):
         size, heads = table.size(-2), query.size(2)

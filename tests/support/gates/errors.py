@@ -1,11 +1,13 @@
 """What an error says: the operator, the argument, what it got and what it takes. (test_fuzz has the breadth.)"""
 
+import inspect
 import re
 
 import pytest
 import torch
 import vitkernels as vk
 from support.devices import DEVICE, FUNCTIONS, ON_CPU
+from vitkernels.functional.score import Options
 
 
 def tokens(*shape, dtype=torch.float32):
@@ -66,7 +68,7 @@ ATTENTION_ERRORS = [
     ),
     (
         GRID | {"rel_pos": [tokens(13, 7)]},
-        "rel_pos_width has shape (13, 7), takes (2 n - 1, 8) or (4, 2 n - 1, 8) = (heads, offsets, d)",
+        "rel_pos[0] has shape (13, 7), takes (2 n - 1, 8) or (4, 2 n - 1, 8) = (heads, offsets, d)",
     ),
     ({"head_map": integers(0, 1)}, "head_map has shape (2), takes (4)"),
     ({"head_map": tokens(4)}, "head_map is float32, takes int64 or int32"),
@@ -157,7 +159,7 @@ SPATIAL_ERRORS = [
     ({"axes": (vk.Full(), vk.Neighborhood(3, 4))}, "axes gives axis 1 the stride 4, takes 1 to 3"),
     ({"radius": 0.0}, "radius is 0.0, takes a positive number or None"),
     ({"outside": "one"}, "outside is 'one', takes None, 'zero' or (key_fill, value_fill)"),
-    ({"outside": (tokens(2, 8), tokens(2, 4))}, "value_fill has shape (2, 4), takes (2, 3)"),
+    ({"outside": (tokens(2, 8), tokens(2, 4))}, "outside[1] has shape (2, 4), takes (2, 3)"),
     ({"outside": (tokens(2, 8, dtype=torch.int64), tokens(2, 3))}, "outside[0] is torch.int64, takes a floating dtype"),
     ({"key_bias": tokens(7, 5)}, "key_bias has shape (7, 5), takes one that broadcasts to (2, 4, 5, 7)"),
     ({"bias_table": tokens(4, 3, 3)}, "bias_table has 3 offsets on axis 1, takes at least 5"),
@@ -170,13 +172,14 @@ SPATIAL_ERRORS = [
     ({"additional_keys": tokens(2, 1, 2, 8)}, "additional_keys and additional_values must be given together"),
 ]
 DATA_ON_MAP = {name: ON_MAP[name] for name in ("query", "key", "value")}
+HALVES = {"key": tokens(2, 5, 7, 4, 8), "value": tokens(2, 5, 7, 4, 3)}
 NAMED_ERRORS = [
     (vk.na2d, {"kernel_size": (3, 9)}, "kernel_size 9 exceeds the map's axis 1 (7)"),
     (vk.na2d, {"kernel_size": 3, "dilation": 2}, "kernel_size 3 times dilation 2 exceeds the map's axis 0 (5)"),
     (vk.na2d, {"kernel_size": 3, "stride": 4}, "stride is 4, takes at most kernel_size (3)"),
     (vk.na2d, {"kernel_size": (3, 3, 3)}, "kernel_size is (3, 3, 3), takes one value or one for each of 2 axes"),
     (vk.na2d, {"kernel_size": 3, "rpb": tokens(4, 5, 3)}, "rpb has shape (4, 5, 3), takes (heads, 5, 5)"),
-    (vk.na1d, {"kernel_size": 3}, "key has shape (2, 5, 7, 2, 8), takes 4 dimensions (B, *map, heads, d)"),
+    (vk.na1d, {"kernel_size": 3}, "query has shape (2, 5, 7, 4, 8), takes 4 dimensions (B, length, heads, d)"),
     (vk.window_attention, {"window_size": (2, 3, 4)}, "window_size is (2, 3, 4), takes one value or one for each of 2"),
     (
         vk.window_attention,
@@ -187,17 +190,141 @@ NAMED_ERRORS = [
     (
         vk.halo_attention,
         {"block_size": 3, "halo_size": 1, "query": tokens(2, 2, 7, 4, 8)},
-        "3 tokens of 5 are not a whole number of those of 2 on the other map",
+        "block_size is 3, but 3 tokens of 5 are not a whole number of those of 2 on the other map",
     ),
-    (vk.criss_cross_attention, {"query": tokens(2, 7, 4, 8)}, "query has shape (2, 7, 4, 8), takes (B, height, width,"),
+    (
+        vk.criss_cross_attention,
+        {"query": tokens(2, 7, 4, 8)},
+        "query has shape (2, 7, 4, 8), takes 5 dimensions (B, height, width, heads, d)",
+    ),
     (vk.cross_shaped_window_attention, {"stripe_width": 2}, "query has shape (2, 5, 7, 4, 8), takes (B, height, width"),
+    (
+        vk.cross_shaped_window_attention,
+        HALVES | {"stripe_width": 2, "query": tokens(2, 35, 4, 8)},
+        "query has shape (2, 35, 4, 8), takes 5 dimensions (B, height, width, heads, d)",
+    ),
+    (vk.cross_shaped_window_attention, HALVES | {"stripe_width": 0}, "stripe_width is 0, takes an integer from 1 on"),
+    (vk.cross_shaped_window_attention, HALVES | {"stripe_width": 2, "scale": tokens(3)}, "scale has shape (3,), takes"),
+    # What another function computes, in the words of the one that was called.
+    (vk.na2d, {"kernel_size": 3.0}, "kernel_size is 3.0, takes an integer from 1 on"),
+    (vk.na2d, {"kernel_size": 3, "is_causal": "no"}, "is_causal is 'no', takes True or False"),
+    (vk.na2d, {"kernel_size": 3, "is_causal": (True,)}, "is_causal is (True,), takes one value or one for each of 2"),
+    (vk.na2d, {"kernel_size": 3, "scale": tokens(3)}, "scale has shape (3), takes (4)"),
+    (vk.na2d, {"kernel_size": 3, "rpb": tokens(3, 5, 5)}, "rpb has shape (3, 5, 5), takes 1 or 4 (heads)"),
+    (
+        vk.na2d,
+        {"kernel_size": 3, "additional_keys": tokens(2, 1, 2, 9), "additional_values": tokens(2, 1, 2, 3)},
+        "additional_keys has size 9 in dimension 3, takes 8 (query's head dimension)",
+    ),
+    (vk.window_attention, {"window_size": 0}, "window_size is 0, takes an integer from 1 on"),
+    (vk.window_attention, {"window_size": 5000}, "window_size is 5000 on axis 0, takes 1 to 4096"),
+    (vk.window_attention, {"window_size": 3, "shift": 3}, "shift is 3, takes less than window_size (3)"),
+    (vk.window_attention, {"window_size": 3, "shift_size": 3}, "shift_size is 3, takes less than window_size (3)"),
+    (
+        vk.window_attention,
+        {"window_size": 3, "shift": 1, "shift_size": 1},
+        "shift is 1, takes 0 where shift_size is given (1)",
+    ),
+    (
+        vk.window_attention,
+        {"window_size": 3, "rel_pos": [tokens(3, 8)] * 2},
+        "rel_pos[0] has 3 offsets on axis 0, takes at least 5",
+    ),
+    (
+        vk.window_attention,
+        {"window_size": 3, "is_shared_query": True},
+        "window_size is 3, takes a divisor of the map's axis 0 (5) with a shared query",
+    ),
+    (
+        vk.window_attention,
+        {"window_size": (5, 7), "is_shared_query": True, "query": tokens(2, 5, 6, 4, 8)},
+        "query has shape (2, 5, 6, 4, 8), takes one window (5, 7) with is_shared_query",
+    ),
+    (vk.grid_attention, {"grid_size": (5, 7), "key_bias": tokens(7, 5)}, "key_bias has shape (7, 5), takes one that"),
+    (vk.halo_attention, {"block_size": 2, "halo_size": -1}, "halo_size is -1, takes an integer from 0 on"),
+    (vk.halo_attention, {"block_size": 2, "halo_size": 9000}, "halo_size is 9000 on axis 0, takes 0 to 4096"),
+    (
+        vk.halo_attention,
+        {"block_size": 2, "halo_size": 1, "outside": (tokens(2, 7), tokens(2, 3))},
+        "outside[0] has shape (2, 7), takes (2, 8)",
+    ),
+    (vk.criss_cross_attention, {"key_bias": tokens(7, 5)}, "key_bias has shape (7, 5), takes one that broadcasts to"),
+    (
+        vk.na1d,
+        {"query": tokens(2, 5, 4, 8), "key": tokens(2, 6, 2, 8), "value": tokens(2, 6, 2, 3), "kernel_size": 3},
+        "query has shape (2, 5, 4, 8), takes key's map (6,)",
+    ),
+    (
+        vk.na3d,
+        {name: t[:, None] for name, t in DATA_ON_MAP.items()} | {"query": tokens(2, 1, 5, 6, 4, 8), "kernel_size": 1},
+        "query has shape (2, 1, 5, 6, 4, 8), takes key's map (1, 5, 7)",
+    ),
 ]
+NAMED = {
+    vk.na2d: {"kernel_size": 3},
+    vk.window_attention: {"window_size": 3},
+    vk.grid_attention: {"grid_size": (5, 7)},
+    vk.halo_attention: {"block_size": 3, "halo_size": 1},
+    vk.cross_shaped_window_attention: HALVES | {"stripe_width": 2},
+    vk.criss_cross_attention: {},
+}
+CALLS = [
+    (vk.attention, QKV),
+    (vk.attention_varlen, VARLEN),
+    (vk.attention_transposed, TRANSPOSED),
+    (vk.spatial_attention, ON_MAP),
+    *((f, DATA_ON_MAP | options) for f, options in NAMED.items()),
+]
+NESTED = torch.nested.nested_tensor([tokens(5, 4, 8), tokens(3, 4, 8)], layout=torch.jagged)
+# Of every function that has the argument.
+COMMON_ERRORS = [
+    *(
+        ({name: wrong}, f"{name} is {text}")
+        for name in ("query", "key", "value", "value_q", "lse", "cu_seqlens_q", "cu_seqlens_k")
+        for wrong, text in (
+            (None, "None, takes a tensor"),
+            ([1.0], "a list, takes a tensor"),
+            (NESTED, "a nested tensor, takes a strided one"),
+            (tokens(2, 5).to_sparse(), "a torch.sparse_coo tensor, takes a strided one"),
+        )
+    ),
+    *(
+        ({name: 0.5}, f"{name} is a float, takes a tensor")
+        for name in ("bias", "key_bias", "multiplier", "bias_table", "multiplier_table", "head_map", "query_weight")
+    ),
+    ({"scale": 1e39}, "scale is 1e+39, takes a finite number in torch.float32"),
+    ({"scale": 10**400}, f"scale is 1{'0' * 400}, takes a number"),
+    ({"scale": "1"}, "scale is '1', takes a number"),
+    ({"scale": NESTED}, "scale is a nested tensor, takes a strided one"),
+    ({"radius": "1"}, "radius is '1', takes a number"),
+    ({"is_causal": "no"}, "is_causal is 'no', takes True or False"),
+    ({"is_shared_query": 1}, "is_shared_query is 1, takes True or False"),
+]
+
+
+def takes(function, name):
+    parameters = inspect.signature(function).parameters
+    return name in parameters or ("options" in parameters and name in Options.__optional_keys__)
+
+
 ERRORS = [
     *(
         (vk.spatial_attention, ON_MAP | wrong, f"vitkernels::spatial_attention: {text}")
         for wrong, text in SPATIAL_ERRORS
     ),
     *((f, DATA_ON_MAP | wrong, f"vitkernels::{f.__name__}: {text}") for f, wrong, text in NAMED_ERRORS),
+    *(
+        (f, call | wrong, f"vitkernels::{f.__name__}: {text}")
+        for f, call in CALLS
+        for wrong, text in COMMON_ERRORS
+        if takes(f, *wrong)
+    ),
+    *(
+        (f, DATA_ON_MAP | options | {name: other}, f"vitkernels::{f.__name__}: {name} has shape {tuple(other.shape)}")
+        for f, options in NAMED.items()
+        for name, other in (("query", tokens(2, 5, 6, 4, 8)), ("value", tokens(2, 5, 6, 2, 3)))
+        if name == "value" or f not in (vk.window_attention, vk.halo_attention)  # whose maps may differ
+    ),
     *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in ATTENTION_ERRORS),
     *((vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}") for wrong, text in VARLEN_ERRORS),
     *(
@@ -209,7 +336,7 @@ ERRORS = [
 
 
 def each_error(rows):
-    return pytest.mark.parametrize(("function", "call", "text"), rows, ids=[text for _, _, text in rows])
+    return pytest.mark.parametrize(("function", "call", "text"), rows, ids=[text[:120] for _, _, text in rows])
 
 
 def check_text(function, call, text):

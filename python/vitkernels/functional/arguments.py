@@ -1,0 +1,90 @@
+"""Checks of arguments that no operator sees, in the words of the function that was called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitkernels._torch_private import sizes_are_tensors
+
+__all__ = ["check_flag", "check_maps", "check_tensors", "integers", "map_of", "number"]
+
+_LAYOUTS = {
+    1: "4 dimensions (B, length, heads, d)",
+    2: "5 dimensions (B, height, width, heads, d)",
+    3: "6 dimensions (B, depth, height, width, heads, d)",
+}
+
+
+def check_tensors(op: str, **arguments: object) -> None:
+    """Raise unless all ``arguments`` are strided tensors."""
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            what = "None" if t is None else f"a {type(t).__name__}"
+            raise RuntimeError(f"vitkernels::{op}: {name} is {what}, takes a tensor")
+        if t.is_nested or t.layout != torch.strided:
+            what = "nested" if t.is_nested else str(t.layout)
+            raise RuntimeError(f"vitkernels::{op}: {name} is a {what} tensor, takes a strided one")
+
+
+def check_flag(op: str, name: str, option: object) -> None:
+    if not isinstance(option, (bool, torch.SymBool)):
+        raise RuntimeError(f"vitkernels::{op}: {name} is {option!r}, takes True or False")
+
+
+def number(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
+    """``value`` as what a kernel reads in ``dtype``."""
+    try:
+        as_float = None if isinstance(value, str) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        as_float = None
+    if as_float is None:
+        raise RuntimeError(f"vitkernels::{op}: {name} is {value!r}, takes a number")
+    if not abs(as_float) <= torch.finfo(dtype).max:
+        raise RuntimeError(f"vitkernels::{op}: {name} is {as_float}, takes a finite number in {dtype}")
+    return as_float
+
+
+def integers(op: str, name: str, option: Any, num_axes: int, at_least: int = 1) -> list[int]:
+    """``option`` for each axis of the map: one value stands for all."""
+    values = list(option) if isinstance(option, (list, tuple)) else [option] * num_axes
+    if len(values) != num_axes:
+        raise RuntimeError(
+            f"vitkernels::{op}: {name} is {option!r}, takes one value or one for each of {num_axes} axes"
+        )
+    if sizes_are_tensors():
+        values = [int(n) if isinstance(n, Tensor) else n for n in values]
+    for n in values:
+        if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < at_least:
+            raise RuntimeError(f"vitkernels::{op}: {name} is {n!r}, takes an integer from {at_least} on")
+    return values
+
+
+def map_of(t: Tensor) -> list[int]:
+    """The sizes of the map of ``(B, *map, heads, d)``, as numbers also where a trace has tensors for them."""
+    sizes = t.shape[1:-2]
+    return [int(n) for n in sizes] if sizes_are_tensors() else list(sizes)
+
+
+def check_maps(
+    op: str, query: Tensor, key: Tensor, value: Tensor, num_axes: int | None = None, is_same: bool = True
+) -> tuple[list[int], list[int]]:
+    """The maps of ``query`` and ``key``. Raises unless all have ``num_axes``, and ``is_same``: the same sizes."""
+    check_tensors(op, query=query, key=key, value=value)
+    if num_axes is None:
+        num_axes = query.dim() - 3
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if num_axes not in _LAYOUTS:
+            layout = "4 to 6 dimensions (B, one to three axes, heads, d)"
+        elif t.dim() != num_axes + 3:
+            layout = _LAYOUTS[num_axes] + ("" if name == "query" else ", as query")
+        else:
+            continue
+        raise RuntimeError(f"vitkernels::{op}: {name} has shape {tuple(t.shape)}, takes {layout}")
+    query_map, key_map = map_of(query), map_of(key)
+    for name, t, sizes in (("query", query, query_map if is_same else key_map), ("value", value, map_of(value))):
+        if sizes != key_map:
+            raise RuntimeError(f"vitkernels::{op}: {name} has shape {tuple(t.shape)}, takes key's map {tuple(key_map)}")
+    return query_map, key_map
