@@ -1,5 +1,8 @@
 """The modules on maps against the published ones, with the weights of these: outputs and all gradients."""
 
+import inspect
+import re
+
 import pytest
 import torch
 import vitkernels as vk
@@ -247,14 +250,78 @@ def test_criss_cross_attention_is_ccnets(size):
     check_same(vk.nn.CrissCrossAttention(16), theirs, theirs, torch.randn(2, 16, *size))
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match=r"WindowAttention: attn_drop is 0.1, takes 0"):
-        vk.nn.WindowAttention(24, 3, attn_drop=0.1)
-    with pytest.raises(ValueError, match=r"x has shape \(2, 49, 24\), takes \(B, height, width, dim\)"):
-        vk.nn.WindowAttention(24, 3)(torch.zeros(2, 49, 24))
-    with pytest.raises(ValueError, match=r"GridAttention: dim is 24, takes a multiple of dim_head \(32\)"):
-        vk.nn.GridAttention(24)
-    with pytest.raises(ValueError, match="HaloAttention: stride is 2, takes 1, or avg_down=True"):
-        vk.nn.HaloAttention(32, stride=2)
-    with pytest.raises(ValueError, match=r"NeighborhoodAttention2D: embed_dim is 24, takes a multiple of num_heads"):
-        vk.nn.NeighborhoodAttention2D(24, 5, 3)
+BAD = [
+    (lambda: vk.nn.WindowAttention(24, 3, attn_drop=0.1), "WindowAttention: attn_drop is 0.1, takes 0"),
+    (lambda: vk.nn.WindowAttention(24, 3)(torch.zeros(2, 49, 24)), "x has shape (2, 49, 24), takes (B, height, width,"),
+    (lambda: vk.nn.WindowAttention(96, 5), "WindowAttention: dim is 96, takes a multiple of num_heads (5)"),
+    (lambda: vk.nn.WindowAttention(96, 0), "WindowAttention: num_heads is 0, takes an integer from 1 on"),
+    (
+        lambda: vk.nn.WindowAttention(96, 3, window_size=(7, 7, 7)),
+        "window_size is (7, 7, 7), takes an integer from 1 on, or",
+    ),
+    (lambda: vk.nn.WindowAttention(96, 3, shift_size=-1), "shift_size is -1, takes an integer from 0 on"),
+    (lambda: vk.nn.WindowAttention(96, 3, shift_size=7), "shift_size is 7, takes less than window_size (7)"),
+    (
+        lambda: vk.nn.WindowAttention(96, (7, 7), 3, True),
+        "num_heads is (7, 7), takes an integer, or in the order (dim,",
+    ),
+    (lambda: vk.nn.WindowAttentionV2(96, 7, 5), "WindowAttentionV2: dim is 96, takes a multiple of num_heads (5)"),
+    (lambda: vk.nn.GridAttention(24), "GridAttention: dim is 24, takes a multiple of dim_head (32)"),
+    (lambda: vk.nn.GridAttention(24, 0), "GridAttention: dim_head is 0, takes an integer from 1 on"),
+    (lambda: vk.nn.HaloAttention(32, stride=2), "HaloAttention: stride is 2, takes 1, or avg_down=True"),
+    (lambda: vk.nn.HaloAttention(30), "HaloAttention: dim_out is 30, takes a multiple of num_heads (8)"),
+    (lambda: vk.nn.HaloAttention(32, block_size=0), "HaloAttention: block_size is 0, takes an integer from 1 on"),
+    (
+        lambda: vk.nn.CrossShapedWindowAttention(32, 3),
+        "CrossShapedWindowAttention: num_heads is 3, takes an even divisor",
+    ),
+    (
+        lambda: vk.nn.CrossShapedWindowAttention(32, 4, 0),
+        "CrossShapedWindowAttention: split_size is 0, takes an integer",
+    ),
+    (lambda: vk.nn.CrissCrossAttention(4), "CrissCrossAttention: in_dim is 4, takes 8 or more"),
+    (lambda: vk.nn.NeighborhoodAttention2D(24, 5, 3), "NeighborhoodAttention2D: embed_dim is 24, takes a multiple of"),
+    (
+        lambda: vk.nn.NeighborhoodAttention2D(24, 3, (3, 3, 3)),
+        "NeighborhoodAttention2D: kernel_size is (3, 3, 3), takes",
+    ),
+    (
+        lambda: vk.nn.NeighborhoodAttention2D(24, 3, 3, is_causal="no"),
+        "NeighborhoodAttention2D: is_causal is 'no', takes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), BAD, ids=[text for _, text in BAD])
+def test_bad_arguments_are_named(call, text):
+    with pytest.raises(RuntimeError, match=re.escape(text)) as raised:
+        call()
+    assert str(raised.value).startswith("vitkernels.nn.")
+
+
+ORIGINALS = {
+    "Attention": "timm.layers.attention.Attention",
+    "HaloAttention": "timm.layers.halo_attn.HaloAttn",
+    "WindowAttention": "timm.models.swin_transformer.WindowAttention",
+    "NeighborhoodAttention2D": "natten.NeighborhoodAttention2D",
+}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_arguments_are_in_the_originals_order(name):
+    path, _, theirs = ORIGINALS[name].rpartition(".")
+    original = getattr(pytest.importorskip(path), theirs)
+    taken = [[*inspect.signature(kind).parameters] for kind in (getattr(vk.nn, name), original)]
+    shared = [parameter for parameter in taken[1] if parameter not in ("device", "dtype")]
+    assert taken[0][: len(shared)] == shared
+
+
+def test_swins_own_order():
+    """``dim, window_size, num_heads``, as its authors have it."""
+    ours = vk.nn.WindowAttention(24, (3, 4), 2, qkv_bias=False, qk_scale=0.5)
+    twin = vk.nn.WindowAttention(24, 2, window_size=(3, 4), qkv_bias=False, qk_scale=0.5)
+    twin.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 6, 8, 24)
+    assert torch.equal(ours(x), twin(x))
+    twin.scale = None
+    assert not torch.allclose(ours(x), twin(x))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.functional import attention
+from vitkernels.nn.maps import integers
 from vitkernels.nn.masks import mask_terms
 
 __all__ = ["Attention"]
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if ``dim`` is not a multiple of ``num_heads`` and ``attn_head_dim`` is not given, or if a
+        RuntimeError: if ``dim`` is not a multiple of ``num_heads`` and ``attn_head_dim`` is not given, or if a
             norm is asked for without ``norm_layer``.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), appendix A; ``qk_norm``: Dehghani et
@@ -66,13 +67,14 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        if attn_head_dim is None and dim % num_heads != 0:
-            raise ValueError(
+        integers("Attention", "num_heads", num_heads, 1)
+        if not attn_head_dim and dim % num_heads != 0:
+            raise RuntimeError(
                 f"vitkernels.nn.Attention: dim is {dim}, takes a multiple of num_heads ({num_heads}) "
                 "where attn_head_dim is not given"
             )
         if norm_layer is None and (qk_norm or scale_norm):
-            raise ValueError(
+            raise RuntimeError(
                 "vitkernels.nn.Attention: norm_layer is None, takes the constructor of a norm "
                 "where qk_norm or scale_norm is True"
             )
@@ -109,12 +111,12 @@ class Attention(nn.Module):
             ``(B, N, dim_out)``.
 
         Raises:
-            ValueError: if ``x`` is not three-dimensional, or ``attn_mask`` comes together with ``is_causal``.
+            RuntimeError: if ``x`` is not three-dimensional, or ``attn_mask`` comes together with ``is_causal``.
         """
         if x.dim() != 3:
-            raise ValueError(f"vitkernels.nn.Attention: x has shape {tuple(x.shape)}, takes (B, N, dim)")
+            raise RuntimeError(f"vitkernels.nn.Attention: x has shape {tuple(x.shape)}, takes (B, N, dim)")
         if is_causal and attn_mask is not None:
-            raise ValueError("vitkernels.nn.Attention: is_causal is True, takes False where attn_mask is given")
+            raise RuntimeError("vitkernels.nn.Attention: is_causal is True, takes False where attn_mask is given")
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, H, D]
         q, k = self.q_norm(q), self.k_norm(k)

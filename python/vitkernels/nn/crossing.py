@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.functional import attention, criss_cross_attention, cross_shaped_window_attention
-from vitkernels.nn.maps import check_map, no_dropout
+from vitkernels.nn.maps import check_map, integers, no_dropout
 
 __all__ = ["CrissCrossAttention", "CrossShapedWindowAttention"]
 
@@ -65,9 +65,11 @@ class CrossShapedWindowAttention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         no_dropout("CrossShapedWindowAttention", attn_drop)
+        integers("CrossShapedWindowAttention", "num_heads", num_heads, 1)
+        integers("CrossShapedWindowAttention", "split_size", split_size, 1)
         branches = 1 if last_stage else 2
         if num_heads % branches != 0 or dim % num_heads != 0:
-            raise ValueError(
+            raise RuntimeError(
                 f"vitkernels.nn.CrossShapedWindowAttention: num_heads is {num_heads}, takes an even divisor of dim "
                 f"({dim})"
             )
@@ -86,12 +88,12 @@ class CrossShapedWindowAttention(nn.Module):
         values = v.flatten(-2).chunk(len(self.attns), -1)
         if len(self.attns) == 1:
             q, k, v = (t.flatten(1, 2) for t in (q, k, v))
-            out = attention(q, k, v, scale=self.scale).reshape(*x.shape[:3], self.num_heads, -1)
+            out = attention(q, k, v, scale=self.scale).view(*x.shape[:3], self.num_heads, v.size(-1))
             encoding = self.attns[0](values[0], height, width)
         else:
             for name, n in (("height", height), ("width", width)):
                 if n % self.split_size != 0:
-                    raise ValueError(
+                    raise RuntimeError(
                         f"vitkernels.nn.CrossShapedWindowAttention: {name} is {n}, takes a multiple of split_size "
                         f"({self.split_size})"
                     )
@@ -112,7 +114,7 @@ class CrissCrossAttention(nn.Module):
     weights, every pixel reaches every other.)
 
     Args:
-        in_dim: channels of the map.
+        in_dim: channels of the map, 8 or more: queries and keys have an eighth of them.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -122,6 +124,8 @@ class CrissCrossAttention(nn.Module):
     def __init__(self, in_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if in_dim < 8:
+            raise RuntimeError(f"vitkernels.nn.CrissCrossAttention: in_dim is {in_dim}, takes 8 or more")
         self.query_conv = nn.Conv2d(in_dim, in_dim // 8, 1, **factory)
         self.key_conv = nn.Conv2d(in_dim, in_dim // 8, 1, **factory)
         self.value_conv = nn.Conv2d(in_dim, in_dim, 1, **factory)

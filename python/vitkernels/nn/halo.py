@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.functional import halo_attention
-from vitkernels.nn.maps import check_map
+from vitkernels.nn.maps import check_heads, check_map, integers
 
 __all__ = ["HaloAttention"]
 
@@ -31,6 +31,7 @@ class HaloAttention(nn.Module):
     Args:
         dim: channels of the map.
         dim_out: channels of the output, default ``dim``.
+        feat_size: size of the map; not needed, as in timm.
         stride: 2 halves the map by an average pool; needs ``avg_down`` or an odd ``block_size``.
         num_heads: number of heads.
         dim_head: query and key channels of a head, default from ``dim_out * qk_ratio``.
@@ -44,8 +45,8 @@ class HaloAttention(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if ``dim_out`` is not a multiple of ``num_heads``, or with a ``stride`` that is neither 1 nor a pool
-            by 2.
+        RuntimeError: if ``dim_out`` is not a multiple of ``num_heads``, or with a ``stride`` that is neither 1 nor a
+            pool by 2.
 
     Source: Vaswani et al., "Scaling Local Self-Attention for Parameter Efficient Visual Backbones" (2021), section 2.2.
     """
@@ -54,6 +55,7 @@ class HaloAttention(nn.Module):
         self,
         dim: int,
         dim_out: int | None = None,
+        feat_size: tuple[int, int] | None = None,
         stride: int = 1,
         num_heads: int = 8,
         dim_head: int | None = None,
@@ -69,12 +71,11 @@ class HaloAttention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
-        if dim_out % num_heads != 0:
-            raise ValueError(
-                f"vitkernels.nn.HaloAttention: dim_out is {dim_out}, takes a multiple of num_heads ({num_heads})"
-            )
+        check_heads("HaloAttention", "dim_out", dim_out, num_heads)
+        integers("HaloAttention", "block_size", block_size, 1)
+        integers("HaloAttention", "halo_size", halo_size, 1, at_least=0)
         if stride not in (1, 2):
-            raise ValueError(f"vitkernels.nn.HaloAttention: stride is {stride}, takes 1 or 2")
+            raise RuntimeError(f"vitkernels.nn.HaloAttention: stride is {stride}, takes 1 or 2")
         self.num_heads, self.block_size, self.halo_size = num_heads, block_size, halo_size
         self.dim_head = dim_head or _in_eights(dim_out * qk_ratio) // num_heads
         self.scale = self.dim_head**-0.5
@@ -82,7 +83,7 @@ class HaloAttention(nn.Module):
         pooled = stride == 2 and (avg_down or block_size % 2 != 0)
         dim_qk = num_heads * self.dim_head
         if stride == 2 and not pooled:
-            raise ValueError(
+            raise RuntimeError(
                 "vitkernels.nn.HaloAttention: stride is 2, takes 1, or avg_down=True: timm's relative positions then "
                 "count strided queries as if they were next to each other, which is no offset on the map"
             )

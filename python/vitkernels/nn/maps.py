@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["check_map", "drop_buffers", "each", "no_dropout", "pair"]
+__all__ = ["Restorable", "check_heads", "check_map", "integers", "no_dropout", "pair"]
 
 
-def each(option: Any, count: int) -> tuple[Any, ...]:
+class Restorable(nn.Module):
+    """A module whose published files hold more than parameters, and less than its buffers.
+
+    What a module computes of its arguments is computed again wherever its tensors are replaced: when it is moved,
+    emptied (``to_empty``, from the meta device) or loaded.
+    """
+
+    #: What files hold besides parameters; passed over.
+    ignored: ClassVar[tuple[str, ...]] = ()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Compute what no file holds. timm calls this after ``to_empty``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.ignored:
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.init_non_persistent_buffers()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Restorable:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.init_non_persistent_buffers()
+        return self
+
+
+def integers(module: str, name: str, option: Any, count: int, at_least: int = 1) -> tuple[int, ...]:
     """``option`` for each of ``count`` axes: one value stands for all."""
-    return tuple(option) if isinstance(option, Sequence) else (option,) * count
+    values = tuple(option) if count > 1 and isinstance(option, (list, tuple)) else (option,) * count
+    if len(values) != count or any(not isinstance(n, int) or isinstance(n, bool) or n < at_least for n in values):
+        each = "" if count == 1 else f", or one for each of {count} axes"
+        raise RuntimeError(f"vitkernels.nn.{module}: {name} is {option!r}, takes an integer from {at_least} on{each}")
+    return values
 
 
-def pair(option: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = each(option, 2)
+def pair(module: str, name: str, option: int | tuple[int, int], at_least: int = 1) -> tuple[int, int]:
+    height, width = integers(module, name, option, 2, at_least)
     return height, width
+
+
+def check_heads(module: str, name: str, dim: int, num_heads: int) -> None:
+    integers(module, "num_heads", num_heads, 1)
+    if dim % num_heads != 0:
+        raise RuntimeError(f"vitkernels.nn.{module}: {name} is {dim}, takes a multiple of num_heads ({num_heads})")
 
 
 def no_dropout(module: str, attn_drop: float) -> None:
     if attn_drop != 0.0:
-        raise ValueError(f"vitkernels.nn.{module}: attn_drop is {attn_drop}, takes 0: the kernel has no dropout")
+        raise RuntimeError(f"vitkernels.nn.{module}: attn_drop is {attn_drop}, takes 0: the kernel has no dropout")
 
 
 def check_map(module: nn.Module, x: Tensor, layout: str = "(B, height, width, dim)") -> None:
     if x.dim() != layout.count(",") + 1:
-        raise ValueError(f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes {layout}")
-
-
-def drop_buffers(module: nn.Module, *names: str) -> None:
-    """Let ``load_state_dict`` pass over what published files hold besides parameters."""
-
-    def drop(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        for name in names:
-            state.pop(prefix + name, None)
-
-    module.register_load_state_dict_pre_hook(drop)  # type: ignore[no-untyped-call]
+        raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes {layout}")

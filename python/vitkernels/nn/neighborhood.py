@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitkernels.axes import Neighborhood
 from vitkernels.functional import na1d, na2d, na3d
-from vitkernels.nn.maps import check_map, each, no_dropout
+from vitkernels.nn.maps import check_heads, check_map, integers, no_dropout
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -39,14 +39,15 @@ class _NeighborhoodAttention(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        no_dropout(type(self).__name__, attn_drop)
-        if embed_dim % num_heads != 0:
-            raise ValueError(
-                f"vitkernels.nn.{type(self).__name__}: embed_dim is {embed_dim}, takes a multiple of num_heads "
-                f"({num_heads})"
-            )
-        of_axes = (each(option, self.num_axes) for option in (kernel_size, stride, dilation, is_causal))
-        self.axes = tuple(Neighborhood(*options) for options in zip(*of_axes, strict=True))
+        name, n = type(self).__name__, self.num_axes
+        no_dropout(name, attn_drop)
+        check_heads(name, "embed_dim", embed_dim, num_heads)
+        options = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        counts = [integers(name, option, given, n) for option, given in options.items()]
+        flags = tuple(is_causal) if isinstance(is_causal, (list, tuple)) else (is_causal,) * n
+        if len(flags) != n or not all(isinstance(flag, bool) for flag in flags):
+            raise RuntimeError(f"vitkernels.nn.{name}: is_causal is {is_causal!r}, takes True or False, or {n} of them")
+        self.axes = tuple(Neighborhood(*of_axis) for of_axis in zip(*counts, flags, strict=True))
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(embed_dim, embed_dim * 3, bias=qkv_bias, **factory)
@@ -99,7 +100,7 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
         dtype: of the parameters.
 
     Raises:
-        ValueError: if ``embed_dim`` is not a multiple of ``num_heads``.
+        RuntimeError: if ``embed_dim`` is not a multiple of ``num_heads``.
 
     Source: Hassani et al., "Neighborhood Attention Transformer" (2023), section 3.
     """
