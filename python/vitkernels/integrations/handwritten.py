@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 __all__ = ["CALLS_SDPA", "calls_sdpa"]
@@ -17,7 +16,7 @@ CALLS_SDPA = (
     "calls scaled_dot_product_attention, whose place vitkernels.compat.scaled_dot_product_attention takes in one line"
 )
 
-_SDPA = torch._C._nn.scaled_dot_product_attention
+_SDPA = nn.functional.scaled_dot_product_attention
 # Nobody would change a line in these.
 _LIBRARIES = ("builtins", "timm", "torch", "torchvision", "transformers")
 
