@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def number(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
 
 def integers(op: str, name: str, option: Any, num_axes: int, at_least: int = 1) -> list[int]:
     """``option`` for each axis of the map: one value stands for all."""
+    if type(option) is int and option >= at_least:
+        return [option] * num_axes
     values = list(option) if isinstance(option, (list, tuple)) else [option] * num_axes
     if len(values) != num_axes:
         raise RuntimeError(
@@ -62,20 +65,31 @@ def integers(op: str, name: str, option: Any, num_axes: int, at_least: int = 1) 
     return values
 
 
-def map_of(t: Tensor) -> list[int]:
+def map_of(t: Tensor) -> Sequence[int]:
     """The sizes of the map of ``(B, *map, heads, d)``, as numbers also where a trace has tensors for them."""
     sizes = t.shape[1:-2]
-    return [int(n) for n in sizes] if sizes_are_tensors() else list(sizes)
+    return torch.Size(int(n) for n in sizes) if sizes_are_tensors() else sizes
 
 
 def check_maps(
     op: str, query: Tensor, key: Tensor, value: Tensor, num_axes: int | None = None, is_same: bool = True
-) -> tuple[list[int], list[int]]:
+) -> tuple[Sequence[int], Sequence[int]]:
     """The maps of ``query`` and ``key``. Raises unless all have ``num_axes``, and ``is_same``: the same sizes."""
     check_tensors(op, query=query, key=key, value=value)
     if num_axes is None:
         num_axes = query.dim() - 3
-    for name, t in (("query", query), ("key", key), ("value", value)):
+    if num_axes not in _LAYOUTS or not query.dim() == key.dim() == value.dim() == num_axes + 3:
+        _refuse_ranks(op, num_axes, query=query, key=key, value=value)
+    query_map, key_map = map_of(query), map_of(key)
+    wrong = "query" if is_same and query_map != key_map else "value" if map_of(value) != key_map else ""
+    if wrong:
+        shape = tuple((query if wrong == "query" else value).shape)
+        raise RuntimeError(f"vitkernels::{op}: {wrong} has shape {shape}, takes key's map {tuple(key_map)}")
+    return query_map, key_map
+
+
+def _refuse_ranks(op: str, num_axes: int, **data: Tensor) -> None:
+    for name, t in data.items():
         if num_axes not in _LAYOUTS:
             layout = "4 to 6 dimensions (B, one to three axes, heads, d)"
         elif t.dim() != num_axes + 3:
@@ -83,8 +97,3 @@ def check_maps(
         else:
             continue
         raise RuntimeError(f"vitkernels::{op}: {name} has shape {tuple(t.shape)}, takes {layout}")
-    query_map, key_map = map_of(query), map_of(key)
-    for name, t, sizes in (("query", query, query_map if is_same else key_map), ("value", value, map_of(value))):
-        if sizes != key_map:
-            raise RuntimeError(f"vitkernels::{op}: {name} has shape {tuple(t.shape)}, takes key's map {tuple(key_map)}")
-    return query_map, key_map

@@ -191,17 +191,15 @@ def _attend(
             raise RuntimeError(f"vitkernels::{op}: kernel_size {size}{times} exceeds the map's axis {i} ({n})")
         if stride > size:
             raise RuntimeError(f"vitkernels::{op}: stride is {stride}, takes at most kernel_size ({size})")
-        axes.append(
-            Neighborhood(size, stride, dilation, is_causal) if n > 0 else Full()
-        )  # without keys, nearest or not
-    score = score._replace(bias_table=_by_offset(op, counts[0], rpb))
+        # An axis without keys has no nearest ones.
+        axes.append(Neighborhood(size, stride, dilation, is_causal) if n > 0 else Full())
+    if rpb is not None:
+        score = score._replace(bias_table=_by_offset(op, counts[0], rpb))
     return attend_on_map(words, *data, axes, score)
 
 
-def _by_offset(op: str, sizes: Sequence[int], rpb: Tensor | None) -> Tensor | None:
+def _by_offset(op: str, sizes: Sequence[int], rpb: Tensor) -> Tensor:
     """The operator's table, by the offset of the query from the key, from NATTEN's."""
-    if rpb is None:
-        return None
     check_tensors(op, rpb=rpb)
     offsets = [2 * size - 1 for size in sizes]
     if rpb.dim() != len(offsets) + 1 or list(rpb.shape[1:]) != offsets:

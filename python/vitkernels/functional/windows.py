@@ -271,7 +271,7 @@ def _check_shared_query(query: Tensor, sizes: Sequence[int], shifts: Sequence[in
             )
     if any(shifts):
         raise RuntimeError(f"vitkernels::{op}: shift is {tuple(shifts)}, takes 0 with a shared query")
-    if map_of(query) != list(sizes):
+    if tuple(map_of(query)) != tuple(sizes):
         raise RuntimeError(
             f"vitkernels::{op}: query has shape {tuple(query.shape)}, takes one window {tuple(sizes)} with "
             "is_shared_query"
