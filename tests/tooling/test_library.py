@@ -16,19 +16,77 @@ def python(code, **environment):
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-def test_import_does_not_import_models():
-    """``import vitkernels`` needs torch alone; timm and transformers take seconds."""
-    ran = python("import sys, vitkernels; print([m for m in ('timm', 'transformers') if m in sys.modules])")
-    assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr
+def test_import_adds_little_to_torch():
+    """Models take seconds to import, torch's compiler two seconds and 65 MB; neither is needed to call a function."""
+    ran = python("""
+import sys, torch
+def megabytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 1e6
+modules, before = set(sys.modules), megabytes()
+import vitkernels
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - modules} - {"torch", "vitkernels"}))
+print([name for name in ("torch._dynamo", "torch._inductor", "timm", "transformers") if name in sys.modules])
+print(megabytes() - before)
+""")
+    others, unwanted, grown = ran.stdout.splitlines()
+    assert (others, unwanted) == ("[]", "[]")
+    assert float(grown) < 10
 
 
 def test_library_named_by_the_environment():
-    ran = python("import vitkernels", VITKERNELS_LIBRARY="/nowhere/lib.so")
-    assert ran.returncode != 0
-    assert "ImportError: vitkernels: the CPU library is not at /nowhere/lib.so" in ran.stderr
     path = str(_library.cpu_library_path().resolve())
     ran = python("from vitkernels import _library as l; print(l.cpu_library_path())", VITKERNELS_LIBRARY=path)
     assert ran.stdout.strip() == path
+    relative = os.path.relpath(path)
+    ran = python("from vitkernels import _library as l; print(l.cpu_library_path())", VITKERNELS_LIBRARY=relative)
+    assert os.path.samefile(ran.stdout.strip(), path), ran.stderr
+
+
+CPU, CUDA = "VITKERNELS_LIBRARY", "VITKERNELS_CUDA_LIBRARY"
+FOREIGN = torch._C.__file__  # a shared library that loads, with nothing of ours in it
+
+
+NONSENSE = [
+    (CPU, "/nowhere/lib.so", "there is no such file"),
+    (CPU, "libvitkernels_cpu.so", "there is no such file"),  # of this folder, not of the linker's
+    (CPU, "/", "this is no file"),
+    (CPU, __file__, "invalid ELF header"),
+    (CPU, FOREIGN, "this one has no vitkernels_isa"),
+    (CUDA, "/nowhere/libvitkernels_cuda13.so", "there is no such file"),
+    (CUDA, "/", "this is no file"),
+    (CUDA, FOREIGN, "this is named otherwise"),
+    (CUDA, "empty/libvitkernels_cuda13.so", "this one names no GPU architectures"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "why"), NONSENSE)
+def test_nonsense_for_a_library_is_an_error(variable, value, why, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "libvitkernels_cuda13.so").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ImportError) as raised:
+        {CPU: _library._load, CUDA: _library._load_cuda}[variable]()
+    takes = {CPU: "libvitkernels_cpu.so", CUDA: "libvitkernels_cuda<major>.so"}[variable]
+    assert str(raised.value).startswith(f"vitkernels: {variable} is {value!r}, takes the path of a {takes}: ")
+    assert str(raised.value).endswith(why)
+
+
+@pytest.mark.parametrize("variable", [CPU, CUDA])
+def test_nonsense_for_a_library_is_an_error_of_info(variable):
+    command = [sys.executable, "-m", "vitkernels", "info"]
+    ran = subprocess.run(command, env={**os.environ, variable: "/"}, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(f"ImportError: vitkernels: {variable} is '/', takes the path of a ")
+
+
+def test_nonsense_for_an_instruction_set_is_an_error():
+    """Operators say the same (``test_isa.py``)."""
+    command = [sys.executable, "-m", "vitkernels", "info"]
+    ran = subprocess.run(command, env={**os.environ, "VITKERNELS_ISA": "sse9"}, capture_output=True, text=True)
+    assert ran.returncode == 1
+    takes = " ".join(_library.isas_supported())
+    assert ran.stderr == f"vitkernels: VITKERNELS_ISA is 'sse9', this CPU takes {takes}\n"
 
 
 def test_old_torch_is_refused(monkeypatch):
@@ -70,8 +128,14 @@ def test_why_cuda_is_not_loaded(monkeypatch, tmp_path):
     assert _library._load_cuda() == "torch has CUDA 12.8, this build has libvitkernels_cuda13.so"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "libvitkernels_cuda13.so: file too short" in _library._load_cuda()
-    monkeypatch.setenv("VITKERNELS_CUDA_LIBRARY", str(tmp_path / "elsewhere" / "libvitkernels_cuda13.so"))
-    assert "elsewhere/libvitkernels_cuda13.so: cannot open shared object file" in _library._load_cuda()
+    elsewhere = tmp_path / "elsewhere" / "libvitkernels_cuda13.so"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(b"vitkernels_cuda_architectures=80-virtual;")
+    monkeypatch.setenv(CUDA, str(elsewhere))
+    with pytest.raises(ImportError, match=rf"{CUDA} is '{elsewhere}', takes the path of a .*: .*file too short"):
+        _library._load_cuda()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _library._load_cuda() == f"torch {torch.__version__} has no CUDA"
 
 
 @pytest.mark.skipif(_library.backends()["cuda"] == "loaded", reason="the kernels are there")
@@ -97,11 +161,17 @@ for op in ("attention", "merge_attentions"):
     ], ran.stderr
 
 
-def test_info_command():
-    ran = subprocess.run([sys.executable, "-m", "vitkernels", "info"], capture_output=True, text=True)
+@pytest.mark.parametrize("command", [[], ["info"]], ids=["none", "info"])
+def test_info_command(command):
+    ran = subprocess.run([sys.executable, "-m", "vitkernels", *command], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     for wanted in (vk.__version__, torch.__version__, str(_library.cpu_library_path()), _library.isa()):
         assert wanted in ran.stdout
+
+
+def test_version_option():
+    ran = subprocess.run([sys.executable, "-m", "vitkernels", "--version"], capture_output=True, text=True)
+    assert ran.stdout == f"vitkernels {vk.__version__}\n", ran.stderr
 
 
 def test_every_public_name_exists():
