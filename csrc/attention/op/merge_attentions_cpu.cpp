@@ -13,8 +13,9 @@ struct OnCpu {
   template <class Params>
   static void run(const Checker&, const Params& params, int64_t rows, const Tensor&) {
     constexpr int64_t kRowsPerTask = 256;
+    const Kernel<Params>& merge = kernel<Params>();  // throws where VITKERNELS_ISA is none of this CPU's: not in a task
     torch::stable::parallel_for(0, rows, kRowsPerTask,
-                                [&](int64_t begin, int64_t end) { kernel<Params>().run(params, begin, end, nullptr); });
+                                [&](int64_t begin, int64_t end) { merge.run(params, begin, end, nullptr); });
   }
 };
 
