@@ -9,7 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import vitkernels as vk
-from support.model_zoo import assert_close, expect_kernel_calls, outputs_and_gradients, timm_model, transformers_model
+from support.model_zoo import (
+    assert_close,
+    expect_kernel_calls,
+    outputs_and_gradients,
+    timm_family,
+    timm_model,
+    transformers_model,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -147,6 +154,18 @@ def test_handwritten_attention_is_named():
     assert [(entry.name, entry.status) for entry in report.entries] == [("0", "stock"), ("1", "stock")]
     assert all("vitkernels.compat.scaled_dot_product_attention" in entry.reason for entry in report.entries)
     assert "nothing was replaced" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "davit_tiny", "swin_tiny_patch4_window7_224"])
+def test_traces_like_stock(name):
+    model, images = timm_family(name)
+    with torch.no_grad():
+        stock = torch.jit.trace(model, images, check_trace=False)
+        vk.accelerate(model)
+        ours = torch.jit.trace(model, images, check_trace=False)
+        for x in (images, torch.cat([images.flip(0), images])):
+            torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ import vitkernels as vk
 from support.model_zoo import (
     DEPTH,
     TIMM_MODELS,
+    KernelCalls,
     add_low_rank,
     assert_close,
     assert_policy,
@@ -210,20 +211,42 @@ def test_masks_agree(kind):
     assert_close(ours, stock)
 
 
-def test_mask_with_is_causal_takes_the_stock_path():
-    module, x = attention_module()
+def difference_module() -> tuple[nn.Module, torch.Tensor]:
+    from timm.layers import diff_attention
 
-    def outcome() -> torch.Tensor | str:  # SDPA refuses the two together in some versions of torch
+    torch.manual_seed(1)
+    return diff_attention.DiffAttention(24, 3, dtype=torch.float64), torch.randn(2, 9, 24, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("fused_attn", [True, False])
+@pytest.mark.parametrize("build", [attention_module, difference_module])
+@pytest.mark.parametrize("kind", ["causal", "float16", "integer", "one axis", "heads"])
+def test_other_masks_mean_what_they_mean_in_timm(kind, build, fused_attn):
+    module, x = build()
+    module.fused_attn = fused_attn
+    kwargs = {
+        "causal": {"attn_mask": torch.zeros(9, 9, dtype=torch.float64), "is_causal": True},
+        "float16": {"attn_mask": torch.ones(9, 9, dtype=torch.float16)},
+        "integer": {"attn_mask": torch.ones(9, 9, dtype=torch.int64).triu()},
+        "one axis": {"attn_mask": torch.arange(9.0, dtype=torch.float64)},
+        "heads": {"attn_mask": torch.randn(3, 9, 9, dtype=torch.float64)},
+    }[kind]
+
+    def outcome() -> torch.Tensor | str:
         try:
-            return module(x, attn_mask=torch.zeros(9, 9, dtype=torch.float64), is_causal=True)
-        except RuntimeError as error:
+            return module(x, **kwargs)
+        except (RuntimeError, IndexError) as error:
             return str(error)
 
     stock = outcome()
     vk.accelerate(module)
-    with expect_kernel_calls(0):
+    with KernelCalls() as recorder:
         ours = outcome()
-    assert torch.equal(ours, stock) if isinstance(stock, torch.Tensor) else ours == stock
+    if kind == "heads" and isinstance(stock, torch.Tensor):
+        torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-10)
+    else:
+        assert not recorder.calls
+        assert torch.equal(ours, stock) if isinstance(stock, torch.Tensor) else ours == stock
 
 
 def test_dropout_in_training_takes_the_stock_path():

@@ -9,6 +9,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from vitkernels.functional import attention
+from vitkernels.integrations.masks import mask_fits
 from vitkernels.integrations.shapes import split_last, tokens_of
 from vitkernels.integrations.swap import Fused
 from vitkernels.integrations.timm.forward import packed_projection, scale_of
@@ -114,6 +115,8 @@ class LatentPooling(Fused):
     )  # fmt: skip
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if not mask_fits(attn_mask, x):
+            return self.stock(x, attn_mask)  # type: ignore[no-any-return]
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
         q = self.q_norm(split_last(self.q(self.latent), self.num_heads, -1))  # [1, latents, H, D]

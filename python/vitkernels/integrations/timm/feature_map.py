@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vitkernels.functional import attention
+from vitkernels.integrations.masks import mask_fits
 from vitkernels.integrations.shapes import map_of, split_last, tokens_of
 from vitkernels.integrations.swap import Fused
 from vitkernels.integrations.timm.forward import REL_POS_AND_DROPOUT, scale_of
@@ -49,6 +50,8 @@ class MapAttention(Fused):
     attributes = ("qkv", "num_heads", "head_first", "attn_drop", "proj", "proj_drop")
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if not mask_fits(attn_mask, x):
+            return self.stock(x, attn_mask)  # type: ignore[no-any-return]
         bias, key_bias = mask_terms(attn_mask)
         out = attention(*_by_head(self, x), bias=bias, key_bias=key_bias)
         return self.proj_drop(self.proj(map_of(out, *x.shape[2:])))  # type: ignore[no-any-return]
@@ -83,7 +86,8 @@ class MultiQueryAttention(Fused):
     )  # fmt: skip
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        if self.einsum and attn_mask is not None:  # a mask with its axes in another order
+        # With einsum a mask has its axes in another order.
+        if (self.einsum and attn_mask is not None) or not mask_fits(attn_mask, x):
             return self.stock(x, attn_mask)  # type: ignore[no-any-return]
         height, width = (n // stride for n, stride in zip(x.shape[2:], self.query_strides, strict=True))
         q = split_last(tokens_of(self.query(x)), self.num_heads, -1)

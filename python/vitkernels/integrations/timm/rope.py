@@ -7,6 +7,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from torch import Tensor
 
 from vitkernels.functional import attention
+from vitkernels.integrations.masks import mask_fits
 from vitkernels.integrations.shapes import split_last
 from vitkernels.integrations.swap import Fused
 from vitkernels.integrations.timm.forward import packed_projection, scale_of
@@ -36,7 +37,7 @@ class RotaryAttention(Fused):
     def attend(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        if is_causal and attn_mask is not None:
+        if not mask_fits(attn_mask, x, is_causal):
             return self.stock(x, rope, attn_mask, is_causal)  # type: ignore[no-any-return]
         if self.qkv is not None:
             q, k, v = split_last(packed_projection(self, x), 3, self.num_heads, self.head_dim).unbind(2)
@@ -62,6 +63,8 @@ class GemmaAttention(Fused):
     def attend(self, x: Tensor, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         from timm.models.gemma4_vit import apply_multidimensional_rope
 
+        if not mask_fits(attn_mask, x):
+            return self.stock(x, rope_cos, rope_sin, attn_mask)  # type: ignore[no-any-return]
         q = self.q_norm(split_last(self.q_proj(x), self.num_heads, -1))
         k = self.k_norm(split_last(self.k_proj(x), self.num_kv_heads, -1))
         v = self.v_norm(split_last(self.v_proj(x), self.num_kv_heads, -1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.functional import attention
+from vitkernels.integrations.masks import mask_fits
 from vitkernels.integrations.shapes import split_last
 from vitkernels.integrations.swap import Fused
 from vitkernels.integrations.timm.forward import scale_of
@@ -34,7 +35,7 @@ class SelfAttention(Fused):
     )  # fmt: skip
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal and attn_mask is not None:
+        if not mask_fits(attn_mask, x, is_causal):
             return self.stock(x, attn_mask, is_causal)  # type: ignore[no-any-return]
         q, k, v = split_last(self.qkv(x), 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, H, D]
         bias, key_bias = mask_terms(attn_mask)
@@ -117,7 +118,7 @@ class ParallelBlock(Fused):
     )  # fmt: skip
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal and attn_mask is not None:
+        if not mask_fits(attn_mask, x, is_causal):
             return self.stock(x, attn_mask, is_causal)  # type: ignore[no-any-return]
         hidden, *qkv = torch.split(self.in_proj(self.in_norm(x)), self.in_split, dim=-1)
         if self.mlp_bias is not None:
@@ -145,7 +146,7 @@ class DifferentialAttention(Fused):
     )  # fmt: skip
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal and attn_mask is not None:
+        if not (mask_fits(attn_mask, x, is_causal) and _has_both_heads(self, attn_mask)):
             return self.stock(x, attn_mask, is_causal)  # type: ignore[no-any-return]
         out = _difference(self, self.qkv(x).chunk(3, dim=2), attn_mask, is_causal)
         return self.proj_drop(self.proj(self.norm(out)))  # type: ignore[no-any-return]
@@ -160,7 +161,7 @@ class DifferentialBlock(Fused):
     )  # fmt: skip
 
     def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal and attn_mask is not None:
+        if not (mask_fits(attn_mask, x, is_causal) and _has_both_heads(self, attn_mask)):
             return self.stock(x, attn_mask, is_causal)  # type: ignore[no-any-return]
         hidden, *qkv = torch.split(self.in_proj(self.in_norm(x)), self.in_split, dim=-1)
         if self.mlp_bias is not None:
@@ -169,6 +170,11 @@ class DifferentialBlock(Fused):
         hidden = self.mlp_drop(self.mlp_act(hidden))
         out = self.out_proj(torch.cat((out, hidden), dim=-1))
         return x + self.drop_path(self.ls(out))  # type: ignore[no-any-return]
+
+
+def _has_both_heads(module: Fused, attn_mask: Tensor | None) -> bool:
+    """Without SDPA, timm counts the two attentions of a head as two heads of a mask."""
+    return attn_mask is None or attn_mask.dim() == 2 or attn_mask.size(-3) == 1 or module.fused_attn
 
 
 def _difference(module: Fused, qkv: Sequence[Tensor], attn_mask: Tensor | None, is_causal: bool) -> Tensor:

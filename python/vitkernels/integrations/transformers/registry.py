@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from vitkernels.functional import attention
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
+from vitkernels.integrations.masks import mask_fits
 from vitkernels.integrations.report import Entry, kind_of
 from vitkernels.integrations.torchscript import check_exporter
 from vitkernels.nn.masks import mask_terms
@@ -71,6 +72,7 @@ def attention_forward(
         dropout > 0.0
         or query.dtype not in KERNEL_DTYPES["attention"].get(query.device.type, ())
         or kwargs.get("output_attentions")
+        or not mask_fits(attention_mask, query)
         or any(kwargs.get(name) is not None for name in _SDPA_ARGUMENTS)
     ):
         return sdpa_attention_forward(  # type: ignore[no-any-return]
