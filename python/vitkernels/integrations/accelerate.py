@@ -47,7 +47,8 @@ def accelerate(model: nn.Module) -> Report:
     ``scaled_dot_product_attention`` on its own: :func:`vitkernels.compat.scaled_dot_product_attention` takes its place
     there.
 
-    Shifted windows are computed on the map: nothing is rolled or cut into windows. The libraries add -100 to the
+    Shifted windows are computed on the map: nothing is rolled or cut into windows, and hooks on the projections of
+    such a block see the map. The libraries add -100 to the
     logits of pairs that a shift keeps apart; here such pairs do not exist, which differs where logits lie that far
     apart.
 
