@@ -89,9 +89,10 @@ VK_INLINE Vec<T> log(Vec<T> x) {
     // x = 2^n (1 + f), with 1 + f between the roots of 1/2 and 2; a minimax fit of (log(1 + f) - f + f^2 / 2) / f^3.
     constexpr T kPolynomial[] = {0.33333331346f,  -0.24999997020f, 0.20000715554f,  -0.16667802632f, 0.14249058068f,
                                  -0.12425687164f, 0.11685419828f,  -0.11479733884f, 0.06971611828f};
-    constexpr int32_t kRootOfHalf = 0x3f3504f3;
-    const Bits<T> bits = (Bits<T>)x, n = (bits - kRootOfHalf) >> 23;
-    const Vec<T> f = (Vec<T>)(bits - (n << 23)) - T(1), exponent = __builtin_convertvector(n, Vec<T>);
+    constexpr uint32_t kRootOfHalf = 0x3f3504f3;
+    using Unsigned = typename VectorOf<T>::Unsigned;  // lanes behind the last row hold anything
+    const Bits<T> n = (Bits<T>)((Unsigned)x - kRootOfHalf) >> 23;
+    const Vec<T> f = (Vec<T>)((Unsigned)x - ((Unsigned)n << 23)) - T(1), exponent = __builtin_convertvector(n, Vec<T>);
     Vec<T> p = broadcast(kPolynomial[8]);
 #pragma GCC unroll 8
     for (int i = 7; i >= 0; --i) p = p * f + kPolynomial[i];
