@@ -28,7 +28,8 @@ def configure(folder, torch=None, cuda="cuda: Optional[str] = None", options=(),
         (site / "torch" / "version.py").write_text(f"__version__ = '{torch}'\n{cuda}\n")
     python = f"-DPython_EXECUTABLE={folder / 'env' / 'bin' / 'python'}"
     ran = subprocess.run(
-        [CMAKE, "-S", ROOT, "-B", folder / "build", python, *options], env={**os.environ, "PATH": PATH, **environment},
+        [CMAKE, "-S", ROOT, "-B", folder / "build", python, *options],
+        env={**os.environ, "PATH": PATH, "CXX": "g++", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     return ran.returncode, " ".join(ran.stdout.split())
