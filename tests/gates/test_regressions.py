@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import vitkernels as vk
-from support.calls import replace
+from support.calls import Recorder, replace
 from support.samples import SAMPLES
 from torch.autograd import forward_ad
 from vitkernels._library import isas_supported
@@ -185,7 +185,10 @@ def resized(t):
     return t
 
 
-@pytest.mark.parametrize("sample", {s.operator: s for s in reversed(SAMPLES)}.values(), ids=str)
+FIRST = {s.operator: s for s in reversed(SAMPLES)}.values()
+
+
+@pytest.mark.parametrize("sample", FIRST, ids=str)
 def test_storages_that_were_freed(sample):
     """Those of sharded parameters are resized to nothing between uses."""
     call = replace(sample.call(torch.float32, sizes=sample.small()), lambda t: t.detach())
@@ -212,3 +215,13 @@ def test_copies_that_are_too_large():
     key = torch.randn(1, 1, 1, 1).expand(1, 2**40, 1, 2)  # without a unit stride
     with pytest.raises(RuntimeError, match=r"vitkernels: cannot copy a tensor of shape \(1, 1099511627776, 1, 2\)"):
         vk.attention(q, key, key)
+
+
+@pytest.mark.parametrize("sample", [s for s in FIRST if s.operator != "merge_attentions"], ids=str)
+def test_scale_beyond_the_kernels_numbers(sample):
+    with Recorder() as recorder:
+        sample.function(**sample.call(torch.float32, sizes=sample.small()))
+    op, args = recorder.calls[-1]
+    args = [1e39 if a.name == "scale" else arg for a, arg in zip(op._schema.arguments, args, strict=True)]
+    with pytest.raises(RuntimeError, match=r"scale is 1e\+39, takes a finite number in float32"):
+        op(*args)

@@ -186,7 +186,8 @@ void AttentionArguments::check_packing(const Checker& checker, const Packing& pa
 }
 
 void check_scale(const Checker& checker, ScoreArguments& score, const Tensor& query, int64_t heads, ScalarType type) {
-  checker.check(std::isfinite(score.scale), "scale is ", score.scale, ", takes a finite number");
+  const bool is_finite = type == ScalarType::Double ? std::isfinite(score.scale) : std::isfinite(float(score.scale));
+  checker.check(is_finite, "scale is ", score.scale, ", takes a finite number in ", dtype_text(type));
   OptionalTensor& head_scale = score.terms.head_scale;
   if (!head_scale) return;
   checker.tensor("scale", *head_scale, query, type, {heads});
