@@ -48,9 +48,8 @@ def accelerate(model: nn.Module) -> Report:
     there.
 
     Shifted windows are computed on the map: nothing is rolled or cut into windows, and hooks on the projections of
-    such a block see the map. The libraries add -100 to the
-    logits of pairs that a shift keeps apart; here such pairs do not exist, which differs where logits lie that far
-    apart.
+    such a block see the map. The libraries add -100 to the logits of pairs that a shift keeps apart; here such pairs do
+    not exist, which differs where logits lie that far apart.
 
     Args:
         model: any module, an attention module itself included.
