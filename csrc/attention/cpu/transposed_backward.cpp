@@ -87,7 +87,9 @@ class TransposedBackward {
 
     const EvenRows query_rows{p.query.at<const S>(batch, rows.begin, head), p.query.token_stride};
     const T scale = p.score.scale_of<T>(head);
-    pack_queries(query_rows, count, p.head_dim, scale, operands, operand_width);           // [count, d]
+    if constexpr (!kFoldsScale<E>) {
+      pack_queries(query_rows, count, p.head_dim, scale, operands, operand_width);  // [count, d]
+    }
     pack_rows<T>(query_rows, count, p.head_dim, scale, queries, query_width);              // [count, d]
     pack_weighted_values<T, S>(p, params.weight, batch, head, rows, values, value_width);  // [count, dv]
     key_tile.multiply(operands, count, {0, seen.end}, logits, logits_stride);              // [count, seen]
@@ -133,7 +135,14 @@ class TransposedBackward {
   T* values = scratch.take<T>(kBackwardQueryBlock * value_width);
   T* logits = scratch.take<T>(kBackwardQueryBlock * logits_stride);     // then P
   T* gradients = scratch.take<T>(kBackwardQueryBlock * logits_stride);  // dP, then dS
-  E* operands = scratch.take<E>(kBackwardQueryBlock * operand_width);
+  // The queries of the first product: the others' rows where these hold its operands.
+  E* operands = [this] {
+    if constexpr (kFoldsScale<E>) {
+      return queries;
+    } else {
+      return scratch.take<E>(kBackwardQueryBlock * operand_width);
+    }
+  }();
   KeyTile<E> key_tile{scratch.take<E>(max_keys * padded_depth<E>(p.head_dim)),
                       scratch.take<E>(kMaxLastKeys* operand_width), p.head_dim, operand_width};
   T* key_copy = scratch.take<T>(max_keys * query_width);
