@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import process_time
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe, line
 from benchmarks.measure import Effort, interleave, spread
-from benchmarks.models import _import, _result, show_attention
+from benchmarks.models import _import, _result, show_attention, without_attention
 
-_EFFORT = Effort(3, 15, seconds=1.5, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
+_EFFORT = Effort(7, 15, seconds=1.0, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
 _FAMILY_SECONDS = 300
 _SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 
@@ -43,10 +43,12 @@ class Subject:
     """0: the size that the model was made for."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     options: dict[str, Any] = field(default_factory=dict)
+    compiled: bool = False
+    """Measured under ``torch.compile`` too."""
 
     @property
     def key(self) -> str:
-        return f"{self.model} {self.batch} {self.pixels}"
+        return f"{self.model} {self.batch} {self.pixels}" + " compiled" * self.compiled
 
 
 def _timm(*names: str) -> list[Subject]:
@@ -110,15 +112,38 @@ LARGER: dict[str, list[Subject]] = {
     ],
 }  # fmt: skip
 
+#: The third table; a family each, as compiling takes long.
+COMPILED: dict[str, list[Subject]] = {
+    f"compiled {subject.model}": [replace(subject, compiled=True)]
+    for subject in (
+        *_timm("vit_small_patch16_224", "vit_small_patch14_dinov2", "swin_tiny_patch4_window7_224",
+               "swinv2_tiny_window8_256", "beit_base_patch16_224", "sam2_hiera_tiny", "crossvit_small_240"),
+        Subject("transformers ViT", options=_SMALL),
+    )
+}  # fmt: skip
+_ALL = {**FAMILIES, **LARGER, **COMPILED}
+#: What a row's speed-ups are called, and the columns of the third table.
+_OURS, _CEILING = "ours", "ceiling"
+_VARIANTS = {"stock compiled": "stock, compiled", _OURS: "ours", "ours compiled": "ours, compiled"}
+
 _INTRO = """# Models
 
-What `vk.accelerate` replaces in a model, what it leaves as it was and why, and the effect on time and error. Written by
+What `vk.accelerate` does to a model's speed, what it replaces, and what it leaves as it was and why. Written by
 `python -m tools.model_table`; no figure is typed by hand.
 
-Speed-up: the stock model's time for a forward pass divided by ours, median of rounds in which the two take turns.
-Error: the largest error of the float32 output against the stock model in float64, relative to the largest output, and
-in brackets that of the stock model. The weights are random; initial values that would hide the attention (tiny layer
-scales, factors of zero) are replaced. {clock}
+- **Speed-up** (float32, bfloat16, float16): the stock model's time for a forward pass divided by ours, median of rounds
+  in which the two take turns.
+- **Ceiling**: the speed-up if attention took no time, measured in the same rounds: a third contender is our model with
+  operators that return at once what they returned in a pass before. What is left is the rest of the model.
+- **Error**: the largest error of the float32 output against the stock model in float64, relative to the largest output,
+  and in brackets that of the stock model.
+
+A kernel that is 4.4 times as fast makes a model 1.1 times as fast where attention is an eighth of its time: the other
+seven eighths, most of them linear layers, stay PyTorch's.
+
+The weights are random; initial values that would hide the attention (tiny layer scales, factors of zero) are replaced.
+{clock} The gains depend on the CPU, and are larger where PyTorch's matrix products are slow
+([Benchmarks](benchmarks.md)).
 
 Measured on {machine}.
 """
@@ -139,28 +164,42 @@ def build(subject: Subject) -> tuple[nn.Module, int]:
     return getattr(transformers, f"{name}Model")(config), pixels
 
 
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(0)  # for models that choose patches at random
+    return _result(model(x))
+
+
+def _contenders(stock: nn.Module, ours: nn.Module, x: Tensor, compiled: bool) -> dict[str, Callable[[], Tensor]]:
+    torch._dynamo.reset()
+    models = {"stock": stock, _OURS: ours}
+    if compiled:
+        models |= {f"{name} compiled": torch.compile(model) for name, model in models.items()}
+    calls: dict[str, Callable[[], Tensor]] = {name: lambda m=m: _run(m, x) for name, m in models.items()}
+    return calls if compiled else calls | {_CEILING: without_attention(lambda: _run(ours, x))}
+
+
 def measure(subject: Subject, effort: Effort) -> dict[str, Any]:
-    """Agreement in float32 with float64, and the speed of the forward pass in each dtype."""
+    """Agreement in float32 with float64, and the speed of the forward pass in each dtype over the stock model's."""
     torch.manual_seed(0)
     stock, size = build(subject)
     show_attention(stock).eval()
     images = torch.randn(subject.batch, 3, size, size)
     ours = copy.deepcopy(stock)
     report = vk.accelerate(ours)
-
-    def run(model: nn.Module, x: Tensor) -> Tensor:
-        torch.manual_seed(0)  # for models that choose patches at random
-        return _result(model(x))
-
+    speedups: dict[str, dict[str, float]] = {}
     with torch.no_grad():
-        truth = run(copy.deepcopy(stock).double(), images.double())
-        errors = [((run(m, images) - truth).abs().max() / truth.abs().max()).item() for m in (stock, ours)]
-        speedups = {}
+        truth = _run(copy.deepcopy(stock).double(), images.double())
+        last = torch.compile(ours) if subject.compiled else ours
+        errors = [((_run(m, images) - truth).abs().max() / truth.abs().max()).item() for m in (stock, last)]
         for name in subject.dtypes if report.replaced else ():
             dtype = getattr(torch, name)
-            x, models = images.to(dtype), {"stock": stock.to(dtype), "ours": ours.to(dtype)}
-            times, _ = interleave({k: lambda m=m, x=x: run(m, x) for k, m in models.items()}, effort, x.device)
-            speedups[name] = spread([s / o for s, o in zip(times["stock"], times["ours"], strict=True)]).median
+            calls = _contenders(stock.to(dtype), ours.to(dtype), images.to(dtype), subject.compiled)
+            times, _ = interleave(calls, effort, images.device)
+            speedups[name] = {
+                other: spread([s / o for s, o in zip(times["stock"], times[other], strict=True)]).median
+                for other in calls
+                if other != "stock"
+            }
     return {
         "pixels": size,
         "replaced": Counter(entry.kind for entry in report.replaced),
@@ -174,37 +213,47 @@ def _listed(counts: dict[str, int]) -> str:
     return "; ".join(f"{n} x {what}" for what, n in counts.items()) or "-"
 
 
-def _cells(subject: Subject, row: dict[str, Any], dtypes: Iterable[str]) -> list[str]:
-    if "failure" in row:
-        return [row["failure"], *("-" for _ in dtypes), "-"]
-    speedups = [f"{row['speedups'][d]:.2f}" if d in row["speedups"] else "-" for d in dtypes]
-    return [*speedups, "{1:.0e} ({0:.0e})".format(*row["errors"])]
+def _cells(row: dict[str, Any], dtypes: Iterable[str], variants: Iterable[str]) -> list[str]:
+    """The speed-ups of ``row``, and its errors."""
+    found = [row.get("speedups", {}).get(d, {}).get(variant) for d in dtypes for variant in variants]
+    error = "{1:.0e} ({0:.0e})".format(*row["errors"]) if "errors" in row else "-"
+    return ["-" if value is None else f"{value:.2f}" for value in found] + [error]
+
+
+def _table(titles: list[str], lines: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (titles, ["---" for _ in titles], *lines)]
 
 
 def page(rows: dict[str, dict[str, Any]], machine: str, clock: str) -> str:
     """The Markdown page of ``rows``, by :attr:`Subject.key`."""
-    lines = [_INTRO.format(machine=machine, clock=clock)]
-    lines += ["One image:", "", "| model | replaced | left as it is, and why | float32 | bfloat16 | error (stock) |"]
-    lines.append("|---|---|---|---|---|---|")
-    for subject in (s for family in FAMILIES.values() for s in family):
-        row = rows.get(subject.key, {"failure": "not measured"})
-        counts = [_listed(row.get(name, {})) for name in ("replaced", "stock")]
-        cells = _cells(subject, row, ("float32", "bfloat16"))
-        if "failure" in row:
-            counts, cells = [cells[0], "-"], cells[1:]
-        lines.append("| " + " | ".join([subject.model, *counts, *cells]) + " |")
+
+    def of(families: dict[str, list[Subject]]) -> list[tuple[Subject, dict[str, Any]]]:
+        subjects = [subject for family in families.values() for subject in family]
+        return [(subject, rows.get(subject.key, {"failure": "not measured"})) for subject in subjects]
+
+    two, both = ("float32", "bfloat16"), (_OURS, _CEILING)
+    first, second, third = [], [], []
+    for subject, row in of(FAMILIES):
+        *speedups, error = _cells(row, two, both)
+        replaced, left = (_listed(row.get(name, {})) for name in ("replaced", "stock"))
+        first.append([subject.model, *speedups, row.get("failure", replaced), left, error])
+    for subject, row in of(LARGER):
+        size = str(row.get("failure", row.get("pixels")))
+        second.append([subject.model, *_cells(row, _THREE, both), str(subject.batch), size])
+    for subject, row in of(COMPILED):
+        third.append([subject.model, *_cells(row, two, _VARIANTS), str(row.get("failure", row.get("pixels")))])
+    lines = [_INTRO.format(machine=machine, clock=clock), "One image:", ""]
+    titles = ["model", "float32", "ceiling", "bfloat16", "ceiling"]
+    lines += _table([*titles, "replaced", "left as it is, and why", "error (stock)"], first)
+    lines += ["", "Batches and larger images:", ""]
+    lines += _table([*titles, "float16", "ceiling", "error (stock)", "batch", "pixels"], second)
     lines += [
         "",
-        "Batches and larger images:",
+        "Under `torch.compile`, one image; speed-ups over the stock model without it, and the error of ours compiled:",
         "",
-        "| model | batch | pixels | " + " | ".join(_THREE) + " | error (stock) |",
     ]
-    lines.append("|---|---|---|---|---|---|---|")
-    for subject in (s for family in LARGER.values() for s in family):
-        row = rows.get(subject.key, {"failure": "not measured"})
-        cells = _cells(subject, row, _THREE)[-4:]
-        size = str(row.get("pixels", row.get("failure")))
-        lines.append("| " + " | ".join([subject.model, str(subject.batch), size, *cells]) + " |")
+    titles = [f"{dtype}: {variant}" for dtype in two for variant in _VARIANTS.values()]
+    lines += _table(["model", *titles, "error (stock)", "pixels"], third)
     return "\n".join(lines) + "\n"
 
 
@@ -212,7 +261,7 @@ def _work(family: str, given: argparse.Namespace) -> None:
     """Measure a family and append a line of JSON for each model; runs in a process of its own."""
     effort = replace(_EFFORT, clock=process_time) if given.cpu_time else _EFFORT
     done = {key for key, row in _known(given.rows, given.key).items() if "failure" not in row}
-    for subject in {**FAMILIES, **LARGER}[family]:
+    for subject in _ALL[family]:
         if subject.key in done or given.only not in subject.model:
             continue
         try:
@@ -247,7 +296,7 @@ def main() -> None:
     given.rows.parent.mkdir(parents=True, exist_ok=True)
     machine = describe(torch.device("cpu"))
     given.key = f"{machine['commit']} {given.threads} {given.cpu_time}"
-    for family in (*FAMILIES, *LARGER):
+    for family in (name for name, subjects in _ALL.items() if any(given.only in s.model for s in subjects)):
         command = [sys.executable, "-m", "tools.model_table", *sys.argv[1:], "--family", family, "--key", given.key]
         try:
             subprocess.run(command, timeout=_FAMILY_SECONDS, check=False)
