@@ -10,18 +10,24 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "batch_level",
     "below_autograd",
     "entry_of",
+    "has_batch_levels",
     "has_kernel",
+    "is_batching",
     "is_tracing",
     "is_transformed",
     "mark_constant",
     "schema_of",
     "sizes_are_tensors",
+    "with_batch",
     "without_autocast",
+    "without_batch",
 ]
 
 #: A call inside skips the autograd part of an operator. Without it, that part runs and finds nothing to record.
@@ -58,6 +64,41 @@ is_transformed: Callable[[], bool] = (
     if hasattr(forward_ad, "_current_level") and hasattr(torch._C, "_are_functorch_transforms_active")
     else lambda: True
 )
+
+#: Whether calls under ``is_grads_batched`` can be taken apart. Its vmap is an older one, which does not know the rules
+#: of ``torch.library``: without them it loops, and it cannot over operators that take lists.
+has_batch_levels: bool = all(hasattr(torch, name) for name in ("_add_batch_dim", "_remove_batch_dim")) and all(
+    hasattr(torch._C, name)
+    for name in ("_dispatch_keys", "_dispatch_tls_is_dispatch_key_included", "_parse_dispatch_key")
+)
+if has_batch_levels:
+    _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+    _BATCHING: Any = torch._C._parse_dispatch_key("VmapMode")
+
+
+def is_batching() -> bool:
+    """Whether that vmap is at work."""
+    return has_batch_levels and torch._C._dispatch_tls_is_dispatch_key_included(_BATCHING)
+
+
+def batch_level(tensor: Tensor) -> int:
+    """The innermost level at which ``tensor`` has a batch, 0 if at none."""
+    level = 0
+    while torch._C._dispatch_keys(tensor).has(_BATCHED):
+        level += 1
+        tensor = without_batch(tensor, level)
+    return level
+
+
+def without_batch(tensor: Tensor, level: int) -> Tensor:
+    """``tensor`` with its batch at ``level`` as its first axis, an axis of one if it has none there."""
+    return torch._remove_batch_dim(tensor, level, 1, 0)
+
+
+def with_batch(tensor: Tensor, dim: int, level: int) -> Tensor:
+    """``tensor`` whose axis ``dim`` becomes its batch at ``level``."""
+    return torch._add_batch_dim(tensor, dim, level)
+
 
 if all(hasattr(torch._C, name) for name in ("_ExcludeDispatchKeyGuard", "DispatchKeySet", "DispatchKey")):
     _AUTOCAST_KEYS = {

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import vitkernels as vk
-from support.calls import Recorder, outputs_of
+from support import calls
+from support.calls import Recorder, operator_calls, outputs_of
 from support.devices import DEVICE, ON_CPU, dtype_of
 from support.sample import Sample
 from support.samples import CORE, COVERING, each_of
@@ -81,6 +82,71 @@ def test_vmap_of_one_argument(sample):
 
         found = torch.func.grad(total)(each[0] | {name: together[name]})
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def with_batched_gradients(function: Callable[..., object], call: calls.Call) -> None:
+    """``is_grads_batched`` finds what a loop over the gradients does."""
+    outputs, leaves = [o for o in outputs_of(function(**call)) if o.requires_grad], calls.learning(call)
+    grads = [torch.randn(3, *o.shape, device=o.device).to(o.dtype) for o in outputs]
+
+    def slopes(grads, **options):
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True, **options)
+
+    each = zip(*(slopes(one) for one in zip(*grads, strict=True)), strict=True)
+    expected = tuple(None if g[0] is None else torch.stack(g) for g in each)
+    torch.testing.assert_close(slopes(grads, is_grads_batched=True), expected, equal_nan=True)
+
+
+@each_chosen
+def test_batched_gradients(sample):
+    call = sample.call(dtype_of(sample, torch.float32), sizes=sample.small())
+    with_batched_gradients(sample.function, call)
+    for op, args in operator_calls(sample.function, call):
+        if not calls.is_backward(op):
+            with_batched_gradients(lambda args, op=op: op(*args), {"args": args})
+
+
+def test_batched_gradients_of_data_are_one_call():
+    q, k, v = (torch.randn(2, 5, 4, 8, device=DEVICE, requires_grad=True) for _ in range(3))
+    out, lse = vk.attention(q, k, v, return_lse=True)
+    merged, _ = vk.merge_attentions([out, out], [lse, lse])
+    with Recorder() as recorder:
+        torch.autograd.grad(merged, (q, k, v), torch.randn(3, *merged.shape, device=DEVICE), is_grads_batched=True)
+    assert len(recorder.calls) == 2
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_vectorised_jacobian(create_graph):
+    """Through an operator that takes lists, which additional keys are merged by."""
+    x = torch.randn(1, 3, 1, 4, device=DEVICE, requires_grad=True)
+
+    def function(x):
+        return vk.attention(x, x, x, additional_keys=x[:, :2], additional_values=x[:, :2])
+
+    found = torch.autograd.functional.jacobian(function, x, create_graph, vectorize=True)
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(function, x, create_graph))
+    if create_graph:
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            found.sin().sum().backward()
+
+
+def test_batches_of_batched_gradients():
+    """A backward that asks for batched gradients itself, under another batch."""
+    q = torch.randn(1, 3, 1, 4, device=DEVICE, requires_grad=True)
+
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                out = vk.attention(q, q, q)
+            return torch.autograd.grad(out, q, torch.stack([grad, 2 * grad]), is_grads_batched=True)[0].sum(0)
+
+    x = torch.randn_like(q).requires_grad_()
+    with_batched_gradients(lambda x: Inner.apply(x), {"x": x})
 
 
 def test_vmap_is_sdpas():

@@ -80,6 +80,9 @@ for function in (vk.attention, merged):
     found.append(torch.vmap(torch.func.grad(loss))(q, k, v).double())
     total = lambda q, k, v, f=function: (torch.vmap(f)(q, k, v) * w).sum()
     found.extend(g.double() for g in torch.func.grad(total, (0, 1, 2))(q, k, v))
+leaf = q[0].clone().requires_grad_()
+out = vk.attention(leaf, k[0], v[0])
+found.extend(g.double() for g in torch.autograd.grad(out, leaf, w, is_grads_batched=True))
 try:
     torch.func.jvp(lambda s: vk.attention(q[0], k[0], v[0], scale=s), (torch.ones(3),), (torch.ones(3),))
 except RuntimeError as error:
@@ -93,6 +96,11 @@ torch.save(found, {file!r})
 
 INTERFACES = {
     "_AutoDispatchBelowAutograd": "torch._C",
+    "_add_batch_dim": "torch",
+    "_dispatch_keys": "torch._C",
+    "_dispatch_tls_is_dispatch_key_included": "torch._C",
+    "_parse_dispatch_key": "torch._C",
+    "_remove_batch_dim": "torch",
     "_ExcludeDispatchKeyGuard": "torch._C",
     "_are_functorch_transforms_active": "torch._C",
     "_dispatch_has_kernel_for_dispatch_key": "torch._C",

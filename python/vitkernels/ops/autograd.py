@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels._torch_private import below_autograd, entry_of, is_tracing, is_transformed
+from vitkernels._torch_private import below_autograd, entry_of, is_batching, is_tracing, is_transformed
 from vitkernels.ops.autocast import Cast
 from vitkernels.ops.schema import GRAD, NEED, Operator
 from vitkernels.ops.vmap import batching_rule
@@ -91,7 +91,7 @@ def register_autograd(op: Operator, gradient: NoGradient, cast: Cast | None = No
     entry, (plain, transformed) = entry_of(overload), _recorders(op, gradient)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_tracing():
+        if torch.compiler.is_compiling() or is_tracing() or is_batching():
             return overload(*args)
         if is_transformed():
             record = transformed

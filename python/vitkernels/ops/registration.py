@@ -13,7 +13,7 @@ from vitkernels._library import why_no_kernel
 from vitkernels.ops.autocast import register_autocast
 from vitkernels.ops.autograd import Call, Gradient, NoGradient, register_autograd
 from vitkernels.ops.schema import GRAD, NEED, Arguments, Operator
-from vitkernels.ops.vmap import batching_rule
+from vitkernels.ops.vmap import register_vmap
 
 __all__ = ["refusals", "register"]
 
@@ -55,7 +55,7 @@ def _register_fake(op: Operator, results: Results) -> None:
         return results(op.named(args))
 
     torch.library.register_fake(f"vitkernels::{op.name}", fake)
-    torch.library.register_vmap(f"vitkernels::{op.name}", batching_rule(op, op.overload))
+    register_vmap(op)
 
 
 def _gradients_of(backward: Operator) -> Results:

@@ -1,23 +1,56 @@
-"""Calls under ``torch.func.vmap``."""
+"""Calls under ``torch.func.vmap``, and under the older vmap of ``is_grads_batched``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vitkernels._torch_private import batch_level, has_batch_levels, with_batch, without_batch
 from vitkernels.ops.schema import GRAD, NEED, Operator
 
-__all__ = ["batching_rule"]
+__all__ = ["batching_rule", "register_vmap"]
+
+Rule = Callable[..., tuple[Any, Any]]
+
+_library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
 
 #: Arguments whose first axis is the batch; terms that broadcast to one, and their rank with it.
 _BATCHES = ("query", "key", "value", "value_q", "out", "lse", "outs", "lses", "grad_out", "grad_lse")
 _RANKS = {"bias": 4, "multiplier": 4, "key_bias": 3, "query_weight": 3}
 
 
-def batching_rule(op: Operator, call: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+def register_vmap(op: Operator) -> None:
+    """Register the batching rule of ``op`` for both."""
+    torch.library.register_vmap(f"vitkernels::{op.name}", batching_rule(op, op.overload))
+    if has_batch_levels:
+        _library.impl(op.name, _of_batched_tensors(op), "Batched")  # type: ignore[no-untyped-call]
+
+
+def _of_batched_tensors(op: Operator) -> Callable[..., Any]:
+    """``op`` for tensors of the older vmap, by the same rule."""
+    rule = batching_rule(op, lambda *flat: op.overload(*op.grouped(flat)))
+
+    def call(*args: Any) -> Any:
+        flat = op.flat(args)
+        levels = [batch_level(a) if isinstance(a, Tensor) else 0 for a in flat]
+        level = max(levels)
+        dims = tuple(0 if each == level else None for each in levels)
+        flat = [a if dim is None else without_batch(a, level) for a, dim in zip(flat, dims, strict=True)]
+        info = SimpleNamespace(batch_size=flat[dims.index(0)].size(0))
+        found, found_dims = rule(info, dims, *flat)
+        if isinstance(found, Tensor):
+            return with_batch(found, found_dims, level)
+        each = zip(found, found_dims, strict=True)
+        return type(found)(t if dim is None else with_batch(t, dim, level) for t, dim in each)
+
+    return call
+
+
+def batching_rule(op: Operator, call: Callable[..., Any]) -> Rule:
     """A rule for ``vmap``: one call whose batch is that of all elements, or where terms differ a call for each.
 
     ``call`` may take lists of tensors flat (:meth:`Operator.flat`).
@@ -60,7 +93,8 @@ def _folded(name: str, arg: Any, dim: Any, count: int) -> Any:
     if not isinstance(arg, Tensor):
         each = zip(arg, dim if isinstance(dim, (list, tuple)) else [dim] * len(arg), strict=True)
         return [_folded(name, a, d, count) for a, d in each]
-    return (arg.expand(count, *arg.shape) if dim is None else arg.movedim(dim, 0)).flatten(0, 1)
+    arg = arg.expand(count, *arg.shape) if dim is None else arg.movedim(dim, 0)
+    return arg.reshape(count * arg.size(1), *arg.shape[2:])  # the older vmap has no rule for flatten
 
 
 def _apart(op: Operator, found: Any, count: int) -> tuple[Any, Any]:
