@@ -41,6 +41,8 @@ def scaled_dot_product_attention(
     Returns:
         ``(B, heads, Nq, dv)``, as a view of ``(B, Nq, heads, dv)``. A query that sees no key gets zeros.
 
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+
     Raises:
         NotImplementedError: if ``dropout_p`` is not 0.
         RuntimeError: for arguments that do not go together, and as :func:`vitkernels.attention`.
@@ -109,6 +111,8 @@ def flash_attn_func(
     Returns:
         ``out (B, Nq, heads, d)``; ``lse`` is float32 ``(B, heads, Nq)``.
 
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+
     Raises:
         NotImplementedError: for an argument that is not computed, naming it.
         RuntimeError: as :func:`vitkernels.attention`.
@@ -171,6 +175,8 @@ def flash_attn_varlen_func(
 
     Returns:
         ``out (tokens_q, heads, d)``; ``lse`` is float32 ``(heads, tokens_q)``.
+
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
 
     Raises:
         NotImplementedError: for an argument that is not computed, naming it.

@@ -1,7 +1,11 @@
-"""Every block of Python in the documentation runs, those of one page one after another. (README: test_readme.py.)"""
+"""Every block of Python in the documentation runs, those of one page one after another. (README: test_readme.py.)
+
+What pages show needs no network.
+"""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +40,31 @@ def test_python_blocks(page, tmp_path):
         [sys.executable, "-c", given + code], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.fixture(scope="module")
+def configuration():
+    for package in ("sphinx", "latex2mathml"):
+        pytest.importorskip(package)
+    return runpy.run_path(str(ROOT / "docs/conf.py"))
+
+
+def test_formulas_become_mathml(configuration):
+    formula = r"o_i = \sum_j \operatorname{softmax}_j(\ell_{ij}) \, v'_j, \quad dV \mathrel{+}= P^\top dO"
+    assert configuration["mathml"](formula, "block").startswith("<math ")
+    with pytest.raises(Exception, match="unknowncommand"):
+        configuration["mathml"](r"\unknowncommand{x}", "inline")
+
+
+@pytest.mark.parametrize(
+    ("element", "found"),
+    [
+        ('<script defer="defer" src="https://cdn.example/mathjax.js"></script>', True),
+        ("<link rel='stylesheet' href='//cdn.example/style.css'>", True),
+        ('<img alt="" src="http://cdn.example/picture.png">', True),
+        ('<script src="_static/doctools.js?v=1"></script><link rel="stylesheet" href="_static/furo.css">', False),
+        ('<a href="https://example.org/">a link</a>', False),
+    ],
+)
+def test_what_a_page_loads(configuration, element, found):
+    assert bool(configuration["loaded_from_elsewhere"](element)) == found

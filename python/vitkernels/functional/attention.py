@@ -111,6 +111,8 @@ def attention(
         ``lse (B, Nq, heads)`` in float32 (float64 for float64), differentiable. A query that sees no key gets
         ``out = 0`` and ``lse = -inf``.
 
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
 

@@ -62,6 +62,8 @@ def attention_transposed(
         share a kv head. Differentiable in every floating-point argument, ``lse`` included: through both operators
         together the gradients are those of the softmax.
 
+    A NaN or infinity in a row of ``value_q`` may reach keys that its query does not see: they share a tile.
+
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
 

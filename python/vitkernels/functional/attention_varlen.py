@@ -72,6 +72,8 @@ def attention_varlen(
     Returns:
         ``out (tokens_q, heads, dv)``; with ``return_lse`` also ``lse (tokens_q, heads)``.
 
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, or offsets that are not increasing from 0 to the number
             of tokens, naming the argument and what it takes. Offsets on a GPU are checked so with
