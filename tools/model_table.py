@@ -29,7 +29,7 @@ from benchmarks.measure import Effort, interleave, spread
 from benchmarks.models import _import, _result, show_attention, without_attention
 
 _EFFORT = Effort(7, 15, seconds=1.0, batch_seconds=0.02, matmul_size=2048, copy_bytes=64 << 20)
-_FAMILY_SECONDS = 300
+_FAMILY_SECONDS = 600
 _SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
 
 
