@@ -36,7 +36,7 @@ endif
 
 # Tests run beside each other, with a thread each; those that need more follow. (5: ARGS selects none of them.)
 define PYTEST
-export VITKERNELS_TEST_PEERS="natten timm torchvision transformers" VITKERNELS_TEST_NVCC="$(NVCC)"; \
+export VITKERNELS_TEST_PEERS="natten onnxruntime onnxscript timm torchvision transformers" VITKERNELS_TEST_NVCC="$(NVCC)"; \
 OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n $(JOBS) --dist worksteal -m "$(1) and not serial" $(ARGS) || [ $$? -eq 5 ]; \
 $(RUN) -m pytest tests -m "$(1) and serial" $(ARGS) || [ $$? -eq 5 ]
 endef

@@ -18,7 +18,7 @@ from vitkernels.functional import (
     spatial_attention,
     window_attention,
 )
-from vitkernels.integrations import Report, accelerate, restore
+from vitkernels.integrations import Report, accelerate, restore, restored
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "nn",
     "reference",
     "restore",
+    "restored",
     "spatial_attention",
     "window_attention",
 ]

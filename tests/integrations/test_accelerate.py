@@ -170,10 +170,10 @@ def test_traces_like_stock(name):
 
 @pytest.mark.filterwarnings("ignore")
 @every_model
-def test_script_asks_for_restore(name):
+def test_script_asks_for_restored(name):
     model, x = MODELS[name][0]()
     vk.accelerate(model)
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: .* use vitkernels\.restore\(model\) first"):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script: .* `with vitkernels\.restored\(model\):`"):
         torch.jit.script(model)
     vk.restore(model)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
@@ -181,8 +181,8 @@ def test_script_asks_for_restore(name):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*MODELS, "transformers"])
-def test_exporter_without_dynamo_asks_for_restore(name):
+def test_exporter_without_dynamo_asks_for_restored(name):
     model, x = transformers_model() if name == "transformers" else MODELS[name][0]()
     vk.accelerate(model)
-    with pytest.raises(RuntimeError, match=r"dynamo=False.* use vitkernels\.restore\(model\) first"):
+    with pytest.raises(RuntimeError, match=r"torch\.onnx\.export: .* `with vitkernels\.restored\(model\):`"):
         torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False)

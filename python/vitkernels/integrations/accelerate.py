@@ -1,9 +1,11 @@
-"""``vk.accelerate`` and ``vk.restore``: every library's integration over one model."""
+"""``vk.accelerate``, ``vk.restore`` and ``vk.restored``: every library's integration over one model."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -13,7 +15,7 @@ from vitkernels._library import backends
 from vitkernels.integrations.handwritten import CALLS_SDPA, calls_sdpa
 from vitkernels.integrations.report import Entry, Report, kind_of
 
-__all__ = ["accelerate", "register_transformers", "restore"]
+__all__ = ["accelerate", "register_transformers", "restore", "restored"]
 
 # A model of a library has imported these modules of it. Importing them for the user would cost seconds.
 _INTEGRATIONS = {
@@ -31,8 +33,8 @@ def accelerate(model: nn.Module) -> Report:
     Parameters, buffers, hooks, ``state_dict`` keys and the classes that ``isinstance`` sees stay; copies,
     pickles and compiled versions of the model stay accelerated. A module that the kernel's work includes, such as the
     dropout of the attention weights, is not called: while it has hooks, registered before or after, the attention
-    around it takes the stock path. ``torch.fx`` traces the stock path; ``torch.jit.script`` and the ONNX exporter with
-    ``dynamo=False`` need :func:`restore` first, and say so. A second call changes nothing.
+    around it takes the stock path. ``torch.fx`` traces the stock path; ``torch.jit.script`` and exporters to ONNX need
+    :func:`restored`, and say so. A second call changes nothing.
 
     - torch, and so torchvision: ``nn.MultiheadAttention``. Of torchvision also the shifted windows of Swin and
       Swin V2.
@@ -89,6 +91,31 @@ def restore(model: nn.Module) -> None:
     _check(model, "restore")
     for library in _loaded():
         library.restore(model)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Make ``model`` stock inside a ``with``; afterwards the modules that were accelerated are so again.
+
+    For what needs the library's own operators::
+
+        with vk.restored(model):
+            torch.onnx.export(model, (images,), "model.onnx", dynamo=True)
+
+    Parameters, hooks and training mode stay, and so does what the code inside changes. Models of transformers that were
+    set to ``"vitkernels"`` by name compute with ``"sdpa"`` inside. Modules of :mod:`vitkernels.nn` have no stock form.
+
+    Args:
+        model: a module, accelerated or not.
+
+    Raises:
+        TypeError: if ``model`` is not a ``torch.nn.Module``.
+    """
+    _check(model, "restored")
+    with ExitStack() as undo:
+        for library in _loaded():
+            undo.callback(library.suspend(model))
+        yield
 
 
 def register_transformers() -> None:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
-__all__ = ["class_at", "path_of", "without"]
+from torch import nn
+
+__all__ = ["class_at", "exchange", "exchanged", "path_of"]
 
 
 def path_of(cls: type) -> str:
@@ -21,16 +24,35 @@ def class_at(path: str) -> type | None:
     return getattr(import_module(module), name, None)
 
 
-def without(cls: type, fused: type, stock: type, made: dict[type, type]) -> type:
-    """The class ``cls``, which is ``fused`` or derived from it, with ``stock`` in the place of ``fused``.
+def exchange(found: Sequence[tuple[nn.Module, type, type]]) -> Callable[[], None]:
+    """Put ``new`` in the place of ``old`` in the class of ``module``, for each ``(module, old, new)``.
+
+    Returns:
+        What undoes that, except where a module has been given a class with another forward in the meantime.
+    """
+    made: dict[type, type] = {}
+    for module, old, new in found:
+        module.__class__ = exchanged(type(module), old, new, made)
+
+    def back() -> None:
+        before = {derived: cls for cls, derived in made.items()}
+        for module, old, new in found:
+            if issubclass(type(module), new) and type(module).forward is new.forward:  # type: ignore[attr-defined]
+                module.__class__ = exchanged(type(module), new, old, before)
+
+    return back
+
+
+def exchanged(cls: type, old: type, new: type, made: dict[type, type]) -> type:
+    """The class ``cls``, which is ``old`` or derived from it, with ``new`` in the place of ``old``.
 
     Args:
         made: the derived classes so far, so that modules of one class have one class afterwards.
     """
-    if cls is fused:
-        return stock
+    if cls is old:
+        return new
     if cls not in made:
-        bases = tuple(without(base, fused, stock, made) if issubclass(base, fused) else base for base in cls.__bases__)
+        bases = tuple(exchanged(base, old, new, made) if issubclass(base, old) else base for base in cls.__bases__)
         body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-        made[cls] = type(cls)(cls.__name__.replace(fused.__name__, stock.__name__), bases, body)
+        made[cls] = type(cls)(cls.__name__.replace(old.__name__, new.__name__), bases, body)
     return made[cls]

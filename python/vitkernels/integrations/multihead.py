@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from vitkernels.functional import attention
-from vitkernels.integrations.classes import without
+from vitkernels.integrations.classes import exchange, exchanged
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
+from vitkernels.integrations.exporters import check_exporter, refuse_script
 from vitkernels.integrations.report import Entry, kind_of
 from vitkernels.integrations.shapes import split_last
-from vitkernels.integrations.torchscript import check_exporter, refuse_script
 from vitkernels.nn.masks import mask_terms
 
-__all__ = ["FusedMultiheadAttention", "replace", "restore"]
+__all__ = ["FusedMultiheadAttention", "replace", "restore", "suspend"]
 
 _CONDITION = "stock path with need_weights or is_causal"
 _BYPASSED = "not called in inference, where its nn.TransformerEncoderLayer has a path of its own"
@@ -128,7 +130,7 @@ def replace(model: nn.Module) -> list[Entry]:
         obstacle = _obstacle(module)
         if obstacle:
             if accelerated:  # by an earlier call, before something was changed
-                _restore(module, made)
+                module.__class__ = exchanged(type(module), FusedMultiheadAttention, nn.MultiheadAttention, made)
             entries.append(Entry(name, kind_of(module), "stock", obstacle))
             continue
         if not accelerated:
@@ -142,14 +144,13 @@ def replace(model: nn.Module) -> list[Entry]:
 
 def restore(model: nn.Module) -> None:
     """Give every accelerated module its stock class again."""
-    made: dict[type, type] = {}
-    for module in model.modules():
-        if isinstance(module, FusedMultiheadAttention):
-            _restore(module, made)
+    suspend(model)
 
 
-def _restore(module: nn.Module, made: dict[type, type]) -> None:
-    module.__class__ = without(type(module), FusedMultiheadAttention, nn.MultiheadAttention, made)
+def suspend(model: nn.Module) -> Callable[[], None]:
+    """Restore ``model``. Returns what undoes that."""
+    found = [module for module in model.modules() if isinstance(module, FusedMultiheadAttention)]
+    return exchange([(module, FusedMultiheadAttention, nn.MultiheadAttention) for module in found])
 
 
 def _obstacle(module: nn.MultiheadAttention) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from vitkernels.integrations.classes import class_at, path_of, without
+from vitkernels.integrations.classes import class_at, exchange, exchanged, path_of
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
+from vitkernels.integrations.exporters import check_exporter, refuse_script
 from vitkernels.integrations.report import Entry, kind_of
-from vitkernels.integrations.torchscript import check_exporter, refuse_script
 
 __all__ = ["DROPOUT", "SOFTMAX", "Fused", "Swaps"]
 
@@ -108,7 +108,7 @@ class Swaps:
             reason = _obstacle(module, fused) if fused else self._reason(type(module))
             if reason:
                 if accelerated:  # by an earlier call, before something was changed
-                    module.__class__ = without(type(module), accelerated, accelerated.stock_class, made)
+                    module.__class__ = exchanged(type(module), accelerated, accelerated.stock_class, made)
                 entries.append(Entry(name, kind_of(module), "stock", reason))
             elif fused:
                 if not accelerated:
@@ -122,10 +122,12 @@ class Swaps:
 
     def restore(self, model: nn.Module) -> None:
         """Give every accelerated module its stock class again."""
-        made: dict[type, type] = {}
-        for module in model.modules():
-            if accelerated := self._accelerated(module):
-                module.__class__ = without(type(module), accelerated, accelerated.stock_class, made)
+        self.suspend(model)
+
+    def suspend(self, model: nn.Module) -> Callable[[], None]:
+        """Restore ``model``. Returns what undoes that."""
+        found = [(module, accelerated) for module in model.modules() if (accelerated := self._accelerated(module))]
+        return exchange([(module, accelerated, accelerated.stock_class) for module, accelerated in found])
 
     def _accelerated(self, module: nn.Module) -> type[Fused] | None:
         """The accelerated class among those of ``module``."""

@@ -12,7 +12,7 @@ from vitkernels.integrations.shapes import split_last
 from vitkernels.integrations.swap import Fused, Swaps
 from vitkernels.integrations.windows import Projections, attend_in_windows, cosine_terms
 
-__all__ = ["FUSED", "SWAPS", "CosineWindowAttention", "WindowAttention", "replace", "restore"]
+__all__ = ["FUSED", "SWAPS", "CosineWindowAttention", "WindowAttention", "replace", "restore", "suspend"]
 
 
 class WindowAttention(Fused):
@@ -69,4 +69,4 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
 
 SWAPS = Swaps(__name__, FUSED)
 __getattr__ = SWAPS.getattr
-replace, restore = SWAPS.replace, SWAPS.restore
+replace, restore, suspend = SWAPS.replace, SWAPS.restore, SWAPS.suspend

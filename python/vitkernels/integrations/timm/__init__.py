@@ -2,6 +2,6 @@
 
 from vitkernels.integrations.timm.families import SWAPS
 
-__all__ = ["replace", "restore"]
+__all__ = ["replace", "restore", "suspend"]
 
-replace, restore = SWAPS.replace, SWAPS.restore
+replace, restore, suspend = SWAPS.replace, SWAPS.restore, SWAPS.suspend

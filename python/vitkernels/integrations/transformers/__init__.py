@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+
 from torch import nn
 
 from vitkernels.integrations.report import Entry
 from vitkernels.integrations.transformers import registry
 from vitkernels.integrations.transformers.families import SWAPS
 
-__all__ = ["replace", "restore"]
+__all__ = ["replace", "restore", "suspend"]
 
 
 def replace(model: nn.Module) -> list[Entry]:
@@ -20,3 +23,11 @@ def restore(model: nn.Module) -> None:
     """Undo :func:`replace`."""
     registry.restore(model)
     SWAPS.restore(model)
+
+
+def suspend(model: nn.Module) -> Callable[[], None]:
+    """Undo :func:`replace`, and the choice of our attention by name. Returns what undoes that."""
+    undo = ExitStack()
+    undo.callback(registry.suspend(model))
+    undo.callback(SWAPS.suspend(model))
+    return undo.close

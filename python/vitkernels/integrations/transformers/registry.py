@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,12 +20,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from vitkernels.functional import attention
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
+from vitkernels.integrations.exporters import check_exporter
 from vitkernels.integrations.masks import mask_fits
 from vitkernels.integrations.report import Entry, kind_of
-from vitkernels.integrations.torchscript import check_exporter
 from vitkernels.nn.masks import mask_terms
 
-__all__ = ["Stock", "attention_forward", "attention_mask", "replace", "restore"]
+__all__ = ["Stock", "attention_forward", "attention_mask", "replace", "restore", "suspend"]
 
 IMPLEMENTATION = "vitkernels"
 _RECORD = "_vitkernels_stock"
@@ -131,6 +132,29 @@ def restore(model: nn.Module) -> None:
         record = module.__dict__.pop(_RECORD, None)
         if record is not None and _config(module)._attn_implementation == IMPLEMENTATION:
             _config(module)._attn_implementation_internal = record.implementation
+
+
+def suspend(model: nn.Module) -> Callable[[], None]:
+    """Let ``model`` compute with ``"sdpa"`` whoever chose ``"vitkernels"``. Returns what undoes that."""
+    records = [(module, module.__dict__.pop(_RECORD)) for module in model.modules() if _RECORD in module.__dict__]
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in configs if _implementation(config) == IMPLEMENTATION]
+
+    def back() -> None:
+        for config in configs:
+            if _implementation(config) == "sdpa":
+                config._attn_implementation_internal = IMPLEMENTATION
+        for module, record in records:
+            if _implementation(_config(module)) == IMPLEMENTATION:
+                setattr(module, _RECORD, record)
+
+    for config in configs:
+        config._attn_implementation_internal = "sdpa"
+    return back
+
+
+def _implementation(config: Any) -> Any:
+    return getattr(config, "_attn_implementation", None)
 
 
 def _config(module: nn.Module) -> Any:
