@@ -26,3 +26,4 @@ list(APPEND cuda_kernel_sources
 
 # Compiled once per dtype: four head dimensions of one are as much as the compiler should have at a time.
 list(APPEND cuda_kernel_sources_by_dtype ${engine}/cuda/backward.cu ${engine}/cuda/forward.cu)
+list(APPEND cuda_kernel_sources_16_bit ${engine}/cuda/forward_plain.cu)

@@ -84,7 +84,7 @@ __device__ void copy_tile(const Copy& copy, const Rows& rows, const Shared& sT, 
 // Waits for all but the last `kLater` committed groups; a barrier then makes the data visible to the other threads.
 template <int kLater>
 __device__ void wait_for_copies() {
-  cute::cp_async_wait<kLater>();
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");  // CuTe commits a group of its own to wait for all
 }
 __device__ inline void commit_copies() { cute::cp_async_fence(); }
 

@@ -12,9 +12,10 @@ __device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t s
                                     bool aligned) {
   constexpr int kVector = 16 / sizeof(Element), kColumns = decltype(cute::size<1>(sT))::value;
   constexpr int kVectors = kColumns / kVector, kRows = decltype(cute::size<0>(sT))::value;
+  const int thread = thread_index();
   CUTE_UNROLL
   for (int first = 0; first < kRows * kVectors; first += kThreads) {
-    const int i = first + int(threadIdx.x), row = i / kVectors, column = i % kVectors * kVector;
+    const int i = first + thread, row = i / kVectors, column = i % kVectors * kVector;
     if (i >= kRows * kVectors || row >= rows || column >= columns) continue;
     const Element* from = &sT(row, column);
     Element* to = target + row * stride + column;

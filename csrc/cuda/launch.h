@@ -23,22 +23,40 @@ inline unsigned blocks_for(int64_t tasks, int64_t tasks_per_block) {
   return unsigned(std::clamp<int64_t>(ceil_div(tasks, tasks_per_block), 1, kMaxBlocks));
 }
 
-// One thread block for each task. More than 48 KB of dynamic shared memory need the attribute.
+inline constexpr int kSharedBytesOfAnyLaunch = 48 << 10;  // more dynamic shared memory needs an attribute
+
+// One thread block for each task.
 template <class... Params>
 cudaError_t launch_tasks(void (*kernel)(Params...), int64_t tasks, int threads, int shared_bytes, cudaStream_t stream,
                          const std::type_identity_t<Params>&... params) {
   if (tasks == 0) return cudaSuccess;
   if (tasks > kMaxBlocks) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
+  if (shared_bytes > kSharedBytesOfAnyLaunch) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<unsigned(tasks), threads, shared_bytes, stream>>>(params...);
   return cudaGetLastError();
 }
 
-// Read again by each call, so that values derived from it need not stay in registers across a loop.
+// Values derived from the result are computed where they are used, instead of living in registers across a loop.
+template <class T>
+__device__ T computed_here(T x) {
+  static_assert(sizeof(T) == 8);
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
+// Read again by each call, so that values derived from them need not stay in registers across a loop.
 __device__ inline int64_t block_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
+__device__ inline int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
 

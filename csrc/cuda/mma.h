@@ -129,4 +129,67 @@ __device__ __forceinline__ void multiply_operand(const Mma& mma, Acc& acc, const
   });
 }
 
+// Products of whole tiles of 16-bit elements, without a branch: the operands of each step are read from shared memory
+// while the previous step is multiplied. A warp may have several rows of instructions.
+
+// Fragments of operand A (rows,depth) in shared memory.
+template <class Mma, class TileA>
+__device__ auto read_operand_a(const Mma& mma, const TileA& sA) {
+  using Element = typename TileA::value_type;
+  const typename Mma::CopyA atom;
+  const auto copy = cute::make_tiled_copy_A(atom, mma).get_slice(threadIdx.x);
+  cute::Tensor rA =
+      cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
+  cute::copy(atom, copy.partition_S(sA), copy.retile_D(rA));
+  return rA;
+}
+
+// acc += a b^T, `sB` (columns,depth) read through `atom`. `read_a(k)` reads the operand `rA(k)` of a step.
+template <class Mma, class Atom, class Acc, class ReadA, class OperandA, class TileB>
+__device__ __forceinline__ void multiply_steps(const Mma& mma, const Atom& atom, Acc& acc, ReadA&& read_a,
+                                               const OperandA& rA, const TileB& sB) {
+  using Element = typename TileB::value_type;
+  const auto copy = cute::make_tiled_copy_B(atom, mma).get_slice(threadIdx.x);
+  cute::Tensor rB =
+      cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_B(sB));  // (MMA,MMA_N,MMA_K)
+  cute::Tensor tBsB = copy.partition_S(sB);                                                    // (CPY,CPY_N,CPY_K)
+  cute::Tensor tBrB = copy.retile_D(rB);                                                       // (CPY,CPY_N,CPY_K)
+  const auto read = [&](int k) {
+    read_a(k);
+    cute::copy(atom, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k));
+  };
+  read(0);
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(rA); ++k) {
+    if (k + 1 < cute::size<2>(rA)) read(k + 1);
+    cute::gemm(mma, rA(cute::_, cute::_, k), rB(cute::_, cute::_, k), acc);
+  }
+}
+
+// acc += a b^T, both in shared memory: `sA` (rows,depth), `sB` (columns,depth).
+template <class Mma, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, const TileA& sA, const TileB& sB) {
+  using Element = typename TileA::value_type;
+  const typename Mma::CopyA atom;
+  const auto copy = cute::make_tiled_copy_A(atom, mma).get_slice(threadIdx.x);
+  cute::Tensor rA =
+      cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
+  cute::Tensor tAsA = copy.partition_S(sA);                                                    // (CPY,CPY_M,CPY_K)
+  cute::Tensor tArA = copy.retile_D(rA);                                                       // (CPY,CPY_M,CPY_K)
+  const auto read = [&](int k) { cute::copy(atom, tAsA(cute::_, cute::_, k), tArA(cute::_, cute::_, k)); };
+  multiply_steps(mma, typename Mma::CopyB{}, acc, read, rA, sB);
+}
+
+// The same with `sA` in registers (operand A).
+template <class Mma, class Acc, class OperandA, class TileB>
+__device__ __forceinline__ void multiply_held_tile(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {
+  multiply_steps(mma, typename Mma::CopyB{}, acc, [](int) {}, rA, sB);
+}
+
+// acc += a b, a in registers (operand A), `sB` (depth,columns).
+template <class Mma, class Acc, class OperandA, class TileB>
+__device__ __forceinline__ void multiply_whole_operand(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {
+  multiply_steps(mma, typename Mma::CopyTransposedB{}, acc, [](int) {}, rA, transposed(sB));
+}
+
 }  // namespace vitkernels::cuda

@@ -8,14 +8,18 @@
 
 namespace vitkernels::cuda {
 
+inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// e^(x - offset). The subtraction comes first: a mask may hold the lowest finite number, which times log2(e) overflows.
-__device__ inline float exp_from(float x, float offset) {
+// 2^x, flushed to zero below the normal numbers.
+__device__ inline float exp2_of(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"((x - offset) * kLog2e));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+// e^(x - offset). The subtraction comes first: a mask may hold the lowest finite number, which times log2(e) overflows.
+__device__ inline float exp_from(float x, float offset) { return exp2_of((x - offset) * kLog2e); }
 
 // The LSE of a row whose exponentials relative to its maximum add up to `sum`. NaN stays NaN.
 __device__ inline float lse_of(float max, float sum) {
@@ -25,8 +29,8 @@ __device__ inline float lse_of(float max, float sum) {
 // Reduces over the four lanes that share a row of an MMA accumulator.
 template <class Combine>
 __device__ float combine_quad(float x, Combine combine) {
-  x = combine(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return combine(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  x = combine(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return combine(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 // The running softmax state of a thread's rows.

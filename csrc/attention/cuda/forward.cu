@@ -5,12 +5,12 @@
 // and values. Logits never leave the registers of a warp. Where there are few blocks, split-KV: each split of the keys
 // has blocks of its own, and partial results are merged like those of any attention over disjoint keys.
 
+#include "attention/cuda/forward_store.h"
 #include "attention/cuda/launches.h"
 #include "attention/cuda/score.h"
 #include "attention/cuda/tile_sizes.h"
 #include "attention/cuda/tokens.h"
 #include "cuda/copy.h"
-#include "cuda/epilogue.h"
 #include "cuda/fragments.h"
 #include "cuda/mma.h"
 #include "cuda/online_softmax.h"
@@ -74,14 +74,15 @@ struct ForwardKernel {
     return {tiles.begin + count * task.split / p.splits, tiles.begin + count * (task.split + 1) / p.splits};
   }
 
-  static __device__ void store_statistics(const AttentionCudaParams& p, const Task& task, int64_t row, float max,
-                                          float sum) {
-    const int64_t i = (task.split * p.num_rows() + row) * p.problem.heads + task.head;
-    if (p.splits == 1) {
-      p.lse[i] = lse_of(max, sum);
-    } else {
-      p.split_max[i] = max, p.split_sum[i] = sum;
-    }
+  static __device__ ForwardResult result_of(const AttentionCudaParams& p, const Task& task) {
+    return {.batch = task.batch,
+            .head = task.head,
+            .split = task.split,
+            .first_row = task.sequence.first_row + task.queries.begin,
+            .first_token = task.sequence.query_tokens(task.queries).begin,
+            .first_column = task.first_column,
+            .rows = task.num_queries(),
+            .columns = task.num_columns(p)};
   }
 
   // Tokens of a packed batch that no sequence covers. The merge skips splits with sum 0, so their `out` need not be
@@ -89,7 +90,9 @@ struct ForwardKernel {
   static __device__ void clear_uncovered(const AttentionCudaParams& p, const Task& task, int columns) {
     const Range covered = task.sequence.query_tokens({0, task.sequence.axis.num_queries});
     for_uncovered(p.packing.query_slot(p.problem, task.batch), covered, [&](int64_t token) {
-      if (task.first_column == 0) store_statistics(p, task, token, -std::numeric_limits<float>::infinity(), 0.0f);
+      if (task.first_column == 0) {
+        store_statistics(p, task.split, token, task.head, -std::numeric_limits<float>::infinity(), 0.0f);
+      }
       Element* const out = p.out.at<Element>(task.batch, token, task.head) + task.first_column;
       for (int c = 0; c < columns && p.splits == 1; ++c) out[c] = Element(0);
     });
@@ -157,42 +160,7 @@ struct ForwardKernel {
       multiply_operand(mma, out, as_operand_a(convert<Element>(logits)), sV, columns);
     }
     softmax.total();
-    finish(p, mma, out, softmax, sQ);
-  }
-
-  // The epilogue: out / sum, and the statistics. Results leave through the shared memory of the queries.
-  template <class Out, class Softmax, class Shared>
-  static __device__ void finish(const AttentionCudaParams& p, const Mma& mma, Out& out, const Softmax& softmax,
-                                Shared& sO) {
-    const Task task = task_of_block(p);
-    const int rows = task.num_queries(), columns = task.num_columns(p);
-    const auto thread = mma.get_slice(threadIdx.x);
-    const int64_t first_row = task.sequence.first_row + task.queries.begin;
-    Tensor out_rows = by_rows(out);  // (rows,columns)
-    Tensor cO =
-        by_rows(thread.partition_C(make_identity_tensor(product_each(shape(sO)))));  // (rows,columns) -> (row,column)
-    CUTE_UNROLL
-    for (int r = 0; r < size<0>(out_rows); ++r) {
-      const float factor = softmax.sum[r] == 0.0f ? 0.0f : 1.0f / softmax.sum[r];
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(out_rows); ++c) {
-        // A row that saw no key is zero, whatever its accumulators hold.
-        out_rows(r, c) = softmax.sum[r] == 0.0f ? 0.0f : out_rows(r, c) * factor;
-      }
-      const int row = get<0>(cO(r, 0));
-      if (get<1>(cO(r, 0)) == 0 && row < rows && task.first_column == 0) {
-        store_statistics(p, task, first_row + row, softmax.max[r], softmax.sum[r]);
-      }
-    }
-    if (p.splits > 1) {
-      const int64_t first = (task.split * p.num_rows() + first_row) * p.problem.heads + task.head;
-      const int64_t dim = p.problem.value_dim;
-      store_acc(out_rows, cO, p.split_out + first * dim + task.first_column, p.problem.heads * dim, rows, columns);
-      return;
-    }
-    const int64_t first = task.sequence.query_tokens(task.queries).begin;
-    store_tile<kThreads>(mma, out, sO, p.out.at<Element>(task.batch, first, task.head) + task.first_column,
-                         p.out.token_stride, rows, columns, p.out.is_aligned);
+    store_forward<kThreads>(p, result_of(p, task_of_block(p)), mma, out, softmax, sQ);
   }
 };
 

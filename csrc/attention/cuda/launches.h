@@ -21,6 +21,13 @@ struct AttentionLaunches {
                               cudaStream_t stream);
 };
 
+// The fast path of 16-bit dtypes (forward_path.h).
+template <DType kDType>
+struct PlainForwardLaunches {
+  static int64_t forward_blocks(const AttentionCudaParams& params);  // of one split
+  static cudaError_t forward(const AttentionCudaParams& params, cudaStream_t stream);
+};
+
 // Split-KV of the forward, for calls with few blocks.
 int64_t attention_key_splits(const AttentionCudaParams& params);
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);

@@ -9,12 +9,6 @@
 
 namespace vitkernels::cuda {
 
-// Values derived from the result are computed where they are used, instead of living in registers across a loop.
-__device__ inline int64_t computed_here(int64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
-
 // The tokens of a logit tile. Rows and columns past the last token read the terms of the last one.
 struct LogitTile {
   int64_t batch, head;

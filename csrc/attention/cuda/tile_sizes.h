@@ -10,6 +10,7 @@ namespace vitkernels {
 // keys.
 struct ForwardTileShape {
   int queries, keys, warps;
+  int min_blocks = 1;  // of a multiprocessor, which bounds the registers
 
   constexpr int threads() const { return warps * 32; }
   // Queries, keys and values, of `dim` columns.
@@ -25,6 +26,18 @@ constexpr ForwardTileShape forward_tile(int dim, int element_bytes) {
   if (dim <= 128) return {.queries = 64, .keys = is_wide ? 32 : 64, .warps = 4};  // 48 KB, 64 KB
   return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB
 }
+
+// Of forward_plain.cu: 32 queries a warp, so that a fragment of keys and values serves two rows of instructions. Two
+// blocks a multiprocessor. Instructions of the main loop for each matrix instruction, sm_90: 6.9, 4.2, 3.2; with a bias
+// 8.8, 5.3, 4.0. Rejected: three blocks at 32 columns (7.5, since 168 registers make copies), 128 keys there (spills),
+// 64 keys at 128 columns (spills) and 32 (queries are read for too few keys: 0.38 loads a matrix instruction). Not
+// measured on a GPU yet.
+constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
+  ForwardTileShape tile{.queries = 128, .keys = 64, .warps = 4, .min_blocks = 2};  // 16 KB, 32 KB
+  if (dim > 64) tile.keys = has_bias ? 32 : 48;                                    // 48 KB, 56 KB
+  return tile;
+}
+inline constexpr int kMaxPlainTile = 128;
 
 // A thread block owns a tile of keys (or queries), sixteen a warp, and streams tiles of queries (or keys) past it, in
 // two stages.

@@ -47,14 +47,20 @@ auto dispatch_element(DType dtype, Function&& f) {
   return dtype == DType::kBFloat16 ? f(cutlass::bfloat16_t{}) : f(cutlass::half_t{});
 }
 
-// Calls f(padded head dimension).
+// Calls f(padded head dimension), at most 128.
 template <class Function>
-auto dispatch_dim(const Problem& p, Function&& f) {
-  const int64_t dim = std::max(p.head_dim, std::min(p.value_dim, kMaxCudaHeadDim));
+auto dispatch_plain_dim(const Problem& p, Function&& f) {
+  const int64_t dim = std::max(p.head_dim, p.value_dim);
   if (dim <= 32) return f(cute::Int<32>{});
   if (dim <= 64) return f(cute::Int<64>{});
-  if (dim <= 128) return f(cute::Int<128>{});
-  return f(cute::Int<256>{});
+  return f(cute::Int<128>{});
+}
+
+// Calls f(padded head dimension). Wider values pass in blocks of columns.
+template <class Function>
+auto dispatch_dim(const Problem& p, Function&& f) {
+  const bool is_wide = std::max(p.head_dim, p.value_dim) > 128;
+  return is_wide ? f(cute::Int<256>{}) : dispatch_plain_dim(p, f);
 }
 
 }  // namespace vitkernels::cuda

@@ -252,7 +252,7 @@ TokenTensor token_tensor(const Tensor& t) {
   // In elements: a stride of an axis of size 1 or 0 may be too large to be counted in bytes.
   const int64_t tokens = t.dim() - 3, elements = kAlignment / t.element_size();
   bool is_aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0;
-  for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && t.stride(i) % elements == 0;
+  for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && (t.size(i) <= 1 || t.stride(i) % elements == 0);
   return {.data = const_cast<void*>(t.const_data_ptr()),
           .batch_stride = tokens ? t.stride(0) : 0,
           .token_stride = t.stride(tokens),

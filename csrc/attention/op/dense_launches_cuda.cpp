@@ -1,4 +1,5 @@
 // Forward and backward of softmax attention: the choice of a dtype's launchers, and the forward's split-KV.
+#include "attention/cuda/forward_path.h"
 #include "attention/cuda/launches.h"
 #include "attention/cuda/tile_sizes.h"
 
@@ -11,6 +12,14 @@ auto dispatch_launches(DType dtype, Function&& f) {
   if (dtype == DType::kFloat32) return f(AttentionLaunches<DType::kFloat32>{});
   if (dtype == DType::kBFloat16) return f(AttentionLaunches<DType::kBFloat16>{});
   return f(AttentionLaunches<DType::kFloat16>{});
+}
+
+// The same, of the kernel that runs a forward.
+template <class Function>
+auto dispatch_forward(const AttentionCudaParams& p, Function&& f) {
+  if (forward_path(p) == ForwardPath::kGeneral) return dispatch_launches(p.problem.dtype, f);
+  if (p.problem.dtype == DType::kBFloat16) return f(PlainForwardLaunches<DType::kBFloat16>{});
+  return f(PlainForwardLaunches<DType::kFloat16>{});
 }
 
 cudaError_t merge_splits(const AttentionCudaParams& p, cudaStream_t stream) {
@@ -35,14 +44,12 @@ cudaError_t merge_splits(const AttentionCudaParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t attention_key_splits(const AttentionCudaParams& p) {
-  const int64_t blocks =
-      dispatch_launches(p.problem.dtype, [&]<class Launches>(Launches) { return Launches::forward_blocks(p); });
+  const int64_t blocks = dispatch_forward(p, [&]<class Launches>(Launches) { return Launches::forward_blocks(p); });
   return std::min(splits_of(blocks, p.packing.key_tiles(p.problem, 1)), kMaxMergeParts);
 }
 
 cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) {
-  const cudaError_t error =
-      dispatch_launches(p.problem.dtype, [&]<class Launches>(Launches) { return Launches::forward(p, stream); });
+  const cudaError_t error = dispatch_forward(p, [&]<class Launches>(Launches) { return Launches::forward(p, stream); });
   return error != cudaSuccess || p.splits == 1 ? error : merge_splits(p, stream);
 }
 

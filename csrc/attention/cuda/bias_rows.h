@@ -1,0 +1,58 @@
+// A dense bias, read where the logits of a tile need it.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+namespace vitkernels::cuda {
+
+// The rows of a bias that a thread needs, whose elements have a unit stride along the keys, in tiles of kKeys keys from
+// the last one to the first. `coordinates` give the (query,key) of each of the thread's logits in a tile.
+template <int kRows, int kKeys, class Coordinates>
+class BiasRows {
+ public:
+  // `tile` is the bias of the first query and the last tile's first key. Queries past the last one read that.
+  __device__ BiasRows(const float* tile, int row_stride, int num_queries, const Coordinates& coordinates)
+      : coordinates_(coordinates) {
+    const auto row = [&](int r) { return min(int(cute::get<0>(coordinates(r, 0))), num_queries - 1) * row_stride; };
+    next_ = tile + row(0) + column(0);
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) offset_[r] = row(r) - row(0);
+  }
+
+  // logits = products * scale + bias, two columns a load if kInPairs.
+  template <bool kInPairs, class Logits>
+  __device__ void add(Logits& logits, float scale) {
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(logits); c += 2) {
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const float* first = next_ + offset_[r] + (column(c) - column(0));
+        const float2 both = kInPairs ? *reinterpret_cast<const float2*>(first) : float2{first[0], first[1]};
+        logits(r, c) = fmaf(logits(r, c), scale, both.x);
+        logits(r, c + 1) = fmaf(logits(r, c + 1), scale, both.y);
+      }
+    }
+    next_ -= kKeys;
+  }
+
+  // The same for the last tile, of which `keys` exist. Those past them read the last one's.
+  template <class Logits>
+  __device__ void add_last(Logits& logits, float scale, int keys) {
+    CUTE_UNROLL
+    for (int c = 0; c < cute::size<1>(logits); ++c) {
+      const int distance = min(column(c), keys - 1) - column(0);
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) logits(r, c) = fmaf(logits(r, c), scale, next_[offset_[r] + distance]);
+    }
+    next_ -= kKeys;
+  }
+
+ private:
+  __device__ int column(int c) const { return cute::get<1>(coordinates_(0, c)); }
+
+  const Coordinates& coordinates_;
+  const float* next_;  // this thread's first logit in the next tile
+  int offset_[kRows];  // from there to those of its other rows
+};
+
+}  // namespace vitkernels::cuda
