@@ -89,10 +89,10 @@ bench: build $(VENV)/.bench $(VENV)/.models  ## measure against what PyTorch off
 gpu:  ## with a GPU: build, test, check and measure; STAGES="build test" selects
 	$(GPU_PYTHON) tools/gpu.py --out $(OUT) $(STAGES) $(ARGS)
 
-cuda-report: build emulator  ## registers, spills and shared memory of every CUDA kernel, into docs/cuda_report.md
+cuda-report: build emulator $(VENV)/.test  ## registers, spills and main loops of every CUDA kernel, into docs/
 	@[ -n "$(NVCC)" ] || { echo "make cuda-report needs nvcc; CUDACXX names its path"; exit 1; }
 	PYTHONPATH=tests $(RUN) -m support.launches build/launches.json
-	$(RUN) tools/cuda_report.py build/Release/tests/emulator/libvitkernels_cuda_emulated.so \
+	$(RUN) -m tools.cuda_report build/Release/tests/emulator/libvitkernels_cuda_emulated.so \
 	  --launches build/launches.json --markdown docs/cuda_report.md $(ARGS)
 
 sanitize: build $(VENV)/.test  ## run the attention tests on a library built with address and undefined sanitizers

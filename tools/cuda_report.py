@@ -1,11 +1,11 @@
-"""Registers, spills and shared memory of every kernel in a built CUDA library: what ``make cuda-report`` prints.
+"""Registers, spills, shared memory and main loops of every kernel in a built CUDA library: ``make cuda-report``.
 
 The library contains its kernels as PTX; ptxas compiles that again for each architecture and reports what it used. (The
-machine code in the library does not tell: cuobjdump shows no spills.) The exit status is 1 if a forward kernel spills,
-if a kernel has more instantiations than three dtypes and four head dimensions need, or if the attention kernels of one
-direction have more than their budget.
+machine code in the library does not tell: cuobjdump shows no spills.) nvdisasm prints the loops of what ptxas made for
+sm_90. The exit status is 1 if a forward kernel spills, if a kernel has more instantiations than three dtypes and four
+head dimensions need, or if the attention kernels of one direction have more than their budget.
 
-    python3 tools/cuda_report.py build/Release/libvitkernels_cuda13.so --markdown docs/cuda_report.md
+    python3 -m tools.cuda_report build/Release/libvitkernels_cuda13.so --markdown docs/cuda_report.md
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import pipe_model, sass
+
 ARCHITECTURES = ("80", "90")
+LOOP_ARCHITECTURE = "90"  # which the model of pipe_model.py is of
 MAX_INSTANTIATIONS = 12  # of a kernel: {float16, bfloat16, float32} x {32, 64, 128, 256}
 MAX_ATTENTION = 48  # of all attention kernels of a direction that are compiled for each head dimension
 
@@ -46,6 +49,21 @@ What each kernel needs, as the compiler says; `make cuda-report` writes this pag
 static and dynamic, and threads those of a block, as the emulator saw them. No kernel may have more than 99 KB.
 """
 
+_LOOPS = """## Loops with matrix instructions
+
+What a warp issues in one pass, counted in the machine code for sm_90. The pass has all products, loads of fragments
+(LDSM), exponentials, 16-byte copies and barriers, but jumps over everything else that it can, about as a call without
+optional arguments does, and over blocks that are marked as rare. The longest pass jumps over the latter only; no call
+needs all of it. A loop inside a loop counts as passed once, and has a row of its own. Scores are counted by their
+exponentials.
+
+TF/s are those of the matrix instructions on an H100, inferred by a model (tools/pipe_model.py has its rates and their
+sources): serial for products and softmax one after the other, max for perfect overlap. Nothing of it is measured.
+FlashAttention-2, the yardstick, is counted likewise, in the code that the same compiler makes of it; its TF/s come from
+the same model.
+"""
+_WITHOUT_LOOPS = "Left out, for want of nvdisasm: `pip install nvidia-cuda-nvdisasm`."
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -61,6 +79,8 @@ class Kernel:
     spill_loads: int
     shared: int
     """Static, in bytes; the dynamic part of a launch is not in the library."""
+    loops: tuple[sass.Loop, ...] = ()
+    """Those that hold matrix instructions, if they were looked for."""
 
     @property
     def spills(self) -> bool:
@@ -127,47 +147,65 @@ _PARTS = {
 }
 
 
-def parse(text: str) -> list[Kernel]:
-    """The kernels that ``ptxas -v`` printed about."""
+def parse(text: str, loops: Mapping[str, Sequence[sass.Loop]] | None = None) -> list[Kernel]:
+    """The kernels that ``ptxas -v`` printed about, with their loops by mangled name."""
     sections = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)[1:]
     triples = list(zip(sections[::3], sections[1::3], sections[2::3], strict=True))
     kernels = []
-    for (_, architecture, body), demangled in zip(triples, demangle(t[0] for t in triples), strict=True):
+    for (symbol, architecture, body), demangled in zip(triples, demangle(t[0] for t in triples), strict=True):
         # A function that a kernel calls has properties of its own, listed after the kernel's.
         values = {name: sum(map(int, re.findall(pattern, body))) for name, pattern in _PARTS.items()}
         name, arguments = short_name(demangled)
-        kernels.append(Kernel(name, arguments, architecture, **values))
+        kernels.append(Kernel(name, arguments, architecture, **values, loops=tuple((loops or {}).get(symbol, ()))))
     return kernels
 
 
-def ptxas() -> str | None:
-    """Next to the compiler that built the library, or on the path."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if nvcc:
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
-        if top and (path := Path(top[1]) / "bin" / "ptxas").exists():
-            return str(path)
-    return shutil.which("ptxas")
+@dataclass(frozen=True)
+class Programs:
+    """Next to the compiler that built the library, or on the path; nvdisasm also from a package."""
+
+    ptxas: str
+    nvdisasm: str | None
+
+    @classmethod
+    def find(cls) -> Programs | None:
+        nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+        folder = None
+        if nvcc:
+            dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+            top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+            folder = Path(top[1]) / "bin" if top else None
+        beside = folder / "ptxas" if folder else None
+        ptxas = str(beside) if beside and beside.exists() else shutil.which("ptxas")
+        return cls(ptxas, sass.nvdisasm(folder)) if ptxas else None
+
+    def compile(self, image: bytes, architecture: str) -> list[Kernel]:
+        """The kernels of a PTX image."""
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder) / "image.ptx", Path(folder) / "image.cubin"
+            ptx.write_bytes(image)
+            command = [self.ptxas, "-v", f"-arch=sm_{architecture}", str(ptx), "-o", str(cubin)]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            if ran.returncode:
+                raise SystemExit(f"{' '.join(command)}\n{ran.stderr}")
+            functions = {}
+            if self.nvdisasm and architecture == LOOP_ARCHITECTURE:
+                functions = sass.disassemble(self.nvdisasm, cubin)
+        return parse(ran.stderr + ran.stdout, {symbol: sass.loops(code) for symbol, code in functions.items()})
 
 
-def compile_verbosely(program: str, image: bytes, architecture: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        file.write(image)
-        file.flush()
-        command = [program, "-v", f"-arch=sm_{architecture}", file.name, "-o", os.devnull]
-        ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{ran.stderr}")
-    return ran.stderr + ran.stdout
+def measure(
+    programs: Programs, library: Path, architectures: Iterable[str] = ARCHITECTURES, symbols: str = ""
+) -> list[Kernel]:
+    """Every kernel of the library for every architecture, in an order that does not depend on the build.
 
-
-def measure(program: str, library: Path, architectures: Iterable[str] = ARCHITECTURES) -> list[Kernel]:
-    """Every kernel of the library for every architecture, in an order that does not depend on the build."""
-    images = list(ptx_images(library.read_bytes()))
-    jobs = [(program, image, architecture) for image in images for architecture in architectures]
+    ``symbols`` is a regular expression: images without a kernel whose mangled name it finds are left out.
+    """
+    wanted = re.compile(rb"\.entry \w*" + symbols.encode())
+    images = [image for image in ptx_images(library.read_bytes()) if wanted.search(image)]
+    jobs = [(image, architecture) for image in images for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = [kernel for text in pool.map(lambda job: compile_verbosely(*job), jobs) for kernel in parse(text)]
+        kernels = [kernel for found in pool.map(lambda job: programs.compile(*job), jobs) for kernel in found]
 
     def order(kernel: Kernel) -> tuple[object, ...]:
         numbers = [part.rjust(8) if part.isdigit() else part for part in re.split(r"(\d+)", kernel.arguments)]
@@ -237,6 +275,32 @@ def table(kernels: list[Kernel], launches: dict[str, list[int]]) -> list[list[st
     return rows
 
 
+def loop_table(kernels: list[Kernel], launches: dict[str, list[int]]) -> list[list[str]]:
+    """A row for each loop that holds matrix instructions, below the figures of FlashAttention-2."""
+    rows = [[
+        "loop", "instructions", "longest pass", "HMMA", "LDSM", "MUFU", "branches", "instructions / HMMA",
+        "instructions / score and thread", "LDSM / HMMA", "registers", "blocks an SM x warps", "TF/s, serial / max",
+    ]]  # fmt: skip
+    for name, (slots, by_score, ldsm, registers, blocks, rates) in pipe_model.FLASH_ATTENTION_2.items():
+        rows.append([
+            f"FlashAttention-2 {name}", *[""] * 6, str(slots), str(by_score), str(ldsm), str(registers),
+            f"{blocks[0]} x {blocks[1]}", f"{rates[0]} / {rates[1]}",
+        ])  # fmt: skip
+    for kernel in kernels:
+        shared, threads = launches.get(str(kernel), (0, 0))
+        resident = pipe_model.blocks_per_sm(kernel.registers, shared, threads) if threads else 0
+        for loop in kernel.loops:
+            serial, at_most = pipe_model.teraflops(loop)
+            rows.append([
+                f"`{kernel}`", str(len(loop.opcodes)), str(loop.longest),
+                *(str(loop.count(opcode)) for opcode in ("HMMA", "LDSM", "MUFU", "BRA")), f"{loop.slots_per_hmma:.1f}",
+                f"{len(loop.opcodes) / loop.scores:.1f}" if loop.scores else "", f"{loop.ldsm_per_hmma:.2f}",
+                str(kernel.registers), f"{resident} x {threads // 32}" if threads else "unknown",
+                f"{serial:.0f} / {at_most:.0f}",
+            ])  # fmt: skip
+    return rows
+
+
 def markdown(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
     return "\n".join(lines)
@@ -252,15 +316,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write a page")
     arguments = parser.parse_args(argv)
-    program = ptxas()
-    if program is None:
+    programs = Programs.find()
+    if programs is None:
         parser.error("no ptxas was found: set CUDACXX to nvcc's path")
     launches = json.loads(arguments.launches.read_text()) if arguments.launches else {}
-    kernels = measure(program, arguments.library, arguments.architectures)
+    kernels = measure(programs, arguments.library, arguments.architectures)
     if not kernels:
         parser.error(f"{arguments.library} holds no kernels")
-    version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()[-2]
-    text = markdown(table(kernels, launches))
+    version = subprocess.run([programs.ptxas, "--version"], capture_output=True, text=True).stdout.splitlines()[-2]
+    loops = markdown(loop_table(kernels, launches)) if programs.nvdisasm else _WITHOUT_LOOPS
+    text = "\n".join([markdown(table(kernels, launches)), "", _LOOPS, loops])
     lines = [f"ptxas: {version}", *summary(kernels)]
     print("\n".join([text, "", *lines, *(f"FAULT: {fault}" for fault in faults(kernels))]))
     if arguments.markdown:

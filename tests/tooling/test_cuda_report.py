@@ -121,9 +121,9 @@ LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernel
 @pytest.mark.parametrize("architecture", ["80", pytest.param("90", marks=pytest.mark.full)])
 def test_kernels_of_the_library(architecture):
     """No forward kernel spills, and none has more instantiations than dtypes and head dimensions."""
-    program, library = cuda_report.ptxas(), next((path for path in LIBRARIES if path.exists()), None)
-    if program is None or library is None:
-        pytest.skip("no ptxas" if program is None else "built without CUDA")
-    kernels = cuda_report.measure(program, library, [architecture])
+    programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
+    if programs is None or library is None:
+        pytest.skip("no ptxas" if programs is None else "built without CUDA")
+    kernels = cuda_report.measure(programs, library, [architecture])
     assert {k.architecture for k in kernels} == {architecture} and any(not k.is_forward for k in kernels)
     assert cuda_report.faults(kernels) == []

@@ -1,0 +1,118 @@
+"""Loops in machine code, the model of their speed, and how many instructions the main loops of the kernels may have."""
+
+import pytest
+from support import emulation
+from vitkernels import _library
+
+from tools import cuda_report, pipe_model, sass
+
+# As nvdisasm prints it: a loop with a block for a term, one that is rarely executed, a product out of line, and a loop.
+CODE = """
+	.section	.text._Z1kv,"ax",@progbits
+.text._Z1kv:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDSM.16.M88.4 R4, [R0] ;
+        /*0020*/              @!PT LDS RZ, [RZ] ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   FADD R8, R8, R9 ;
+        /*0050*/                   FADD R8, R8, R9 ;
+.L_x_1:
+        /*0060*/                   BRA.DIV UR4, `(.L_x_7) ;
+        /*0070*/               @P1 BRA `(.L_x_5) ;
+        /*0080*/                   BRA `(.L_x_2) ;
+.L_x_2:
+        /*0090*/              @!P2 BRA `(.L_x_3) ;
+        /*00a0*/                   VOTE.ANY R3, PT, P0 ;
+        /*00b0*/                   NANOSLEEP RZ ;
+        /*00c0*/                   MUFU.EX2 R8, R8 ;
+.L_x_3:
+        /*00d0*/                   MUFU.EX2 R9, R9 ;
+.L_x_4:
+        /*00e0*/                   SHFL.BFLY PT, R9, R9, 0x1, 0x1f ;
+        /*00f0*/               @P3 BRA `(.L_x_4) ;
+        /*0100*/                   BRA.U UP0, `(.L_x_0) ;
+        /*0110*/                   EXIT ;
+.L_x_5:
+        /*0120*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0130*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0140*/                   BRA `(.L_x_2) ;
+.L_x_7:
+        /*0150*/                   WARPSYNC.COLLECTIVE R2, `(.L_x_8) ;
+.L_x_8:
+        /*0160*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_pass_through_a_loop():
+    (code,) = sass.parse(CODE).values()
+    assert len(code) == CODE.count("/*")
+    (loop,) = sass.loops(code)
+    assert loop.opcodes == (
+        "LDSM.16.M88.4", "LDS", "BRA", "BRA.DIV", "BRA", "HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16", "BRA", "BRA",
+        "MUFU.EX2", "SHFL.BFLY", "BRA", "BRA.U",
+    ), "over the term and the rare block, through the product"  # fmt: skip
+    assert loop.longest == len(loop.opcodes) + 2, "the term, but not the rare block"
+    assert loop.slots_per_hmma == 6.5 and loop.ldsm_per_hmma == 0.5
+
+
+def test_loops_inside_a_loop():
+    def hmma(count, then):
+        return [*[sass.Instruction("HMMA.16816.F32")] * count, sass.Instruction("BRA", True, then)]
+
+    assert [len(loop.opcodes) for loop in sass.loops([*hmma(1, 0), *hmma(2, 2), sass.Instruction("EXIT")])] == [2, 3]
+    # From the second loop back to the first: a pass of it contains one of either.
+    nested = [sass.Instruction("MOV"), *hmma(1, 1), *hmma(2, 0), sass.Instruction("EXIT")]
+    assert [(len(loop.opcodes), loop.count("HMMA")) for loop in sass.loops(nested)] == [(6, 3), (2, 1)]
+    only_inside = [sass.Instruction("MOV"), *hmma(1, 1), sass.Instruction("BRA", True, 0), sass.Instruction("EXIT")]
+    assert [len(loop.opcodes) for loop in sass.loops(only_inside)] == [2]
+
+
+def test_model():
+    products, exponentials = ("HMMA.16816.F32",) * 128, ("MUFU.EX2",) * 64
+    flash_attention = sass.Loop(products + exponentials + ("FFMA",) * 371, 0)
+    assert [round(x) for x in pipe_model.teraflops(flash_attention)] == [316, 474], "313 and 474 from its real code"
+    assert flash_attention.scores == 64
+    assert pipe_model.cycles(flash_attention) == {"issue": 563, "tensor": 1024, "special": 512, "fma": 371}
+    more_integers = sass.Loop(products + ("IADD3",) * 1024, 0)
+    assert [round(x) for x in pipe_model.teraflops(more_integers)] == [237, 237], "integers bound it"
+    tf32 = sass.Loop(("HMMA.1688.F32.TF32",) * 128, 0)
+    assert [round(x) for x in pipe_model.teraflops(tf32)] == [237, 237], "half the rate"
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "blocks"),
+    [(255, 0, 128, 2), (168, 0, 128, 3), (236, 0, 256, 1), (32, 0, 1024, 2), (32, 0, 32, 32), (64, 99 * 1024, 128, 2)],
+)
+def test_blocks_of_an_sm(registers, shared, threads, blocks):
+    assert pipe_model.blocks_per_sm(registers, shared, threads) == blocks
+
+
+# By kernel and arguments behind the dtype: instructions and LDSM for each HMMA of the main loop.
+LIMITS = {
+    ("attention_plain", "32, false"): (7.3, 0.35),
+    ("attention_plain", "64, false"): (5.0, 0.35),
+    ("attention_plain", "128, false"): (4.6, 0.35),
+    ("attention_plain", "64, true"): (6.0, 0.35),
+}
+LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernels_cuda_emulated.so"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mangled"),
+    [("bfloat16", "10bfloat16_t"), pytest.param("float16", "6half_t", marks=pytest.mark.full)],
+)
+def test_main_loops(dtype, mangled):
+    """Without spills on sm_90, and in few instructions."""
+    programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
+    if programs is None or library is None or programs.nvdisasm is None:
+        pytest.skip("needs ptxas, nvdisasm and a library built with CUDA")
+    names = "|".join(sorted({f"{len(kernel)}{kernel}I" for kernel, _ in LIMITS}))
+    kernels = {str(k): k for k in cuda_report.measure(programs, library, ["90"], f"({names})N7cutlass{mangled}")}
+    for (name, arguments), (slots, ldsm) in LIMITS.items():
+        kernel = kernels[f"{name}<{dtype}, {arguments}>"]
+        loop = max(kernel.loops, key=lambda loop: loop.count("HMMA"))
+        assert not kernel.spills and loop.slots_per_hmma <= slots and loop.ldsm_per_hmma <= ldsm, (
+            f"{kernel}: {loop.slots_per_hmma:.2f} instructions and {loop.ldsm_per_hmma:.2f} LDSM for each HMMA, "
+            f"takes {slots} and {ldsm}"
+        )
