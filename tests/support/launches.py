@@ -17,7 +17,7 @@ from support.samples import SAMPLES
 from tools.cuda_report import demangle, short_name
 
 #: Rows that together reach every kernel, at each tile size.
-ROWS = ("plain", "all-terms", "all-terms-on-grid", "column-sums", "parts-2")
+ROWS = ("plain", "bias-hqk", "all-terms", "all-terms-on-grid", "column-sums", "parts-2")
 HEAD_DIMS = (32, 64, 128, 256)
 
 
