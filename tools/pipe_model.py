@@ -62,9 +62,10 @@ def teraflops(loop: Loop) -> tuple[float, float]:
     """Of its matrix instructions: serial, max."""
     busy = cycles(loop)
     flops = 4096 * loop.count("HMMA.16816") + 2048 * loop.count("HMMA.1688.")
-    serial = busy["tensor"] + max(busy["special"], busy["issue"] - loop.count("HMMA"))
+    busiest = max(busy.values())
+    serial = max(busy["tensor"] + max(busy["special"], busy["issue"] - loop.count("HMMA")), busiest)
     rate = flops * SUB_PARTITIONS * CLOCK_GHZ / 1000
-    return rate / serial, rate / max(busy.values())
+    return rate / serial, rate / busiest
 
 
 def blocks_per_sm(registers: int, shared_bytes: int, threads: int) -> int:

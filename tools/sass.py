@@ -62,8 +62,8 @@ class Loop:
 
     @property
     def scores(self) -> int:
-        """Of a thread: it computes one exponential each. The few beyond a multiple of eight correct running sums."""
-        return self.count("MUFU.EX2") // 8 * 8
+        """Of a thread, four a fragment: it computes one exponential each. The few beyond that correct running sums."""
+        return self.count("MUFU.EX2") // 4 * 4
 
 
 def nvdisasm(nvcc_folder: Path | None = None) -> str | None:

@@ -72,10 +72,12 @@ def test_model():
     products, exponentials = ("HMMA.16816.F32",) * 128, ("MUFU.EX2",) * 64
     flash_attention = sass.Loop(products + exponentials + ("FFMA",) * 371, 0)
     assert [round(x) for x in pipe_model.teraflops(flash_attention)] == [316, 474], "313 and 474 from its real code"
-    assert flash_attention.scores == 64
+    assert flash_attention.scores == sass.Loop(exponentials + ("MUFU.EX2",) * 2, 0).scores == 64
     assert pipe_model.cycles(flash_attention) == {"issue": 563, "tensor": 1024, "special": 512, "fma": 371}
     more_integers = sass.Loop(products + ("IADD3",) * 1024, 0)
     assert [round(x) for x in pipe_model.teraflops(more_integers)] == [237, 237], "integers bound it"
+    more_loads = sass.Loop(products + ("LDSM.16.M88.4",) * 128, 0)
+    assert [round(x) for x in pipe_model.teraflops(more_loads)] == [237, 237], "shared memory bounds it"
     tf32 = sass.Loop(("HMMA.1688.F32.TF32",) * 128, 0)
     assert [round(x) for x in pipe_model.teraflops(tf32)] == [237, 237], "half the rate"
 
