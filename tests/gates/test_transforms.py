@@ -209,6 +209,8 @@ def test_a_tangent_is_refused(sample):
             torch.func.jvp(of_one, (primal,), (torch.ones_like(primal),))
         with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match=match):
             of_one(forward_ad.make_dual(primal, torch.ones_like(primal)))
+        with pytest.raises(RuntimeError, match=match):
+            torch.autograd.functional.jacobian(of_one, primal, vectorize=True, strategy="forward-mode")
         batch = torch.stack([primal] * 2)
         with pytest.raises(RuntimeError, match=match):
             torch.func.jvp(torch.func.vmap(of_one), (batch,), (torch.ones_like(batch),))

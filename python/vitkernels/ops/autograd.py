@@ -91,10 +91,12 @@ def register_autograd(op: Operator, gradient: NoGradient, cast: Cast | None = No
     entry, (plain, transformed) = entry_of(overload), _recorders(op, gradient)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_tracing() or is_batching():
+        if torch.compiler.is_compiling() or is_tracing():
             return overload(*args)
         if is_transformed():
             record = transformed
+        elif is_batching():
+            return overload(*args)
         elif torch.is_grad_enabled() and _learns(args, tensors):
             record = plain
         else:
