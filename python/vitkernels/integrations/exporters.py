@@ -20,14 +20,14 @@ def refuse_script(module: nn.Module) -> NoReturn:
 
 def check_exporter(module: nn.Module) -> None:
     """Name the remedy if an exporter to ONNX, which has none of our operators, calls the forward of ``module``."""
-    has_dynamo = torch.compiler.is_exporting()
-    traced = has_dynamo or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    exporting = torch.compiler.is_exporting()
+    traced = exporting or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     if not traced or not torch.onnx.is_in_onnx_export():
         return
     message = (
         f"torch.onnx.export: {type(module).__name__} is an accelerated module, whose operators ONNX does not have; "
         f"{_REMEDY}"
     )
-    if not has_dynamo:
+    if not exporting:
         raise RuntimeError(message)
     warnings.warn(message, stacklevel=2)  # it raises later, unless it was given translations of its own
