@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -128,6 +130,42 @@ def test_modules_of_ours_stay():
         model(x)
     assert type(ours) is vk.nn.Attention
     assert kernel_calls(model, x) == 2
+
+
+def test_threads():
+    """Blocks of several threads: the model is accelerated after the last one, by the same classes."""
+    model, x = timm_model()
+    vk.accelerate(model)
+    before = state_of(model)
+
+    def use():
+        for _ in range(100):
+            with vk.restored(model):
+                list(model.modules())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(use) for _ in range(4)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert state_of(model) == before
+    assert kernel_calls(model, x) == 2
+
+
+def test_a_property_that_raises():
+    class Own(nn.Module):
+        @property
+        def config(self):
+            raise ValueError("not set yet")
+
+    model, _ = timm_model(depth=1)
+    model.own = Own()
+    vk.accelerate(model)
+    with vk.restored(model):
+        pass
 
 
 def test_takes_modules_alone():

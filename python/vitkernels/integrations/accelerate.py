@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from threading import RLock
 from types import ModuleType
 
 from torch import nn
@@ -24,6 +25,7 @@ _INTEGRATIONS = {
     "timm.layers.attention": "vitkernels.integrations.timm",
     "transformers.modeling_utils": "vitkernels.integrations.transformers",
 }
+_changing = RLock()  # models are changed by one thread at a time
 _ATTENTION_NAME = re.compile(r"Attention|Attn")
 
 
@@ -63,7 +65,8 @@ def accelerate(model: nn.Module) -> Report:
         TypeError: if ``model`` is not a ``torch.nn.Module``.
     """
     _check(model, "accelerate")
-    entries = {entry.name: entry for library in _loaded() for entry in library.replace(model)}
+    with _changing:
+        entries = {entry.name: entry for library in _loaded() for entry in library.replace(model)}
     inside = tuple(f"{name}." if name else "" for name, entry in entries.items() if entry.status == "replaced")
     # What a replaced module has inside is part of it, and not an entry of its own.
     entries = {name: entry for name, entry in entries.items() if not name or not name.startswith(inside)}
@@ -89,8 +92,9 @@ def restore(model: nn.Module) -> None:
         TypeError: if ``model`` is not a ``torch.nn.Module``.
     """
     _check(model, "restore")
-    for library in _loaded():
-        library.restore(model)
+    with _changing:
+        for library in _loaded():
+            library.restore(model)
 
 
 @contextmanager
@@ -105,6 +109,9 @@ def restored(model: nn.Module) -> Iterator[None]:
     Parameters, hooks and training mode stay, and so does what the code inside changes. Models of transformers that were
     set to ``"vitkernels"`` by name compute with ``"sdpa"`` inside. Modules of :mod:`vitkernels.nn` have no stock form.
 
+    The model is changed in place: meanwhile other threads run it stock as well. Where such blocks of several threads
+    overlap, it is accelerated again as soon as the first one ends.
+
     Args:
         model: a module, accelerated or not.
 
@@ -112,10 +119,15 @@ def restored(model: nn.Module) -> Iterator[None]:
         TypeError: if ``model`` is not a ``torch.nn.Module``.
     """
     _check(model, "restored")
-    with ExitStack() as undo:
-        for library in _loaded():
-            undo.callback(library.suspend(model))
+    undo = ExitStack()
+    try:
+        with _changing:
+            for library in _loaded():
+                undo.callback(library.suspend(model))
         yield
+    finally:
+        with _changing:
+            undo.close()
 
 
 def register_transformers() -> None:

@@ -150,7 +150,7 @@ class Swaps:
                 for path, classes in forward.absorbed.items()
             )
             body = {"__module__": self.module, "stock_class": stock_class, "input_name": input_name, "parts": parts}
-            self._classes[name] = type(name, (forward, stock_class), body)
+            self._classes.setdefault(name, type(name, (forward, stock_class), body))  # another thread may be faster
         return self._classes[name]
 
     def getattr(self, name: str) -> Any:

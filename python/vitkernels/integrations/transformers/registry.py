@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> None:
 def suspend(model: nn.Module) -> Callable[[], None]:
     """Let ``model`` compute with ``"sdpa"`` whoever chose ``"vitkernels"``. Returns what undoes that."""
     records = [(module, module.__dict__.pop(_RECORD)) for module in model.modules() if _RECORD in module.__dict__]
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [module.__dict__.get("config") for module in model.modules()]  # a property may raise
     configs = [config for config in configs if _implementation(config) == IMPLEMENTATION]
 
     def back() -> None:
