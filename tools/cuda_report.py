@@ -2,8 +2,8 @@
 
 The library contains its kernels as PTX; ptxas compiles that again for each architecture and reports what it used. (The
 machine code in the library does not tell: cuobjdump shows no spills.) nvdisasm prints the loops of what ptxas made for
-sm_90. The exit status is 1 if a forward kernel spills, if a kernel has more instantiations than three dtypes and four
-head dimensions need, or if the attention kernels of one direction have more than their budget.
+sm_90. The exit status is 1 if a forward kernel spills or has a stack, if a kernel has more instantiations than three
+dtypes and four head dimensions need, or if the attention kernels of one direction have more than their budget.
 
     python3 -m tools.cuda_report build/Release/libvitkernels_cuda13.so --markdown docs/cuda_report.md
 """
@@ -22,7 +22,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tools import pipe_model, sass
@@ -79,7 +79,7 @@ class Kernel:
     spill_loads: int
     shared: int
     """Static, in bytes; the dynamic part of a launch is not in the library."""
-    loops: tuple[sass.Loop, ...] = ()
+    loops: tuple[sass.Loop, ...] = field(default=(), repr=False)
     """Those that hold matrix instructions, if they were looked for."""
 
     @property
@@ -215,8 +215,11 @@ def measure(
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """Violations: spills of forward kernels, and instantiations beyond the limits."""
+    """Violations: local memory in forward kernels, and instantiations beyond the limits."""
     found = [f"{k} spills on sm_{k.architecture}" for k in kernels if k.is_forward and k.spills]
+    # An array that is not indexed by constants lies there, without a spill.
+    stacks = [k for k in kernels if k.is_forward and k.stack and not k.spills]
+    found += [f"{k} has {k.stack} bytes of stack on sm_{k.architecture}" for k in stacks]
     counts = Counter((k.family, k.architecture) for k in kernels)
     for (family, architecture), count in counts.items():
         if family.startswith("attention") and count > MAX_INSTANTIATIONS:

@@ -16,8 +16,11 @@ from support.samples import SAMPLES
 
 from tools.cuda_report import demangle, short_name
 
-#: Rows that together reach every kernel, at each tile size.
-ROWS = ("plain", "bias-hqk", "all-terms", "all-terms-on-grid", "column-sums", "parts-2")
+#: Rows that together reach every kernel, at each tile size; and what is not small in them.
+ROWS: dict[str, dict[str, int]] = {
+    "plain": {}, "bias-hqk": {}, "tokens-197-203": {"q": 64}, "tokens-197-203-bias": {"q": 64, "k": 7},
+    "all-terms": {}, "all-terms-on-grid": {}, "column-sums": {}, "parts-2": {},
+}  # fmt: skip
 HEAD_DIMS = (32, 64, 128, 256)
 
 
@@ -30,7 +33,8 @@ def run() -> dict[str, list[int]]:
             for dim in HEAD_DIMS if "d" in sample.sizes else (32, 33):  # vectors, and values one by one
                 emulator.reset()
                 with emulator.on_cpu_tensors():
-                    differentiate(sample.function, sample.call(dtype, sizes={**sample.small(), "d": dim, "v": dim}))
+                    sizes = {**sample.small(), **ROWS[sample.id], "d": dim, "v": dim}
+                    differentiate(sample.function, sample.call(dtype, sizes=sizes))
                 assert not emulator.errors(), emulator.errors()
                 launches = emulator.launches()
                 for launch, name in zip(launches, demangle(x.symbol for x in launches), strict=True):

@@ -69,6 +69,9 @@ def test_faults():
     backward, forward = cuda_report.parse(RECORDED)
     assert cuda_report.faults([backward, forward]) == [], "a backward kernel may spill"
     assert cuda_report.faults([replace(forward, spill_loads=8)]) == ["attention<bfloat16, 64> spills on sm_90"]
+    assert cuda_report.faults([replace(forward, stack=512)]) == [
+        "attention<bfloat16, 64> has 512 bytes of stack on sm_90"
+    ]
     assert cuda_report.faults([forward] * 13) == ["attention<*, *> has 13 instantiations on sm_90, takes 12"]
 
 
