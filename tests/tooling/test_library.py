@@ -1,6 +1,8 @@
 """Finding and loading the library, and what it says about itself."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -177,3 +179,11 @@ def test_version_option():
 def test_every_public_name_exists():
     assert all(hasattr(vk, name) for name in vk.__all__)
     assert set(vk.reference.__all__) <= set(vk.__all__), "a reference without a function"
+
+
+def test_every_attention_says_how_far_a_nan_may_reach():
+    named = [getattr(of, name) for of in (vk, vk.compat) for name in of.__all__]
+    functions = [f for f in named if inspect.isfunction(f) and {"key", "k"} & inspect.signature(f).parameters.keys()]
+    assert len(functions) > 12
+    for function in functions:
+        assert re.search("they share a tile|^As :func:`vitkernels.na2d`", function.__doc__), function

@@ -82,6 +82,8 @@ def window_attention(
     Returns:
         ``(B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)``.
 
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
 
@@ -151,6 +153,8 @@ def grid_attention(
     Returns:
         ``(B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)``.
 
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
 
@@ -217,6 +221,8 @@ def halo_attention(
 
     Returns:
         ``(B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)``.
+
+    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
