@@ -55,7 +55,7 @@ What a warp issues in one pass, counted in the machine code for sm_90. The pass 
 (LDSM), exponentials, 16-byte copies and barriers, but jumps over everything else that it can, about as a call without
 optional arguments does, and over blocks that are marked as rare. The longest pass jumps over the latter only; no call
 needs all of it. A loop inside a loop counts as passed once, and has a row of its own. Scores are counted by their
-exponentials.
+exponentials; local memory is what spills and arrays load and store.
 
 TF/s are those of the matrix instructions on an H100, inferred by a model (tools/pipe_model.py has its rates and their
 sources): serial for products and softmax one after the other, max for perfect overlap. Nothing of it is measured.
@@ -281,12 +281,13 @@ def table(kernels: list[Kernel], launches: dict[str, list[int]]) -> list[list[st
 def loop_table(kernels: list[Kernel], launches: dict[str, list[int]]) -> list[list[str]]:
     """A row for each loop that holds matrix instructions, below the figures of FlashAttention-2."""
     rows = [[
-        "loop", "instructions", "longest pass", "HMMA", "LDSM", "MUFU", "branches", "instructions / HMMA",
-        "instructions / score and thread", "LDSM / HMMA", "registers", "blocks an SM x warps", "TF/s, serial / max",
+        "loop", "instructions", "longest pass", "HMMA", "LDSM", "MUFU", "branches", "local memory",
+        "instructions / HMMA", "instructions / score and thread", "LDSM / HMMA", "registers", "blocks an SM x warps",
+        "TF/s, serial / max",
     ]]  # fmt: skip
     for name, (slots, by_score, ldsm, registers, blocks, rates) in pipe_model.FLASH_ATTENTION_2.items():
         rows.append([
-            f"FlashAttention-2 {name}", *[""] * 6, str(slots), str(by_score), str(ldsm), str(registers),
+            f"FlashAttention-2 {name}", *[""] * 7, str(slots), str(by_score), str(ldsm), str(registers),
             f"{blocks[0]} x {blocks[1]}", f"{rates[0]} / {rates[1]}",
         ])  # fmt: skip
     for kernel in kernels:
@@ -296,7 +297,8 @@ def loop_table(kernels: list[Kernel], launches: dict[str, list[int]]) -> list[li
             serial, at_most = pipe_model.teraflops(loop)
             rows.append([
                 f"`{kernel}`", str(len(loop.opcodes)), str(loop.longest),
-                *(str(loop.count(opcode)) for opcode in ("HMMA", "LDSM", "MUFU", "BRA")), f"{loop.slots_per_hmma:.1f}",
+                *(str(loop.count(*opcodes)) for opcodes in (["HMMA"], ["LDSM"], ["MUFU"], ["BRA"], ["LDL", "STL"])),
+                f"{loop.slots_per_hmma:.1f}",
                 f"{len(loop.opcodes) / loop.scores:.1f}" if loop.scores else "", f"{loop.ldsm_per_hmma:.2f}",
                 str(kernel.registers), f"{resident} x {threads // 32}" if threads else "unknown",
                 f"{serial:.0f} / {at_most:.0f}",

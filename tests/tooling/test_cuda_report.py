@@ -8,7 +8,7 @@ import pytest
 from support import emulation
 from vitkernels import _library
 
-from tools import cuda_report
+from tools import cuda_report, pipe_model, sass
 
 pytestmark = pytest.mark.skipif(shutil.which("c++filt") is None, reason="binutils are not installed")
 
@@ -95,6 +95,19 @@ def test_table():
         "`attention_backward_queries<float16, 256>` on sm_80, 243 registers, 204 bytes"
         in cuda_report.summary(kernels)[1]
     )
+
+
+def test_loop_table():
+    opcodes = ("HMMA.16816.F32",) * 16 + ("LDSM.16.M88.4",) * 4 + ("MUFU.EX2",) * 8 + ("LDL", "STL", "FFMA", "BRA")
+    _, forward = cuda_report.parse(RECORDED)
+    kernels = [replace(forward, loops=(sass.Loop(opcodes, 40),)), replace(forward, arguments="none")]
+    rows = cuda_report.loop_table(kernels, {"attention<bfloat16, 64>": [33792, 256]})
+    assert len({len(row) for row in rows}) == 1 and len(rows) == 2 + len(pipe_model.FLASH_ATTENTION_2)
+    assert rows[-1] == [
+        "`attention<bfloat16, 64>`", "32", "40", "16", "4", "8", "1", "2", "2.0", "4.0", "0.25", "238", "1 x 8",
+        "316 / 474",
+    ]  # fmt: skip
+    assert cuda_report.loop_table(kernels, {})[-1][-2] == "unknown"
 
 
 def fat_binary(*entries):
