@@ -22,8 +22,9 @@ list(APPEND cuda_op_sources
 
 list(APPEND cuda_kernel_sources
   ${engine}/cuda/backward_rows.cu ${engine}/cuda/backward_tables.cu ${engine}/cuda/backward_terms.cu
-  ${engine}/cuda/merge_attentions.cu ${engine}/cuda/rel_pos.cu ${engine}/cuda/sum_parts.cu)
+  ${engine}/cuda/expand_bias.cu ${engine}/cuda/merge_attentions.cu ${engine}/cuda/rel_pos.cu
+  ${engine}/cuda/sum_parts.cu)
 
 # Compiled once per dtype: four head dimensions of one are as much as the compiler should have at a time.
 list(APPEND cuda_kernel_sources_by_dtype ${engine}/cuda/backward.cu ${engine}/cuda/forward.cu)
-list(APPEND cuda_kernel_sources_16_bit ${engine}/cuda/forward_plain.cu)
+list(APPEND cuda_kernel_sources_16_bit ${engine}/cuda/forward_plain.cu ${engine}/cuda/forward_resident.cu)

@@ -6,13 +6,13 @@
 
 namespace vitkernels::cuda {
 
-// Copies rows x columns of `sT` to rows `stride` apart.
+// Copies rows x columns of `sT` to rows `stride` apart, with kThreads threads in a row.
 template <int kThreads, class Shared, class Element>
 __device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t stride, int rows, int columns,
                                     bool aligned) {
   constexpr int kVector = 16 / sizeof(Element), kColumns = decltype(cute::size<1>(sT))::value;
   constexpr int kVectors = kColumns / kVector, kRows = decltype(cute::size<0>(sT))::value;
-  const int thread = thread_index();
+  const int thread = thread_index() % kThreads;
   CUTE_UNROLL
   for (int first = 0; first < kRows * kVectors; first += kThreads) {
     const int i = first + thread, row = i / kVectors, column = i % kVectors * kVector;

@@ -8,17 +8,17 @@ namespace vitkernels::cuda {
 // In a branch that is rarely taken: keeps the compiler from issuing it always, with predicates.
 __device__ inline void rarely() { asm volatile("nanosleep.u32 0;" ::: "memory"); }
 
-// One FMA and one exponential for each logit. Numbers times `unit`, which is
-// positive, are logits to the base 2.
-//
-// exp2(x unit - offset) is as good as exp2((x - max) unit) while the rounding of the offset is small, up to 2^-13 for
-// offsets below 2^12. A warp with a row beyond subtracts first. The reference of a row follows its maximum only when
-// that has grown by more than kSlack, which saves most corrections of the accumulators: what they hold is at most
-// 2^kSlack times larger.
+// exp2(x unit - offset) is one FMA and one exponential, and as good as exp2((x - max) unit) while the rounding of the
+// offset is small: up to 2^-13 for offsets below this. Beyond, warps subtract first.
+inline constexpr float kMaxExpOffset = 4096.0f;
+
+// One FMA and one exponential for each logit. Numbers times `unit`, which is positive, are logits to the base 2. The
+// reference of a row follows its maximum only when that has grown by more than kSlack, which saves most corrections of
+// the accumulators: what they hold is at most 2^kSlack times larger.
 template <int kRows>
 struct FastOnlineSoftmax {
   static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-  static constexpr float kMaxOffset = 4096.0f, kSlack = 8.0f;
+  static constexpr float kSlack = 8.0f;
 
   float unit, slack;
   float max[kRows], sum[kRows];  // max: the reference; sum: of this thread's columns only, until total()
@@ -57,7 +57,7 @@ struct FastOnlineSoftmax {
       offset[r] = max[r] * unit;
       largest = fmaxf(largest, fabsf(offset[r]));
     }
-    if (__any_sync(kAllLanes, !(largest <= kMaxOffset))) {
+    if (__any_sync(kAllLanes, !(largest <= kMaxExpOffset))) {
       rarely();
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {

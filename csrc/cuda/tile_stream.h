@@ -19,33 +19,33 @@ class TileStream {
   // `rows` is the first of the last tile. `columns` exist; those past them become zero.
   __device__ TileStream(const Element* rows, int64_t stride, int columns) : stride_(int(stride)) {
     const unsigned column = threadIdx.x % Copy::kThreadsOfRow * Copy::kVector;
-    bytes_ = int(column) < columns ? kVectorBytes : 0;
+    // Of an index of its own, so that the column does not live in registers for comparisons in a loop.
+    bytes_ = thread_index() % Copy::kThreadsOfRow * Copy::kVector < columns ? kVectorBytes : 0;
     next_ = rows + int64_t(row()) * stride_ + column;
   }
 
-  // Starts the copy of the last tile, of which `rows` exist.
+  // Starts the copy of the next tile, of which `rows` exist; the others become zero.
   template <class Shared>
-  __device__ void start_last(const Shared& sT, int rows) {
+  __device__ void start_some(const Shared& sT, int rows) {
     start(sT, [&](int step) { return row() + step * kRowsOfStep < rows ? bytes_ : 0; });
   }
-  // Starts the copy of the one before the previous.
+  // The same of a whole tile.
   template <class Shared>
-  __device__ void start_next(const Shared& sT) {
+  __device__ void start_whole(const Shared& sT) {
     start(sT, [&](int) { return bytes_; });
   }
 
  private:
   static constexpr int kVectorBytes = 16;
 
-  static __device__ int row() { return int(threadIdx.x) / Copy::kThreadsOfRow; }
+  static __device__ int row() { return int(threadIdx.x) % kThreads / Copy::kThreadsOfRow; }
 
   template <class Shared, class Bytes>
   __device__ void start(const Shared& sT, Bytes&& bytes) {
-    cute::Tensor tsT = typename Copy::Copy{}.get_slice(threadIdx.x).partition_D(sT);  // (CPY,CPY_M,CPY_K)
+    cute::Tensor tsT = typename Copy::Copy{}.get_slice(threadIdx.x % kThreads).partition_D(sT);  // (CPY,CPY_M,CPY_K)
     CUTE_UNROLL
     for (int m = 0; m < kSteps; ++m) copy_16_bytes(&tsT(0, m, 0), next_ + m * kRowsOfStep * stride_, bytes(m));
     next_ -= kRows * stride_;
-    commit_copies();
   }
 
   // `bytes` of them are read, the others become zero.

@@ -5,11 +5,10 @@
 // from shared memory serves two rows of matrix instructions; running pointers; an online softmax of one FMA and one
 // exponential for each logit. KV tiles go from the last to the first: only the last has a tail, and a mask.
 
-#include <cutlass/fast_math.h>
-
-#include "attention/cuda/bias_rows.h"
 #include "attention/cuda/forward_store.h"
 #include "attention/cuda/launches.h"
+#include "attention/cuda/plain_score.h"
+#include "attention/cuda/plain_tasks.h"
 #include "attention/cuda/tile_sizes.h"
 #include "attention/cuda/tokens.h"
 #include "cuda/fast_softmax.h"
@@ -21,27 +20,6 @@ namespace {
 
 using namespace cuda;
 using namespace cute;
-
-// A block's index, decomposed by divisors whose reciprocals the host has computed: a 64-bit division takes more than a
-// hundred instructions.
-struct PlainTasks {
-  cutlass::FastDivmod tiles, heads, batch, heads_of_group;
-
-  // A query tile of one head, and a split of the keys.
-  struct Task {
-    int batch, head, kv_head, tile, split;
-  };
-
-  __device__ Task task(unsigned index) const {
-    Task task;
-    int rest, first_of_group;
-    tiles(rest, task.tile, int(index));
-    heads(rest, task.head, rest);
-    batch(task.split, task.batch, rest);
-    heads_of_group(task.kv_head, first_of_group, task.head);
-    return task;
-  }
-};
 
 template <class Element, int kDim, bool kHasBias>
 struct PlainForwardKernel {
@@ -55,11 +33,10 @@ struct PlainForwardKernel {
   using Queries = TileStream<Element, kThreads, kTile.queries, kDim>;
   using Keys = TileStream<Element, kThreads, kTile.keys, kDim>;
   using Mma = TileMma<Element, kTile.warps>;
-  using Task = PlainTasks::Task;
 
   static __device__ __forceinline__ void run(const AttentionCudaParams& p, const PlainTasks& tasks, Element* shared) {
     const Problem& problem = p.problem;
-    const Task task = tasks.task(blockIdx.x);
+    const PlainTask task = tasks.task(int(blockIdx.x));
     Element* const shared_keys = shared + int{SharedQueries::kElements};
     Element* const shared_values = shared_keys + int{SharedKeys::kElements};
     Tensor sQ = make_tensor(make_smem_ptr(shared), typename SharedQueries::Layout{});      // (queries,dim)
@@ -75,8 +52,9 @@ struct PlainForwardKernel {
     Keys keys = stream<Keys>(problem.key, task.batch, last_key, task.kv_head, problem.head_dim);
     Keys values = stream<Keys>(problem.value, task.batch, last_key, task.kv_head, problem.value_dim);
     stream<Queries>(problem.query, task.batch, task.tile * kTile.queries, task.head, problem.head_dim)
-        .start_last(sQ, num_queries);
-    keys.start_last(sK, num_keys);
+        .start_some(sQ, num_queries);
+    keys.start_some(sK, num_keys);
+    commit_copies();
 
     const Mma mma(false);
     const auto thread = mma.get_slice(threadIdx.x);
@@ -90,7 +68,7 @@ struct PlainForwardKernel {
     const float scale = problem.score.scale_of<float>(task.head);
     FastOnlineSoftmax<kRows> softmax(kHasBias ? kLog2e : scale * kLog2e);
     const ScoreTerm& term = problem.score.bias;
-    BiasRows<kRows, kTile.keys, decltype(coordinates)> bias(
+    BiasRows<kRows, -kTile.keys, decltype(coordinates)> bias(
         static_cast<const float*>(term.data) +
             term.strides.offset(task.batch, task.head, task.tile * kTile.queries, last_key),
         int(term.strides.query), num_queries, coordinates);
@@ -102,7 +80,8 @@ struct PlainForwardKernel {
     const auto step = [&]<bool kIsLast>(std::bool_constant<kIsLast>) {
       wait_for_copies<0>();
       __syncthreads();  // the keys have arrived, and all reads of the previous values are done
-      kIsLast ? values.start_last(sV, num_keys) : values.start_next(sV);
+      kIsLast ? values.start_some(sV, num_keys) : values.start_whole(sV);
+      commit_copies();
       Tensor logits = partition_fragment_C(mma, Shape<Int<kTile.queries>, Int<kTile.keys>>{});  // (MMA,MMA_M,MMA_N)
       clear(logits);
       if constexpr (kHoldsQueries) {
@@ -111,13 +90,14 @@ struct PlainForwardKernel {
         multiply_whole_tile(mma, logits, sQ, sK);
       }
       Tensor logit_rows = by_rows(logits);  // (rows,columns)
-      if constexpr (kHasBias && kIsLast) bias.add_last(logit_rows, scale, num_keys);
+      if constexpr (kHasBias && kIsLast) bias.add_some(logit_rows, scale, num_keys);
       if constexpr (kHasBias && !kIsLast) bias.template add<kReadsInPairs>(logit_rows, scale);
       if constexpr (kIsLast) mask_tail(logit_rows, coordinates, num_keys);
 
       wait_for_copies<0>();
       __syncthreads();  // the values have arrived, and all reads of the keys are done
-      if (tiles_before > 0) keys.start_next(sK);
+      if (tiles_before > 0) keys.start_whole(sK);
+      commit_copies();
       softmax.exponentiate(logit_rows, [&](int r, float factor) {
         CUTE_UNROLL
         for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) *= factor;
@@ -128,7 +108,7 @@ struct PlainForwardKernel {
     while (tiles_before-- > 0) step(std::false_type{});
 
     // What the results need is computed here, since the loop leaves no registers for it.
-    const Task same = tasks.task(unsigned(block_index()));
+    const PlainTask same = tasks.task(int(block_index()));
     Tensor sO = make_tensor(make_smem_ptr(computed_here(shared)), typename SharedQueries::Layout{});  // (queries,dim)
     softmax.total(kHasBias ? 1.0f : problem.score.scale_of<float>(same.head));
     store_forward<kThreads>(p, result_of(p, same), mma, out, softmax, sO);
@@ -139,17 +119,7 @@ struct PlainForwardKernel {
     return Stream(t.at<const Element>(batch, token, head), t.token_stride, int(columns));
   }
 
-  template <class Logits, class Coordinates>
-  static __device__ void mask_tail(Logits& logits, const Coordinates& coordinates, int num_keys) {
-    CUTE_UNROLL
-    for (int c = 0; c < size<1>(logits); ++c) {
-      if (get<1>(coordinates(0, c)) < num_keys) continue;
-      CUTE_UNROLL
-      for (int r = 0; r < size<0>(logits); ++r) logits(r, c) = -std::numeric_limits<float>::infinity();
-    }
-  }
-
-  static __device__ ForwardResult result_of(const AttentionCudaParams& p, const Task& task) {
+  static __device__ ForwardResult result_of(const AttentionCudaParams& p, const PlainTask& task) {
     const int first_query = task.tile * kTile.queries;
     return {.batch = task.batch,
             .head = task.head,
@@ -177,13 +147,8 @@ int64_t query_tiles(const Problem& problem) {
 template <class Element, int kDim, bool kHasBias>
 cudaError_t launch(const AttentionCudaParams& p, int64_t blocks, cudaStream_t stream) {
   using Kernel = PlainForwardKernel<Element, kDim, kHasBias>;
-  const Problem& problem = p.problem;
-  const PlainTasks tasks{.tiles = cutlass::FastDivmod(int(query_tiles(problem))),
-                         .heads = cutlass::FastDivmod(int(problem.heads)),
-                         .batch = cutlass::FastDivmod(int(problem.batch)),
-                         .heads_of_group = cutlass::FastDivmod(int(problem.heads / problem.kv_heads))};
   return launch_tasks(attention_plain<Element, kDim, kHasBias>, blocks, Kernel::kThreads, Kernel::kSharedBytes, stream,
-                      p, tasks);
+                      p, plain_tasks(p.problem, query_tiles(p.problem)));
 }
 
 }  // namespace

@@ -28,6 +28,15 @@ struct PlainForwardLaunches {
   static cudaError_t forward(const AttentionCudaParams& params, cudaStream_t stream);
 };
 
+template <DType kDType>
+struct ResidentForwardLaunches {
+  static int64_t forward_blocks(const AttentionCudaParams&) { return 0; }  // keys are not split
+  static cudaError_t forward(const AttentionCudaParams& params, cudaStream_t stream);
+};
+
+// Writes the sum of all additive terms of a score.
+cudaError_t launch_expand_bias(const Problem& problem, const DenseBias& to, cudaStream_t stream);
+
 // Split-KV of the forward, for calls with few blocks.
 int64_t attention_key_splits(const AttentionCudaParams& params);
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);

@@ -112,6 +112,18 @@ struct AttentionCudaParams {
   VK_HOST_DEVICE Sequence sequence(int64_t batch) const { return packing.sequence(problem, batch); }
 };
 
+// A bias [batch, heads, queries, pitch] in memory; batch and heads are 1 where all share it.
+struct DenseBias {
+  int64_t batch = 1, heads = 1, pitch = 0;
+  float* data = nullptr;
+
+  VK_HOST_DEVICE int64_t num_elements(const Problem& p) const { return batch * heads * p.num_queries() * pitch; }
+  VK_HOST_DEVICE ScoreStrides strides(const Problem& p) const {
+    const int64_t of_head = p.num_queries() * pitch;
+    return {.batch = batch == 1 ? 0 : heads * of_head, .head = heads == 1 ? 0 : of_head, .query = pitch, .key = 1};
+  }
+};
+
 enum class Side { kQueries, kKeys };
 
 // Each side has two tensors: query and key make the logits, their values the gradient of P. In the backward of

@@ -38,6 +38,9 @@ constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
   return tile;
 }
 inline constexpr int kMaxPlainTile = 128;
+// Of forward_resident.cu: four warps a block, sixteen queries a warp and step. The logits of 256 keys take half of the
+// registers. Rejected: a branch for each sixteen keys instead of 64 of the first 192 (more instructions than it saves).
+inline constexpr int kMaxResidentKeys = 256, kResidentQueries = 16, kMinResidentQueries = 64;
 
 // A thread block owns a tile of keys (or queries), sixteen a warp, and streams tiles of queries (or keys) past it, in
 // two stages.

@@ -1,12 +1,28 @@
 // The operators vitkernels::attention and vitkernels::attention_varlen on a GPU, and their backward operators.
+#include "attention/cuda/forward_path.h"
 #include "attention/op/offset_launches_cuda.h"
 
 namespace vitkernels {
 namespace {
 
+// Replaces the additive terms of a score by their sum, where that makes the forward faster. Owns the sum.
+OptionalTensor expand_bias(const Checker& checker, const Tensor& query, Problem& problem, DenseBias bias,
+                           cudaStream_t stream) {
+  if (bias.pitch == 0) return {};
+  const Tensor sum = empty_as(query, {bias.num_elements(problem)}, ScalarType::Float);
+  bias.data = static_cast<float*>(sum.mutable_data_ptr());
+  check_cuda(checker, launch_expand_bias(problem, bias, stream));
+  problem.score.key_bias = {}, problem.score.by_offset = {};
+  problem.score.bias = {.data = bias.data, .strides = bias.strides(problem)};
+  return sum;
+}
+
 void run_forward(const Checker& checker, const AttentionArguments& args, const Tensor& out, const Tensor& lse) {
   AttentionCudaParams params;
   fill_on_device(args, out, lse, params);
+  const OnDevice device(args.query);
+  const OptionalTensor relative = launch_relative_logits(checker, args, params, device.stream());
+  const OptionalTensor bias = expand_bias(checker, args.query, params.problem, wanted_bias(params), device.stream());
   params.splits = attention_key_splits(params);
   OptionalTensor split_out, split_max, split_sum;
   if (params.splits > 1) {
@@ -17,8 +33,6 @@ void run_forward(const Checker& checker, const AttentionArguments& args, const T
     params.split_max = static_cast<float*>(split_max->mutable_data_ptr());
     params.split_sum = static_cast<float*>(split_sum->mutable_data_ptr());
   }
-  const OnDevice device(args.query);
-  const OptionalTensor relative = launch_relative_logits(checker, args, params, device.stream());
   check_cuda(checker, launch_attention(params, device.stream()));
 }
 

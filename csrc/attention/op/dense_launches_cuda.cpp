@@ -17,9 +17,15 @@ auto dispatch_launches(DType dtype, Function&& f) {
 // The same, of the kernel that runs a forward.
 template <class Function>
 auto dispatch_forward(const AttentionCudaParams& p, Function&& f) {
-  if (forward_path(p) == ForwardPath::kGeneral) return dispatch_launches(p.problem.dtype, f);
-  if (p.problem.dtype == DType::kBFloat16) return f(PlainForwardLaunches<DType::kBFloat16>{});
-  return f(PlainForwardLaunches<DType::kFloat16>{});
+  const bool is_bfloat16 = p.problem.dtype == DType::kBFloat16;
+  switch (forward_path(p)) {
+    case ForwardPath::kPlain:
+      return is_bfloat16 ? f(PlainForwardLaunches<DType::kBFloat16>{}) : f(PlainForwardLaunches<DType::kFloat16>{});
+    case ForwardPath::kResident:
+      return is_bfloat16 ? f(ResidentForwardLaunches<DType::kBFloat16>{})
+                         : f(ResidentForwardLaunches<DType::kFloat16>{});
+    default: return dispatch_launches(p.problem.dtype, f);
+  }
 }
 
 cudaError_t merge_splits(const AttentionCudaParams& p, cudaStream_t stream) {

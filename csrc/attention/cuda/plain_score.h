@@ -1,16 +1,18 @@
-// A dense bias, read where the logits of a tile need it.
+// The score of the forward's fast paths: a dense bias, read where the logits of a tile need it, and a mask in the last
+// tile.
 #pragma once
 
 #include <cute/tensor.hpp>
+#include <limits>
 
 namespace vitkernels::cuda {
 
-// The rows of a bias that a thread needs, whose elements have a unit stride along the keys, in tiles of kKeys keys from
-// the last one to the first. `coordinates` give the (query,key) of each of the thread's logits in a tile.
-template <int kRows, int kKeys, class Coordinates>
+// The rows of a bias that a thread needs, whose elements have a unit stride along the keys, for tiles of keys kStep apart.
+// `coordinates` give the (query,key) of each of the thread's logits in a tile.
+template <int kRows, int kStep, class Coordinates>
 class BiasRows {
  public:
-  // `tile` is the bias of the first query and the last tile's first key. Queries past the last one read that.
+  // `tile` is the bias of the first query and the first tile's first key. Queries past the last one read that.
   __device__ BiasRows(const float* tile, int row_stride, int num_queries, const Coordinates& coordinates)
       : coordinates_(coordinates) {
     const auto row = [&](int r) { return min(int(cute::get<0>(coordinates(r, 0))), num_queries - 1) * row_stride; };
@@ -32,19 +34,19 @@ class BiasRows {
         logits(r, c + 1) = fmaf(logits(r, c + 1), scale, both.y);
       }
     }
-    next_ -= kKeys;
+    next_ += kStep;
   }
 
-  // The same for the last tile, of which `keys` exist. Those past them read the last one's.
+  // The same for a tile of which only `keys` exist. Those past them read the last one's.
   template <class Logits>
-  __device__ void add_last(Logits& logits, float scale, int keys) {
+  __device__ void add_some(Logits& logits, float scale, int keys) {
     CUTE_UNROLL
     for (int c = 0; c < cute::size<1>(logits); ++c) {
       const int distance = min(column(c), keys - 1) - column(0);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) logits(r, c) = fmaf(logits(r, c), scale, next_[offset_[r] + distance]);
     }
-    next_ -= kKeys;
+    next_ += kStep;
   }
 
  private:
@@ -54,5 +56,16 @@ class BiasRows {
   const float* next_;  // this thread's first logit in the next tile
   int offset_[kRows];  // from there to those of its other rows
 };
+
+// Logits (queries,keys) of keys that do not exist become -inf.
+template <class Logits, class Coordinates>
+__device__ void mask_tail(Logits& logits, const Coordinates& coordinates, int num_keys) {
+  CUTE_UNROLL
+  for (int c = 0; c < cute::size<1>(logits); ++c) {
+    if (cute::get<1>(coordinates(0, c)) < num_keys) continue;
+    CUTE_UNROLL
+    for (int r = 0; r < cute::size<0>(logits); ++r) logits(r, c) = -std::numeric_limits<float>::infinity();
+  }
+}
 
 }  // namespace vitkernels::cuda
