@@ -17,11 +17,12 @@ class TileStream {
 
  public:
   // `rows` is the first of the last tile. `columns` exist; those past them become zero.
-  __device__ TileStream(const Element* rows, int64_t stride, int columns) : stride_(int(stride)) {
+  __device__ TileStream(const Element* rows, int64_t stride, int columns)
+      : stride_(unsigned(stride) * unsigned(sizeof(Element))) {
     const unsigned column = threadIdx.x % Copy::kThreadsOfRow * Copy::kVector;
     // Of an index of its own, so that the column does not live in registers for comparisons in a loop.
     bytes_ = thread_index() % Copy::kThreadsOfRow * Copy::kVector < columns ? kVectorBytes : 0;
-    next_ = rows + int64_t(row()) * stride_ + column;
+    next_ = reinterpret_cast<const char*>(rows + column) + uint64_t(row()) * stride_;
   }
 
   // Starts the copy of the next tile, of which `rows` exist; the others become zero.
@@ -44,19 +45,21 @@ class TileStream {
   __device__ void start(const Shared& sT, Bytes&& bytes) {
     cute::Tensor tsT = typename Copy::Copy{}.get_slice(threadIdx.x % kThreads).partition_D(sT);  // (CPY,CPY_M,CPY_K)
     CUTE_UNROLL
-    for (int m = 0; m < kSteps; ++m) copy_16_bytes(&tsT(0, m, 0), next_ + m * kRowsOfStep * stride_, bytes(m));
-    next_ -= kRows * stride_;
+    for (int m = 0; m < kSteps; ++m)
+      copy_16_bytes(&tsT(0, m, 0), next_ + unsigned(m * kRowsOfStep) * stride_, bytes(m));
+    next_ -= unsigned(kRows) * stride_;
   }
 
   // `bytes` of them are read, the others become zero.
-  static __device__ void copy_16_bytes(const Element* shared, const Element* global, int bytes) {
+  static __device__ void copy_16_bytes(const Element* shared, const char* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(cute::cast_smem_ptr_to_uint(shared)),
                  "l"(global), "r"(bytes)
                  : "memory");
   }
 
-  const Element* next_;  // this thread's first vector of the next tile
-  int stride_, bytes_;
+  const char* next_;  // this thread's first vector of the next tile
+  unsigned stride_;   // in bytes. Offsets without a sign need one register, not two
+  int bytes_;
 };
 
 }  // namespace vitkernels::cuda

@@ -26,7 +26,7 @@ struct PlainForwardKernel {
   static constexpr ForwardTileShape kTile = plain_forward_tile(kDim, kHasBias);
   static constexpr int kThreads = kTile.threads(), kSharedBytes = kTile.shared_bytes(kDim, sizeof(Element));
   static constexpr bool kHoldsQueries = kDim <= 32;  // in registers; else they are read for each KV tile
-  static constexpr bool kReadsInPairs = kDim <= 64;  // of the bias; above, registers do not suffice
+  static constexpr bool kReadsInPairs = kDim <= 32;  // of the bias; above, registers do not suffice
 
   using SharedQueries = SharedTile<Element, kTile.queries, kDim>;
   using SharedKeys = SharedTile<Element, kTile.keys, kDim>;
