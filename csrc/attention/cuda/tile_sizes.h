@@ -28,8 +28,8 @@ constexpr ForwardTileShape forward_tile(int dim, int element_bytes) {
 }
 
 // Of forward_plain.cu: 32 queries a warp, so that a fragment of keys and values serves two rows of instructions. Two
-// blocks a multiprocessor. Instructions of the main loop for each matrix instruction, sm_90: 6.9, 4.3, 3.1; with a bias
-// 8.5, 5.2, 3.9. Rejected: three blocks at 32 columns (7.5, since 168 registers make copies), 128 keys there (spills),
+// blocks a multiprocessor. Instructions of the main loop for each matrix instruction, sm_90: 6.9, 4.2, 3.0; with a bias
+// 8.5, 5.4, 3.8. Rejected: three blocks at 32 columns (7.5, since 168 registers make copies), 128 keys there (spills),
 // 64 keys at 128 columns (spills) and 32 (queries are read for too few keys: 0.38 loads a matrix instruction). Not
 // measured on a GPU yet.
 constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
@@ -38,9 +38,10 @@ constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
   return tile;
 }
 inline constexpr int kMaxPlainTile = 128;
+
 // Of forward_resident.cu: four warps a block, sixteen queries a warp and step. The logits of 256 keys take half of the
-// registers. Rejected: a branch for each sixteen keys of all, instead of the last 64 (more instructions
-// than it saves, and products of two matrix instructions that wait for each other).
+// registers. Rejected: a branch for each sixteen keys of all, instead of the last 64 (more instructions than it saves,
+// and products of two matrix instructions that wait for each other).
 inline constexpr int kMaxResidentKeys = 256, kResidentQueries = 16, kMinResidentQueries = 64;
 
 // A thread block owns a tile of keys (or queries), sixteen a warp, and streams tiles of queries (or keys) past it, in
