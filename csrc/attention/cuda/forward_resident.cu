@@ -83,7 +83,8 @@ struct ResidentForwardKernel {
     Tensor sK = make_tensor(make_smem_ptr(shared), typename SharedKeys::Layout{});             // (keys,dim)
     Tensor sV = make_tensor(make_smem_ptr(shared_values), typename SharedKeys::Layout{});      // (keys,dim)
     Tensor sQ = make_tensor(make_smem_ptr(shared_queries), typename SharedQueries::Layout{});  // (queries,dim)
-    Tensor sO = make_tensor(sQ.data() + int{SharedQueries::kElements}, typename SharedQueries::Layout{});  // same
+    Tensor sO =
+        make_tensor(sQ.data() + int{SharedQueries::kElements}, typename SharedQueries::Layout{});  // (queries,dim)
 
     // This block's share of the query tiles.
     const int num_tiles = ceil_div(num_queries, kQueries);
@@ -122,7 +123,6 @@ struct ResidentForwardKernel {
     const auto coordinates =
         by_rows(thread.partition_C(make_identity_tensor(Shape<Int<kQueries>, Int<kChunk>>{})));  // (rows,columns)
     const float scale = problem.score.scale_of<float>(task.head);
-
     const float unit = kHasBias ? kLog2e : scale * kLog2e;
     wait_for_copies<1>();
     __syncthreads();  // the keys and the first queries have arrived
@@ -148,9 +148,9 @@ struct ResidentForwardKernel {
       for_each_group(num_keys, [&](auto first, auto end) __attribute__((always_inline)) {
         CUTE_UNROLL
         for (int chunk = first; chunk < end; ++chunk) clear(logits[chunk]);
+        // The depth outside, so that neighbouring instructions do not wait for each other.
         CUTE_UNROLL
-        for (int k = 0; k < size<2>(rQ);
-             ++k) {  // outside, so that neighbouring instructions do not wait for each other
+        for (int k = 0; k < size<2>(rQ); ++k) {
           CUTE_UNROLL
           for (int chunk = first; chunk < end; ++chunk) {
             cute::copy(copy_b, tKs(_, chunk, k), tKr(_, chunk, k));

@@ -12,8 +12,9 @@ OptionalTensor expand_bias(const Checker& checker, const Tensor& query, Problem&
   const Tensor sum = empty_as(query, {bias.num_elements(problem)}, ScalarType::Float);
   bias.data = static_cast<float*>(sum.mutable_data_ptr());
   check_cuda(checker, launch_expand_bias(problem, bias, stream));
-  problem.score.key_bias = {}, problem.score.by_offset = {};
-  problem.score.bias = {.data = bias.data, .strides = bias.strides(problem)};
+  problem.score.bias = problem.score.key_bias = {}, problem.score.by_offset = {};
+  problem.score.bias.data = bias.data;
+  problem.score.bias.strides = bias.strides(problem);
   return sum;
 }
 

@@ -25,8 +25,8 @@ def check_tensors(op: str, **arguments: object) -> None:
         if not isinstance(t, Tensor):
             what = "None" if t is None else f"a {type(t).__name__}"
             raise RuntimeError(f"vitkernels::{op}: {name} is {what}, takes a tensor")
-        if t.is_nested or t.layout != torch.strided:
-            what = "nested" if t.is_nested else str(t.layout)
+        if t.is_nested or t.is_quantized or t.layout != torch.strided:
+            what = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
             raise RuntimeError(f"vitkernels::{op}: {name} is a {what} tensor, takes a strided one")
 
 

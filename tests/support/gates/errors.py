@@ -286,6 +286,7 @@ COMMON_ERRORS = [
             ([1.0], "a list, takes a tensor"),
             (NESTED, "a nested tensor, takes a strided one"),
             (tokens(2, 5).to_sparse(), "a torch.sparse_coo tensor, takes a strided one"),
+            (torch.quantize_per_tensor(tokens(2, 5), 0.1, 0, torch.qint8), "a quantized tensor, takes a strided one"),
         )
     ),
     *(
