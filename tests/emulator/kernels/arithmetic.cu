@@ -295,6 +295,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   COMPARE("setp.equ.f32", "32");
   COMPARE("setp.neu.f32", "32");
   COMPARE("setp.ltu.f32", "32");
+  COMPARE("setp.gtu.f32", "32");
   COMPARE("setp.geu.f32", "32");
   COMPARE("setp.num.f32", "32");
   COMPARE("setp.nan.f32", "32");

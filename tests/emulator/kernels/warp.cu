@@ -51,7 +51,8 @@ __global__ void vote_kernel(const uint32_t* values, uint32_t mask, uint32_t* out
   put(special);
 }
 
-// Paths that part and meet again: a branch, a loop whose length differs by lane, a switch, a call, an early exit.
+// Paths that part and meet again: a branch, one that sleeps, a loop whose length differs by lane, a switch, a call, an
+// early exit.
 __device__ __noinline__ int collatz_steps(int x) {
   int steps = 0;
   while (x != 1) {
@@ -70,6 +71,7 @@ __global__ void control_kernel(const int* values, int* out, int n) {
   const auto put = [&](int value) { out[row++ * n + i] = value; };
   const int v = values[i];
   put(v % 3 == 0 ? v * 5 : v - 7);
+  if (v % 2) asm volatile("nanosleep.u32 0;");
   put(collatz_steps(v));
   put(fibonacci(v % 7));
   switch (v % 9) {
