@@ -50,9 +50,9 @@ inline ForwardPath forward_path(const AttentionCudaParams& p) {
   return is_resident ? ForwardPath::kResident : ForwardPath::kPlain;
 }
 
-// The dense bias with which a call that cannot yet take the fast path should: tables and relative logits cost the
-// general kernel three times the instructions of the rest, a bias that the batch shares is expanded for all of it. No
-// pitch: there is none.
+// The dense bias with which a call that cannot yet take the fast path should: the general kernel looks tables and
+// relative logits up for each logit, and a bias that the batch shares is expanded for all of it. No pitch: there is
+// none.
 inline DenseBias wanted_bias(const AttentionCudaParams& p) {
   const Problem& problem = p.problem;
   const Score& score = problem.score;

@@ -109,7 +109,7 @@ def restored(model: nn.Module) -> Iterator[None]:
     Parameters, hooks and training mode stay, and so does what the code inside changes. Models of transformers that were
     set to ``"vitkernels"`` by name compute with ``"sdpa"`` inside. Modules of :mod:`vitkernels.nn` have no stock form.
 
-    The model is changed in place: meanwhile other threads run it stock as well. Where such blocks of several threads
+    The model is changed in place: other threads run it stock as well. Where such blocks of several threads
     overlap, it is accelerated again as soon as the first one ends.
 
     Args:
