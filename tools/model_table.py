@@ -16,7 +16,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from operator import truediv
 from pathlib import Path
+from statistics import median
 from time import process_time
 from typing import Any
 
@@ -132,7 +134,7 @@ What `vk.accelerate` does to a model's speed, what it replaces, and what it leav
 `python -m tools.model_table`; no figure is typed by hand.
 
 - **Speed-up** (float32, bfloat16, float16): the stock model's time for a forward pass divided by ours. They take turns
-  in at least seven rounds, and the fastest pass of each counts: whatever else runs on the machine only adds time.
+  in at least seven rounds, and the median of the rounds' ratios counts.
 - **Ceiling**: the speed-up if attention took no time, measured in the same rounds: a third contender is our model with
   operators that return at once what they returned in a pass before. What is left is the rest of the model.
 - **Error**: the largest error of the float32 output against the stock model in float64, relative to the largest output,
@@ -196,8 +198,8 @@ def measure(subject: Subject, effort: Effort) -> dict[str, Any]:
             dtype = getattr(torch, name)
             calls = _contenders(stock.to(dtype), ours.to(dtype), images.to(dtype), subject.compiled)
             times, _ = interleave(calls, effort, images.device)
-            fastest = {who: min(seconds) for who, seconds in times.items()}
-            speedups[name] = {who: fastest["stock"] / fastest[who] for who in calls if who != "stock"}
+            stock_times = times.pop("stock")
+            speedups[name] = {who: median(map(truediv, stock_times, seconds)) for who, seconds in times.items()}
     return {
         "pixels": size,
         "replaced": Counter(entry.kind for entry in report.replaced),
