@@ -21,11 +21,6 @@ __device__ inline float exp2_of(float x) {
 // e^(x - offset). The subtraction comes first: a mask may hold the lowest finite number, which times log2(e) overflows.
 __device__ inline float exp_from(float x, float offset) { return exp2_of((x - offset) * kLog2e); }
 
-// The LSE of a row whose exponentials relative to its maximum add up to `sum`. NaN stays NaN.
-__device__ inline float lse_of(float max, float sum) {
-  return sum == 0.0f ? -std::numeric_limits<float>::infinity() : max + log2f(sum) * kLn2;
-}
-
 // Reduces over the four lanes that share a row of an MMA accumulator.
 template <class Combine>
 __device__ float combine_quad(float x, Combine combine) {
@@ -71,6 +66,13 @@ struct OnlineSoftmax {
   __device__ void total() {
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) sum[r] = combine_quad(sum[r], [](float a, float b) { return a + b; });
+  }
+
+  // Of a row whose exponentials relative to its maximum add up to `sum`: what its accumulators are multiplied by, and
+  // its LSE. A row that saw no key is zero; NaN stays NaN.
+  static __device__ float factor_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+  static __device__ float lse_of(float max, float sum) {
+    return sum == 0.0f ? kMinusInfinity : max + log2f(sum) * kLn2;
   }
 };
 

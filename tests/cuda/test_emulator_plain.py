@@ -157,6 +157,18 @@ def test_rows_that_see_no_key(q, k, cuda_kernels):
 
 
 @each_path
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+def test_nan_stays_nan(has_bias, q, cuda_kernels):
+    """In its row, and in no other."""
+    query, key, value = operands(q=q)
+    query[:, 3, :, 5] = torch.nan
+    out, lse = vk.attention(query, key, value, bias=torch.zeros(q, 50) if has_bias else None, return_lse=True)
+    for found in (out, lse):
+        assert found[:, 3].isnan().all() and found.isnan().sum() == found[:, 3].numel()
+    assert kernels_of(cuda_kernels) == [path(q, 50)]
+
+
+@each_path
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e30], ids=str)
 def test_masks_of_the_lowest_number(lowest, q, cuda_kernels):
     """A row of nothing else is a mean, as in torch; in other rows it is no key."""

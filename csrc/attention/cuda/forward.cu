@@ -91,7 +91,8 @@ struct ForwardKernel {
     const Range covered = task.sequence.query_tokens({0, task.sequence.axis.num_queries});
     for_uncovered(p.packing.query_slot(p.problem, task.batch), covered, [&](int64_t token) {
       if (task.first_column == 0) {
-        store_statistics(p, task.split, token, task.head, -std::numeric_limits<float>::infinity(), 0.0f);
+        store_statistics<OnlineSoftmax<1>>(p, task.split, token, task.head, -std::numeric_limits<float>::infinity(),
+                                           0.0f);
       }
       Element* const out = p.out.at<Element>(task.batch, token, task.head) + task.first_column;
       for (int c = 0; c < columns && p.splits == 1; ++c) out[c] = Element(0);

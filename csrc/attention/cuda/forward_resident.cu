@@ -28,15 +28,23 @@ struct ResidentForwardKernel {
 
   using SharedKeys = SharedTile<Element, kKeys, kDim>;
   using SharedQueries = SharedTile<Element, kQueries, kDim>;
+  // Rows of 128 bytes that are an odd number of vectors apart are free of bank conflicts at constant offsets, without a
+  // swizzle. Shorter ones are not: a read of eight vectors meets two of them.
+  using PaddedRows = Layout<Shape<Int<kQueries>, Int<kDim>>, Stride<Int<kDim + 16 / sizeof(Element)>, _1>>;
+  using SharedResults =
+      std::conditional_t<kDim * sizeof(Element) == 128, PaddedRows, typename SharedQueries::Layout>;  // (queries,dim)
+  static constexpr int kResultElements = decltype(cosize(SharedResults{}))::value;
   static constexpr int kRowsOfCopy = std::max(kChunk, kThreads* TileCopy<Element, kThreads, kDim>::kVector / kDim);
   using SharedRows = SharedTile<Element, kRowsOfCopy, kDim>;
   using Rows = TileStream<Element, kThreads, kRowsOfCopy, kDim>;
   using Queries = TileStream<Element, kWarpSize, kQueries, kDim>;
+  using Results = ResultStream<Element, kQueries, kDim>;
   using Mma = TileMma<Element, 1>;
   using Chunk = decltype(partition_fragment_C(Mma(false), Shape<Int<kQueries>, Int<kChunk>>{}));  // (MMA,MMA_M,MMA_N)
+  using Softmax = FastSoftmax<2>;
   // Keys, values, and for each warp its queries and its results.
-  static constexpr int kSharedBytes =
-      (2 * SharedKeys::kElements + 2 * kWarps * SharedQueries::kElements) * int(sizeof(Element));
+  static constexpr int kWarpElements = SharedQueries::kElements + ceil_div(kResultElements, 64) * 64;
+  static constexpr int kSharedBytes = (2 * SharedKeys::kElements + kWarps * kWarpElements) * int(sizeof(Element));
 
   // Chunks that are skipped together, since a branch for each would cost more than it saves: the first twelve in groups,
   // the others one by one.
@@ -51,10 +59,103 @@ struct ResidentForwardKernel {
   template <int kIndex = 0, class Function>
   static __device__ __forceinline__ void for_each_group(int num_keys, Function&& f) {
     if constexpr (kIndex < kGroups) {
-      if (first_chunk(kIndex) * kChunk >= num_keys) return;
+      if (kIndex > 0 && first_chunk(kIndex) * kChunk >= num_keys) return;
       f(Int<first_chunk(kIndex)>{}, Int<first_chunk(kIndex + 1)>{});
       for_each_group<kIndex + 1>(num_keys, f);
     }
+  }
+
+  static __device__ __forceinline__ void run(const AttentionCudaParams& p, const PlainTasks& tasks, Element* shared) {
+    const Problem& problem = p.problem;
+    const PlainTask task = tasks.task(int(blockIdx.x));
+    const int num_keys = int(problem.num_keys()), warp = int(threadIdx.x) / kWarpSize;
+    Element* const shared_values = shared + int{SharedKeys::kElements};
+    Element* const shared_queries = shared_values + int{SharedKeys::kElements} + warp * kWarpElements;
+    Element* const shared_results = shared_queries + int{SharedQueries::kElements};
+    Tensor sK = make_tensor(make_smem_ptr(shared), typename SharedKeys::Layout{});             // (keys,dim)
+    Tensor sV = make_tensor(make_smem_ptr(shared_values), typename SharedKeys::Layout{});      // (keys,dim)
+    Tensor sQ = make_tensor(make_smem_ptr(shared_queries), typename SharedQueries::Layout{});  // (queries,dim)
+    Tensor sO = make_tensor(make_smem_ptr(shared_results), SharedResults{});                   // (queries,dim)
+
+    // The tiles of a warp go from the last to the first, so that all but the first that it takes are whole. Pointers run.
+    const auto [first_tile, num_tiles] = share_of(task.tile * kWarps + warp, tasks.num_tiles * kWarps, problem);
+    const int last_query = (first_tile + num_tiles - 1) * kQueries, heads = int(problem.heads);
+    int rows = min(int(problem.num_queries()) - last_query, kQueries);
+    Queries queries(problem.query.at<const Element>(task.batch, last_query, task.head), problem.query.token_stride,
+                    int(problem.head_dim));
+    Results results(p.out.at<Element>(task.batch, last_query, task.head), p.out.token_stride, int(problem.value_dim));
+    float* lse = p.lse + (task.batch * problem.num_queries() + last_query) * problem.heads + task.head;
+    const ScoreTerm& term = problem.score.bias;
+    const float* bias_rows =
+        static_cast<const float*>(term.data) + term.strides.offset(task.batch, task.head, last_query, 0);
+    queries.start_some(sQ, rows);
+    start_rows(shared, problem.key, task.batch, task.kv_head, num_keys, problem.head_dim);
+    commit_copies();
+    start_rows(shared_values, problem.value, task.batch, task.kv_head, num_keys, problem.value_dim);
+    commit_copies();
+
+    const Mma mma(false);
+    const auto coordinates = coordinates_of<kChunk>(mma);
+    const float scale = problem.score.scale_of<float>(task.head);
+    bool is_first = true;
+    // Logits, or without a bias the products, which are scaled with the exponential. Declared here, since CuTe clears
+    // tensors that it creates.
+    Chunk logits[kChunks];  // (MMA,MMA_M,MMA_N)
+    wait_for_copies<1>();
+    __syncthreads();  // the keys and the first queries have arrived
+    for (int left = num_tiles; left > 0; --left) {
+      const auto rQ = read_queries(mma, sQ);  // (MMA,MMA_M,MMA_K)
+      __syncwarp();                           // all reads of the queries are done
+      if (left > 1) queries.start_whole(sQ);
+      commit_copies();
+
+      Softmax softmax(kHasBias ? kLog2e : scale * kLog2e);
+      BiasRows<2, kChunk, decltype(coordinates)> bias(bias_rows, int(term.strides.query), rows, coordinates);
+      bias_rows -= int64_t(kQueries) * int(term.strides.query);
+      for_each_group(num_keys, [&](auto first, auto end) __attribute__((always_inline)) {
+        multiply_keys<first, end>(mma, logits, rQ, sK);
+        finish_logits<first, end>(logits, bias, scale, coordinates, num_keys);
+        CUTE_UNROLL
+        for (int chunk = first; chunk < end; ++chunk) Softmax::raise(softmax.max, by_rows(logits[chunk]));
+      });
+      Softmax::combine(softmax.max);
+      softmax.find_offsets([&](int r, float x) __attribute__((always_inline)) { subtract(logits, r, x); });
+      if (is_first) {
+        wait_for_copies<1>();
+        __syncthreads();  // the values have arrived
+        is_first = false;
+      }
+
+      Tensor out = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
+      clear(out);
+      for_each_group(num_keys, [&](auto first, auto end) __attribute__((always_inline)) {
+        CUTE_UNROLL
+        for (int chunk = first; chunk < end; ++chunk) multiply_values(mma, out, softmax, logits[chunk], sV, chunk);
+      });
+
+      softmax.total(kHasBias ? 1.0f : scale);
+      Tensor out_rows = by_rows(out);  // (rows,columns)
+      finish_rows(out_rows, coordinates_of<kDim>(mma), softmax, [&](int row, float max, float sum) {
+        if (row < rows) lse[row * heads] = Softmax::lse_of(max, sum);
+      });
+      lse -= kQueries * heads;
+      cute::copy(AutoVectorizingCopy{}, convert<Element>(out), mma.get_slice(lane_index()).partition_C(sO));
+      wait_for_copies<0>();
+      __syncwarp();  // the results are there, and the next queries have arrived
+      results.store(sO, p.out.token_stride, rows);
+      rows = kQueries;
+    }
+  }
+
+  // The first query tile of a warp and their number, one at least.
+  struct Share {
+    int first, count;
+  };
+  static_assert(kMinResidentQueries >= kWarps * kQueries);
+  static __device__ __forceinline__ Share share_of(int share, int shares, const Problem& problem) {
+    const int num_tiles = ceil_div(int(problem.num_queries()), kQueries);
+    const int each = num_tiles / shares, rest = num_tiles - each * shares;
+    return {share * each + min(share, rest), each + (share < rest)};
   }
 
   // All rows of groups that exist; those past the keys become zero.
@@ -69,191 +170,94 @@ struct ResidentForwardKernel {
                               typename SharedRows::Layout{});  // (rows,dim)
       rows.start_some(sT, num_keys - tile * kRowsOfCopy);
     }
-    commit_copies();
   }
 
-  static __device__ __forceinline__ void run(const AttentionCudaParams& p, const PlainTasks& tasks, Element* shared) {
-    const Problem& problem = p.problem;
-    const PlainTask task = tasks.task(int(blockIdx.x));
-    const int num_keys = int(problem.num_keys()), num_queries = int(problem.num_queries());
-    const int warp = int(threadIdx.x) / kWarpSize, lane = lane_index();
-    Element* const shared_values = shared + int{SharedKeys::kElements};
-    Element* const shared_queries =
-        shared_values + int{SharedKeys::kElements} + 2 * warp * int{SharedQueries::kElements};
-    Tensor sK = make_tensor(make_smem_ptr(shared), typename SharedKeys::Layout{});             // (keys,dim)
-    Tensor sV = make_tensor(make_smem_ptr(shared_values), typename SharedKeys::Layout{});      // (keys,dim)
-    Tensor sQ = make_tensor(make_smem_ptr(shared_queries), typename SharedQueries::Layout{});  // (queries,dim)
-    Tensor sO =
-        make_tensor(sQ.data() + int{SharedQueries::kElements}, typename SharedQueries::Layout{});  // (queries,dim)
-
-    // This block's share of the query tiles.
-    const int num_tiles = ceil_div(num_queries, kQueries);
-    int tile = num_tiles * task.tile / tasks.num_tiles + warp;
-    const int end_tile = num_tiles * (task.tile + 1) / tasks.num_tiles;
-    const auto start_queries = [&](int of_tile) {
-      if (of_tile < end_tile) {
-        Queries(problem.query.at<const Element>(task.batch, of_tile * kQueries, task.head), problem.query.token_stride,
-                int(problem.head_dim))
-            .start_some(sQ, num_queries - of_tile * kQueries);
-      }
-      commit_copies();
-    };
-    start_queries(tile);
-    start_rows(shared, problem.key, task.batch, task.kv_head, num_keys, problem.head_dim);
-    start_rows(shared_values, problem.value, task.batch, task.kv_head, num_keys, problem.value_dim);
-
-    const Mma mma(false);
-    const auto thread = mma.get_slice(lane);
-    const typename Mma::CopyA copy_a;
-    const typename Mma::CopyB copy_b;
-    const typename Mma::CopyTransposedB copy_v;
-    const auto thread_a = make_tiled_copy_A(copy_a, mma).get_slice(lane);
-    const auto thread_b = make_tiled_copy_B(copy_b, mma).get_slice(lane);
-    const auto thread_v = make_tiled_copy_B(copy_v, mma).get_slice(lane);
-    const auto sVt = transposed(sV);                                            // (dim,keys)
-    Tensor rQ = make_fragment_like<Element>(thread.partition_fragment_A(sQ));   // (MMA,MMA_M,MMA_K)
-    Tensor rK = make_fragment_like<Element>(thread.partition_fragment_B(sK));   // (MMA,MMA_N,MMA_K)
-    Tensor rV = make_fragment_like<Element>(thread.partition_fragment_B(sVt));  // (MMA,MMA_N,MMA_K)
-    Tensor tQs = thread_a.partition_S(sQ);                                      // (CPY,CPY_M,CPY_K)
-    Tensor tKs = thread_b.partition_S(sK);                                      // (CPY,CPY_N,CPY_K)
-    Tensor tVs = thread_v.partition_S(sVt);                                     // (CPY,CPY_N,CPY_K)
-    Tensor tQr = thread_a.retile_D(rQ);                                         // (CPY,CPY_M,CPY_K)
-    Tensor tKr = thread_b.retile_D(rK);                                         // (CPY,CPY_N,CPY_K)
-    Tensor tVr = thread_v.retile_D(rV);                                         // (CPY,CPY_N,CPY_K)
-    const auto coordinates =
-        by_rows(thread.partition_C(make_identity_tensor(Shape<Int<kQueries>, Int<kChunk>>{})));  // (rows,columns)
-    const float scale = problem.score.scale_of<float>(task.head);
-    const float unit = kHasBias ? kLog2e : scale * kLog2e;
-    wait_for_copies<1>();
-    __syncthreads();  // the keys and the first queries have arrived
-    bool is_first = true;
-    // Logits, or without a bias the products, which are scaled with the exponential. Declared here, since CuTe clears
-    // tensors that it creates.
-    Chunk logits[kChunks];  // (MMA,MMA_M,MMA_N)
-    for (; tile < end_tile; tile += kWarps) {
-      const int rows = min(num_queries - tile * kQueries, kQueries);
-      if (!is_first) {
-        wait_for_copies<0>();
-        __syncwarp();
-      }
-      cute::copy(copy_a, tQs, tQr);
-      __syncwarp();  // all reads of the queries are done
-      start_queries(tile + kWarps);
-
-      const ScoreTerm& term = problem.score.bias;
-      BiasRows<2, kChunk, decltype(coordinates)> bias(
-          static_cast<const float*>(term.data) + term.strides.offset(task.batch, task.head, tile * kQueries, 0),
-          int(term.strides.query), rows, coordinates);
-      float max[2] = {-std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}, sum[2] = {};
-      for_each_group(num_keys, [&](auto first, auto end) __attribute__((always_inline)) {
-        CUTE_UNROLL
-        for (int chunk = first; chunk < end; ++chunk) clear(logits[chunk]);
-        // The depth outside, so that neighbouring instructions do not wait for each other.
-        CUTE_UNROLL
-        for (int k = 0; k < size<2>(rQ); ++k) {
-          CUTE_UNROLL
-          for (int chunk = first; chunk < end; ++chunk) {
-            cute::copy(copy_b, tKs(_, chunk, k), tKr(_, chunk, k));
-            gemm(mma, rQ(_, 0, k), rK(_, 2 * chunk, k), logits[chunk](_, 0, 0));
-            gemm(mma, rQ(_, 0, k), rK(_, 2 * chunk + 1, k), logits[chunk](_, 0, 1));
-          }
-        }
-        CUTE_UNROLL
-        for (int chunk = first; chunk < end; ++chunk) {
-          const int keys = num_keys - chunk * kChunk;
-          Tensor numbers = by_rows(logits[chunk]);  // (rows,columns)
-          if (keys >= kChunk) {
-            if constexpr (kHasBias) bias.template add<true>(numbers, scale);
-          } else {
-            if constexpr (kHasBias) bias.add_some(numbers, scale, keys);
-            mask_tail(numbers, coordinates, keys);
-          }
-          CUTE_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            CUTE_UNROLL
-            for (int c = 0; c < size<1>(numbers); ++c) max[r] = fmaxf(max[r], numbers(r, c));
-          }
-        }
-      });
-      float offset[2];
-      CUTE_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        max[r] = combine_quad(max[r], [](float a, float b) { return fmaxf(a, b); });
-        offset[r] = max[r] * unit;
-      }
-      // As in FastOnlineSoftmax.
-      if (__any_sync(kAllLanes, !(fmaxf(fabsf(offset[0]), fabsf(offset[1])) <= kMaxExpOffset))) {
-        rarely();
-        CUTE_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          offset[r] = 0.0f;
-          const float reference = max[r] == -std::numeric_limits<float>::infinity() ? 0.0f : max[r];
-          CUTE_UNROLL
-          for (int chunk = 0; chunk < kChunks; ++chunk) {
-            Tensor numbers = by_rows(logits[chunk]);  // (rows,columns)
-            CUTE_UNROLL
-            for (int c = 0; c < size<1>(numbers); ++c) numbers(r, c) -= reference;
-          }
-        }
-      }
-      if (is_first) {
-        wait_for_copies<1>();
-        __syncthreads();  // the values have arrived
-        is_first = false;
-      }
-
-      Tensor out = partition_fragment_C(mma, Shape<Int<kQueries>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
-      clear(out);
-      for_each_group(num_keys, [&](auto first, auto end) __attribute__((always_inline)) {
-        CUTE_UNROLL
-        for (int chunk = first; chunk < end; ++chunk) {
-          cute::copy(copy_v, tVs(_, _, chunk), tVr(_, _, chunk));
-          Tensor numbers = by_rows(logits[chunk]);  // (rows,columns)
-          CUTE_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            CUTE_UNROLL
-            for (int c = 0; c < size<1>(numbers); ++c) {
-              numbers(r, c) = exp2_of(fmaf(numbers(r, c), unit, -offset[r]));
-              sum[r] += numbers(r, c);
-            }
-          }
-          const auto probs = as_operand_a(convert<Element>(logits[chunk]));  // (MMA,MMA_M,MMA_K)
-          gemm(mma, probs(_, _, 0), rV(_, _, chunk), out);
-        }
-      });
-      store(p, task, tile * kQueries, rows, mma, out, max, sum, kHasBias ? 1.0f : scale, sO);
-    }
-    if (is_first) {  // a warp without queries
-      wait_for_copies<0>();
-      __syncthreads();
-    }
+  // (rows,columns) -> (row,column) of a thread's accumulators
+  template <int kColumns>
+  static __device__ auto coordinates_of(const Mma& mma) {
+    return by_rows(
+        mma.get_slice(lane_index()).partition_C(make_identity_tensor(Shape<Int<kQueries>, Int<kColumns>>{})));
   }
 
-  // out / sum, and the LSE. Results leave through the warp's shared memory.
-  template <class Out, class Shared>
-  static __device__ void store(const AttentionCudaParams& p, const PlainTask& task, int first_query, int rows,
-                               const Mma& mma, Out& out, const float (&max)[2], const float (&sums)[2], float scale,
-                               Shared& sO) {
-    const auto thread = mma.get_slice(lane_index());
-    Tensor out_rows = by_rows(out);                                                              // (rows,columns)
-    const auto at = by_rows(thread.partition_C(make_identity_tensor(product_each(shape(sO)))));  // (rows,columns)
+  template <class Shared>
+  static __device__ __forceinline__ auto read_queries(const Mma& mma, const Shared& sQ) {
+    const typename Mma::CopyA atom;
+    const auto copy = make_tiled_copy_A(atom, mma).get_slice(lane_index());
+    Tensor rQ = make_fragment_like<Element>(mma.get_slice(lane_index()).partition_fragment_A(sQ));  // (MMA,MMA_M,MMA_K)
+    cute::copy(atom, copy.partition_S(sQ), copy.retile_D(rQ));
+    return rQ;
+  }
+
+  // Products of the queries with the keys of some chunks.
+  template <int kFirst, int kEnd, class Queries, class Shared>
+  static __device__ __forceinline__ void multiply_keys(const Mma& mma, Chunk (&logits)[kChunks], const Queries& rQ,
+                                                       const Shared& sK) {
+    const typename Mma::CopyB atom;
+    const auto copy = make_tiled_copy_B(atom, mma).get_slice(lane_index());
+    Tensor rK = make_fragment_like<Element>(mma.get_slice(lane_index()).partition_fragment_B(sK));  // (MMA,MMA_N,MMA_K)
+    Tensor tKs = copy.partition_S(sK);                                                              // (CPY,CPY_N,CPY_K)
+    Tensor tKr = copy.retile_D(rK);                                                                 // (CPY,CPY_N,CPY_K)
     CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const float sum = combine_quad(sums[r], [](float a, float b) { return a + b; });
-      const float factor = __fdividef(1.0f, sum);
+    for (int chunk = kFirst; chunk < kEnd; ++chunk) clear(logits[chunk]);
+    // The depth outside, so that neighbouring instructions do not wait for each other.
+    CUTE_UNROLL
+    for (int k = 0; k < size<2>(rQ); ++k) {
       CUTE_UNROLL
-      for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) = sum == 0.0f ? 0.0f : out_rows(r, c) * factor;
-      const int row = get<0>(at(r, 0));
-      if (get<1>(at(r, 0)) == 0 && row < rows) {
-        const int64_t query = task.batch * p.problem.num_queries() + first_query + row;
-        p.lse[query * p.problem.heads + task.head] = lse_of(max[r] * scale, sum);
+      for (int chunk = kFirst; chunk < kEnd; ++chunk) {
+        cute::copy(atom, tKs(_, chunk, k), tKr(_, chunk, k));
+        gemm(mma, rQ(_, 0, k), rK(_, 2 * chunk, k), logits[chunk](_, 0, 0));
+        gemm(mma, rQ(_, 0, k), rK(_, 2 * chunk + 1, k), logits[chunk](_, 0, 1));
       }
     }
-    __syncwarp();  // all reads of the previous results are done
-    cute::copy(AutoVectorizingCopy{}, convert<Element>(out), thread.partition_C(sO));
-    __syncwarp();
-    copy_rows_to_global<kWarpSize>(sO, p.out.at<Element>(task.batch, first_query, task.head), p.out.token_stride, rows,
-                                   int(p.problem.value_dim), p.out.is_aligned);
+  }
+
+  // Bias and mask of some chunks.
+  template <int kFirst, int kEnd, class Bias, class Coordinates>
+  static __device__ __forceinline__ void finish_logits(Chunk (&logits)[kChunks], Bias& bias, float scale,
+                                                       const Coordinates& coordinates, int num_keys) {
+    if (num_keys >= kEnd * kChunk) {
+      CUTE_UNROLL
+      for (int chunk = kFirst; kHasBias && chunk < kEnd; ++chunk) {
+        Tensor numbers = by_rows(logits[chunk]);  // (rows,columns)
+        bias.template add<true>(numbers, scale);
+      }
+      return;
+    }
+    if constexpr (kHasBias) rarely();  // once a tile; with predicates, its loads would be issued for all keys
+    CUTE_UNROLL
+    for (int chunk = kFirst; chunk < kEnd; ++chunk) {
+      const int keys = num_keys - chunk * kChunk;
+      Tensor numbers = by_rows(logits[chunk]);  // (rows,columns)
+      if constexpr (kHasBias) bias.add_some(numbers, scale, keys);
+      if (keys < kChunk) mask_tail(numbers, coordinates, keys);
+    }
+  }
+
+  static __device__ __forceinline__ void subtract(Chunk (&logits)[kChunks], int row, float x) {
+    CUTE_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      Tensor numbers = by_rows(logits[chunk]);  // (rows,columns)
+      CUTE_UNROLL
+      for (int c = 0; c < size<1>(numbers); ++c) numbers(row, c) -= x;
+    }
+  }
+
+  // Logits become exponentials; out += their product with the values of a chunk.
+  template <class Out, class Shared>
+  static __device__ __forceinline__ void multiply_values(const Mma& mma, Out& out, Softmax& softmax, Chunk& logits,
+                                                         const Shared& sV, int chunk) {
+    const auto sVt = transposed(sV);  // (dim,keys)
+    const typename Mma::CopyTransposedB atom;
+    const auto copy = make_tiled_copy_B(atom, mma).get_slice(lane_index());
+    Tensor rV =
+        make_fragment_like<Element>(mma.get_slice(lane_index()).partition_fragment_B(sVt));  // (MMA,MMA_N,MMA_K)
+    Tensor tVs = copy.partition_S(sVt);                                                      // (CPY,CPY_N,CPY_K)
+    Tensor tVr = copy.retile_D(rV);                                                          // (CPY,CPY_N,CPY_K)
+    cute::copy(atom, tVs(_, _, chunk), tVr(_, _, chunk));
+    Tensor numbers = by_rows(logits);  // (rows,columns)
+    softmax.exponentiate(numbers);
+    const auto probs = as_operand_a(convert<Element>(logits));  // (MMA,MMA_M,MMA_K)
+    gemm(mma, probs(_, _, 0), rV(_, _, chunk), out);
   }
 };
 
