@@ -61,8 +61,24 @@ struct OffsetTerms {
   VK_HOST_DEVICE bool any() const { return multiplier.data || has_bias(); }
 };
 
+// A factor in both types, since a GPU takes long to convert one.
+class Factor {
+ public:
+  constexpr Factor(double value) : double_(value), float_(float(value)) {}
+
+  template <class T>
+  VK_HOST_DEVICE T as() const {
+    if constexpr (sizeof(T) == sizeof(float)) return float_;
+    return T(double_);
+  }
+
+ private:
+  double double_;
+  float float_;
+};
+
 struct Score {
-  double scale = 1.0;
+  Factor scale = 1.0;
   const void* head_scale = nullptr;  // [heads], or null
   ScoreTerm multiplier, bias, key_bias;
   int64_t key_bias_axis_stride[kMaxAxes - 1] = {};  // of a map's first axes; the last axis' stride is the key stride
@@ -72,7 +88,7 @@ struct Score {
 
   template <class T>
   VK_HOST_DEVICE T scale_of(int64_t head) const {
-    return T(scale) * head_factor<T>(head);
+    return scale.as<T>() * head_factor<T>(head);
   }
   template <class T>
   VK_HOST_DEVICE T head_factor(int64_t head) const {

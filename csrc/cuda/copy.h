@@ -23,6 +23,11 @@ struct SharedTile {
   static constexpr int kElements = kRows * kColumns;
 };
 
+template <class Tile, class Element>
+__device__ auto shared_tile(Element* data) {
+  return cute::make_tensor(cute::make_smem_ptr(data), typename Tile::Layout{});  // (rows,columns)
+}
+
 // How kThreads threads copy rows of kColumns elements.
 template <class Element, int kThreads, int kColumns>
 struct TileCopy {
@@ -79,6 +84,14 @@ __device__ void copy_tile(const Copy& copy, const Rows& rows, const Shared& sT, 
   } else {
     copy_tile_by_elements(copy, rows, sT, num_rows, num_columns);
   }
+}
+
+// Of 16 bytes, the first `bytes` are read, the others become zero.
+template <class Element>
+__device__ void copy_16_bytes(const Element* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(cute::cast_smem_ptr_to_uint(shared)), "l"(global),
+               "r"(bytes)
+               : "memory");
 }
 
 // Waits for all but the last `kLater` committed groups; a barrier then makes the data visible to the other threads.

@@ -27,6 +27,17 @@ __device__ void copy_rows_to_global(const Shared& sT, Element* target, int64_t s
   }
 }
 
+// Rounds two neighbouring elements of a row, which begins at a multiple of their size, and stores them if they exist:
+// without a branch, behind which the compiler would take the lanes of a warp for diverged.
+template <class Element>
+__device__ void store_pair_if(bool exists, Element* to, float first, float second) {
+  const cutlass::Array<float, 2> pair{first, second};
+  const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>::convert(pair);
+  asm volatile("{ .reg .pred exists; setp.ne.b32 exists, %0, 0; @exists st.global.b32 [%1], %2; }" ::"r"(int(exists)),
+               "l"(to), "r"(reinterpret_cast<const uint32_t&>(rounded))
+               : "memory");
+}
+
 // Stores accumulators (rows,columns) in float32, straight from registers: a quad of threads writes whole sectors of a
 // row. `coordinates` gives the (row,column) of each in the tile.
 template <class Acc, class Coordinates>
@@ -46,8 +57,8 @@ __device__ void store_acc(const Acc& acc, const Coordinates& coordinates, float*
 template <int kThreads, class Mma, class Acc, class Shared, class Element>
 __device__ void store_tile(const Mma& mma, const Acc& rC, Shared& sC, Element* target, int64_t stride, int rows,
                            int columns, bool aligned) {
-  __syncthreads();                                                 // all reads of the tile's previous contents are done
-  cute::Tensor tCsC = mma.get_slice(threadIdx.x).partition_C(sC);  // (MMA,MMA_M,MMA_N)
+  __syncthreads();  // all reads of the tile's previous contents are done
+  cute::Tensor tCsC = mma.get_slice(thread_index()).partition_C(sC);  // (MMA,MMA_M,MMA_N)
   cute::copy(cute::AutoVectorizingCopy{}, convert<Element>(rC), tCsC);
   __syncthreads();
   copy_rows_to_global<kThreads>(sC, target, stride, rows, columns, aligned);

@@ -42,13 +42,18 @@ cudaError_t launch_tasks(void (*kernel)(Params...), int64_t tasks, int threads, 
 // Values derived from the result are computed where they are used, instead of living in registers across a loop.
 template <class T>
 __device__ T computed_here(T x) {
-  static_assert(sizeof(T) == 8);
-  asm volatile("" : "+l"(x));
+  if constexpr (std::is_same_v<T, float>) {
+    asm volatile("add.f32 %0, %0, 0f00000000;" : "+f"(x));  // the compiler sees through less
+  } else if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
   return x;
 }
 
 // Read again by each call, so that values derived from them need not stay in registers across a loop.
-__device__ inline int64_t block_index() {
+__device__ inline unsigned block_index() {
   unsigned index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
   return index;

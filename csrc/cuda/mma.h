@@ -42,6 +42,7 @@ struct TileMma
   using CopyTransposedB =
       cute::Copy_Atom<std::conditional_t<sizeof(Element) == 2, cute::SM75_U16x8_LDSM_T, cute::UniversalCopy<Element>>,
                       Element>;
+  using CopyTransposedA = cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>;
 
   bool allow_tf32;  // of float
 
@@ -144,31 +145,44 @@ __device__ auto read_operand_a(const Mma& mma, const TileA& sA) {
   return rA;
 }
 
-// acc += a b^T, `sB` (columns,depth) read through `atom`. `read_a(k)` reads the operand `rA(k)` of a step.
-template <class Mma, class Atom, class Acc, class ReadA, class OperandA, class TileB>
-__device__ __forceinline__ void multiply_steps(const Mma& mma, const Atom& atom, Acc& acc, ReadA&& read_a,
-                                               const OperandA& rA, const TileB& sB) {
+// acc = first + a b^T, `sB` (columns,depth) read through `atom`. `read_a(m, k)` reads a part of operand `rA`: the one of the
+// next step as soon as this step is done with it, since registers for both are scarce.
+template <class Mma, class Atom, class Acc, class First, class ReadA, class OperandA, class TileB>
+__device__ __forceinline__ void multiply_steps(const Mma& mma, const Atom& atom, Acc& acc, const First& first,
+                                               ReadA&& read_a, const OperandA& rA, const TileB& sB) {
   using Element = typename TileB::value_type;
+  constexpr int kRows = decltype(cute::size<1>(rA))::value, kSteps = decltype(cute::size<2>(rA))::value;
   const auto copy = cute::make_tiled_copy_B(atom, mma).get_slice(threadIdx.x);
   cute::Tensor rB =
       cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_B(sB));  // (MMA,MMA_N,MMA_K)
   cute::Tensor tBsB = copy.partition_S(sB);                                                    // (CPY,CPY_N,CPY_K)
   cute::Tensor tBrB = copy.retile_D(rB);                                                       // (CPY,CPY_N,CPY_K)
-  const auto read = [&](int k) {
-    read_a(k);
-    cute::copy(atom, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k));
-  };
-  read(0);
+  const auto read_b = [&](int k) { cute::copy(atom, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k)); };
+  read_b(0);
   CUTE_UNROLL
-  for (int k = 0; k < cute::size<2>(rA); ++k) {
-    if (k + 1 < cute::size<2>(rA)) read(k + 1);
-    cute::gemm(mma, rA(cute::_, cute::_, k), rB(cute::_, cute::_, k), acc);
+  for (int m = 0; m < kRows; ++m) read_a(m, 0);
+  CUTE_UNROLL
+  for (int k = 0; k < kSteps; ++k) {
+    if (k + 1 < kSteps) read_b(k + 1);
+    CUTE_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      CUTE_UNROLL
+      for (int n = 0; n < cute::size<1>(rB); ++n) {
+        if (k == 0) {
+          cute::gemm(mma, acc(cute::_, m, n), rA(cute::_, m, k), rB(cute::_, n, k), first(cute::_, m, n));
+        } else {
+          cute::gemm(mma, rA(cute::_, m, k), rB(cute::_, n, k), acc(cute::_, m, n));
+        }
+      }
+      if (k + 1 < kSteps) read_a(m, k + 1);
+    }
   }
 }
 
-// acc += a b^T, both in shared memory: `sA` (rows,depth), `sB` (columns,depth).
-template <class Mma, class Acc, class TileA, class TileB>
-__device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, const TileA& sA, const TileB& sB) {
+// acc = first + a b^T, both in shared memory: `sA` (rows,depth), `sB` (columns,depth).
+template <class Mma, class Acc, class First, class TileA, class TileB>
+__device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, const First& first, const TileA& sA,
+                                                    const TileB& sB) {
   using Element = typename TileA::value_type;
   const typename Mma::CopyA atom;
   const auto copy = cute::make_tiled_copy_A(atom, mma).get_slice(threadIdx.x);
@@ -176,20 +190,64 @@ __device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, co
       cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
   cute::Tensor tAsA = copy.partition_S(sA);                                                    // (CPY,CPY_M,CPY_K)
   cute::Tensor tArA = copy.retile_D(rA);                                                       // (CPY,CPY_M,CPY_K)
-  const auto read = [&](int k) { cute::copy(atom, tAsA(cute::_, cute::_, k), tArA(cute::_, cute::_, k)); };
-  multiply_steps(mma, typename Mma::CopyB{}, acc, read, rA, sB);
+  const auto read = [&](int m, int k) { cute::copy(atom, tAsA(cute::_, m, k), tArA(cute::_, m, k)); };
+  multiply_steps(mma, typename Mma::CopyB{}, acc, first, read, rA, sB);
+}
+
+template <class Mma, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, const TileA& sA, const TileB& sB) {
+  multiply_whole_tile(mma, acc, acc, sA, sB);
 }
 
 // The same with `sA` in registers (operand A).
 template <class Mma, class Acc, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_held_tile(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {
-  multiply_steps(mma, typename Mma::CopyB{}, acc, [](int) {}, rA, sB);
+  multiply_steps(mma, typename Mma::CopyB{}, acc, acc, [](int, int) {}, rA, sB);
 }
 
 // acc += a b, a in registers (operand A), `sB` (depth,columns).
 template <class Mma, class Acc, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_whole_operand(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {
-  multiply_steps(mma, typename Mma::CopyTransposedB{}, acc, [](int) {}, rA, transposed(sB));
+  multiply_steps(mma, typename Mma::CopyTransposedB{}, acc, acc, [](int, int) {}, rA, transposed(sB));
+}
+
+// acc += a b^T of one warp, `sA` (rows,depth) and `sB` (columns,depth) in shared memory, their depth not contiguous. The first
+// `depth` exist; behind them, one operand is zero and the other one finite. Two accumulators in turn, since neighbouring
+// instructions of few columns would wait for each other.
+template <class Mma, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void multiply_transposed(const Mma& mma, int lane, Acc& acc, const TileA& sA,
+                                                    const TileB& sB, int depth) {
+  using Element = typename TileA::value_type;
+  constexpr int kStepsOfGroup = 2;
+  const typename Mma::CopyTransposedA atom_a;
+  const typename Mma::CopyTransposedB atom_b;
+  const auto copy_a = cute::make_tiled_copy_A(atom_a, mma).get_slice(lane);
+  const auto copy_b = cute::make_tiled_copy_B(atom_b, mma).get_slice(lane);
+  cute::Tensor rA =
+      cute::make_fragment_like<Element>(mma.get_slice(lane).partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
+  cute::Tensor rB =
+      cute::make_fragment_like<Element>(mma.get_slice(lane).partition_fragment_B(sB));  // (MMA,MMA_N,MMA_K)
+  cute::Tensor tAsA = copy_a.partition_S(sA);                                           // (CPY,CPY_M,CPY_K)
+  cute::Tensor tBsB = copy_b.partition_S(sB);                                           // (CPY,CPY_N,CPY_K)
+  cute::Tensor tArA = copy_a.retile_D(rA);                                              // (CPY,CPY_M,CPY_K)
+  cute::Tensor tBrB = copy_b.retile_D(rB);                                              // (CPY,CPY_N,CPY_K)
+  cute::Tensor other = cute::make_fragment_like(acc);
+  clear(other);
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(rA); k += kStepsOfGroup) {
+    if (k * kDepthOfStep<Element> >= depth) break;
+    CUTE_UNROLL
+    for (int i = k; i < k + kStepsOfGroup; ++i) {
+      cute::copy(atom_a, tAsA(cute::_, cute::_, i), tArA(cute::_, cute::_, i));
+      cute::copy(atom_b, tBsB(cute::_, cute::_, i), tBrB(cute::_, cute::_, i));
+    }
+    CUTE_UNROLL
+    for (int i = k; i < k + kStepsOfGroup; ++i) {
+      cute::gemm(mma, rA(cute::_, cute::_, i), rB(cute::_, cute::_, i), i % 2 == 0 ? acc : other);
+    }
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < cute::size(acc); ++i) acc(i) += other(i);
 }
 
 }  // namespace vitkernels::cuda

@@ -92,6 +92,17 @@ def _redispatch(op: str) -> Callable[..., Any]:
     return lambda *args: overload.redispatch(cuda, *args)
 
 
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def conflicts(counters: Any) -> dict[str, int]:
+    """By line, the wavefronts beyond what the width of each access needs."""
+    found = {f"{Path(c.file).name}:{c.line} {c.instruction}": c.conflicts for c in counters.conflicts.values()}
+    assert found
+    return {site: count for site, count in found.items() if count}
+
+
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
     return Emulator()

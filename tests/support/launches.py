@@ -18,8 +18,9 @@ from tools.cuda_report import demangle, short_name
 
 #: Rows that together reach every kernel, at each tile size; and what is not small in them.
 ROWS: dict[str, dict[str, int]] = {
-    "plain": {}, "bias-hqk": {}, "tokens-197-203": {"q": 64}, "tokens-197-203-bias": {"q": 64, "k": 7},
-    "all-terms": {}, "all-terms-on-grid": {}, "column-sums": {}, "parts-2": {},
+    "plain": {}, "bias-hqk": {}, "bias-table": {}, "rel-pos-2": {}, "tokens-197-203": {"q": 64, "k": 130},
+    "tokens-197-203-bias": {"q": 64, "k": 130}, "all-terms": {}, "all-terms-on-grid": {}, "column-sums": {},
+    "parts-2": {},
 }  # fmt: skip
 HEAD_DIMS = (32, 64, 128, 256)
 

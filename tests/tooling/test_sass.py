@@ -1,5 +1,7 @@
 """Loops in machine code, the model of their speed, and how many instructions the main loops of the kernels may have."""
 
+import re
+
 import pytest
 from support import emulation
 from vitkernels import _library
@@ -90,15 +92,24 @@ def test_blocks_of_an_sm(registers, shared, threads, blocks):
     assert pipe_model.blocks_per_sm(registers, shared, threads) == blocks
 
 
-# By kernel and arguments behind the dtype: instructions and LDSM for each HMMA of the main loop. That of the resident
-# kernel is a whole tile of queries, from the copy of the next to the stores.
+# Instructions and LDSM for each HMMA of the main loop. That of the forward's resident kernel is a whole query tile,
+# from the copy of the next to the stores.
 LIMITS = {
-    ("attention_plain", "32, false"): (7.3, 0.35),
-    ("attention_plain", "64, false"): (5.0, 0.35),
-    ("attention_plain", "128, false"): (4.6, 0.35),
-    ("attention_plain", "64, true"): (6.0, 0.35),
-    ("attention_resident", "64, false"): (5.4, 0.53),
-    ("attention_resident", "64, true"): (6.0, 0.53),
+    "attention_plain<{}, 32, false>": (7.3, 0.35),
+    "attention_plain<{}, 64, false>": (5.0, 0.35),
+    "attention_plain<{}, 128, false>": (4.6, 0.35),
+    "attention_plain<{}, 64, true>": (6.0, 0.35),
+    "attention_resident<{}, 64, false>": (5.4, 0.53),
+    "attention_resident<{}, 64, true>": (6.0, 0.53),
+    "attention_backward_keys<PlainKeysKernel<{}, 32, false, false>>": (5.6, 0.4),
+    "attention_backward_keys<PlainKeysKernel<{}, 64, false, false>>": (4.5, 0.4),
+    "attention_backward_keys<PlainKeysKernel<{}, 128, false, false>>": (3.5, 0.65),
+    "attention_backward_keys<PlainKeysKernel<{}, 64, true, false>>": (5.0, 0.4),
+    "attention_backward_keys<PlainKeysKernel<{}, 64, false, true>>": (4.5, 0.5),
+    "attention_backward_queries<PlainQueriesKernel<{}, 32, false>>": (5.6, 0.35),
+    "attention_backward_queries<PlainQueriesKernel<{}, 64, false>>": (4.5, 0.35),
+    "attention_backward_queries<PlainQueriesKernel<{}, 128, false>>": (3.5, 0.45),
+    "attention_backward_queries<PlainQueriesKernel<{}, 64, true>>": (4.5, 0.35),
 }
 LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernels_cuda_emulated.so"]
 
@@ -108,16 +119,18 @@ LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernel
     [("bfloat16", "10bfloat16_t"), pytest.param("float16", "6half_t", marks=pytest.mark.full)],
 )
 def test_main_loops(dtype, mangled):
-    """Without spills or arrays in memory on sm_90, and in few instructions."""
+    """In few instructions on sm_90, without local memory. Two registers may wait there outside of the loop."""
     programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
     if programs is None or library is None or programs.nvdisasm is None:
         pytest.skip("needs ptxas, nvdisasm and a library built with CUDA")
-    names = "|".join(sorted({f"{len(kernel)}{kernel}I" for kernel, _ in LIMITS}))
+    templates = {re.search(r"(\w+)<{}", kernel)[1] for kernel in LIMITS}
+    names = "|".join(f"{len(template)}{template}I" for template in sorted(templates))
     kernels = {str(k): k for k in cuda_report.measure(programs, library, ["90"], f"({names})N7cutlass{mangled}")}
-    for (name, arguments), (slots, ldsm) in LIMITS.items():
-        kernel = kernels[f"{name}<{dtype}, {arguments}>"]
+    for name, (slots, ldsm) in LIMITS.items():
+        kernel = kernels[name.format(dtype)]
         loop = max(kernel.loops, key=lambda loop: loop.count("HMMA"))
-        assert kernel.stack == 0 and loop.slots_per_hmma <= slots and loop.ldsm_per_hmma <= ldsm, (
+        is_lean = loop.slots_per_hmma <= slots and loop.ldsm_per_hmma <= ldsm
+        assert is_lean and kernel.stack <= 8 and not loop.count("LDL", "STL"), (
             f"{kernel}: {loop.slots_per_hmma:.2f} instructions and {loop.ldsm_per_hmma:.2f} LDSM for each HMMA, "
-            f"{kernel.stack} bytes of stack, takes {slots}, {ldsm} and 0"
+            f"{kernel.stack} bytes of stack, takes {slots}, {ldsm} and 8"
         )

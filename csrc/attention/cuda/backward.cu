@@ -224,7 +224,7 @@ struct BackwardKernel {
 
     if constexpr (kOwnsKeys) {
       CUTE_UNROLL
-      for (int i = 0; i < size(grad); ++i) grad(i) *= float(problem.score.scale);
+      for (int i = 0; i < size(grad); ++i) grad(i) *= problem.score.scale.template as<float>();
       if (columns > 0) {
         store(mma, grad, owned.template part<kColumns>(0), targets.logit_grads, targets.logit_grad_parts, task,
               columns);

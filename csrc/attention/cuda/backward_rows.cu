@@ -1,4 +1,4 @@
-// Around the backward kernels on a GPU: the row statistics that they need, and reductions of what they write for rows.
+// Around the backward kernels on a GPU: what becomes of rows that they write.
 
 #include "attention/cuda/launches.h"
 #include "attention/cuda/tokens.h"
@@ -22,23 +22,6 @@ template <class... Params>
 cudaError_t launch_for_each(void (*kernel)(Params...), int64_t count, cudaStream_t stream,
                             const std::type_identity_t<Params>&... params) {
   return launch_tasks(kernel, count == 0 ? 0 : blocks_for(count, kThreads), kThreads, 0, stream, params...);
-}
-
-// A warp takes a row.
-template <class Element>
-__global__ void attention_backward_delta(const __grid_constant__ AttentionBackwardCudaParams p) {
-  const AttentionCudaParams& f = p.forward;
-  const int64_t tokens = f.packing ? f.packing.num_queries : f.problem.num_queries();
-  for (int64_t row = warp_of_grid(); row < f.num_rows() * f.problem.heads; row += warps_in_grid()) {
-    TaskIndex index(row);
-    const int64_t head = index.take(f.problem.heads), token = index.take(tokens);
-    const Element* out = f.out.at<const Element>(index.rest(), token, head);
-    const Element* grad_out = p.query_value.at<const Element>(index.rest(), token, head);
-    float sum = 0.0f;
-    for (int64_t c = lane_index(); c < f.problem.value_dim; c += kWarpSize) sum += float(out[c]) * float(grad_out[c]);
-    sum = warp_sum(sum);
-    if (lane_index() == 0) p.delta[row] = p.grad_lse ? sum - p.grad_lse[row] : sum;
-  }
 }
 
 // The gradient of lse follows from that of w: a row's dS add up to w dw.
@@ -91,13 +74,6 @@ __global__ void reduce_rows(const __grid_constant__ RowReduction s) {
 }
 
 }  // namespace
-
-cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& p, cudaStream_t stream) {
-  const int64_t rows = p.forward.num_rows() * p.forward.problem.heads;
-  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
-    return launch_for_each(attention_backward_delta<Element>, rows * kWarpSize, stream, p);
-  });
-}
 
 cudaError_t launch_transposed_rows(const AttentionBackwardCudaParams& p, const PartialSums& dots, float* grad_weight,
                                    float* grad_lse, cudaStream_t stream) {

@@ -1,10 +1,10 @@
 // Gradients of the terms by offset on a GPU: of tables, and of the relative logits.
 //
-// A block recomputes tiles of the logits' gradient, one after another, and adds each from shared memory to accumulators
-// that no other block writes: a thread owns some of them and visits the pairs of the tile that belong to each, in
-// order.
+// A block takes tiles of the logits' gradient, recomputed or stored, one after another, and adds each from shared memory to
+// accumulators that no other block writes: a thread owns some of them and visits the pairs of the tile that belong to
+// each, in order. Of a stored gradient, a table gets its share from the sum over the batch.
 
-#include "attention/cuda/gradient_tile.h"
+#include "attention/cuda/stored_tile.h"
 #include "cuda/parts.h"
 
 namespace vitkernels {
@@ -12,6 +12,8 @@ namespace {
 
 using namespace cuda;
 using namespace cute;
+
+constexpr int kThreadsOfTable = 128;
 
 // Tokens of a tile that are on the offset grid, counted from the first one there.
 __device__ Range tokens_on_grid(const OffsetGrid& grid, Range tokens) {
@@ -89,9 +91,9 @@ struct TableKernel {
 };
 
 // A block owns the rows of a query tile.
-template <class Element>
+template <class Tile>
 struct RelativeLogitsKernel {
-  using Tile = GradientTile<Element, DenseKeys>;
+  using Element = typename Tile::Element;
 
   static VK_HOST_DEVICE int64_t query_tiles(const Problem& p) {
     return ceil_div<int64_t>(p.num_queries(), Tile::kQueries);
@@ -147,11 +149,37 @@ __global__ void __launch_bounds__(GradientTile<Element, DenseKeys>::kThreads)
   TableKernel<Element>::run(p, table, reinterpret_cast<Element*>(shared));
 }
 
-template <class Element>
-__global__ void __launch_bounds__(GradientTile<Element, DenseKeys>::kThreads)
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
     relative_logits_backward(const __grid_constant__ AttentionBackwardCudaParams p, float* grads) {
   extern __shared__ __align__(128) unsigned char shared[];
-  RelativeLogitsKernel<Element>::run(p, grads, reinterpret_cast<Element*>(shared));
+  RelativeLogitsKernel<Tile>::run(p, grads, reinterpret_cast<typename Tile::Element*>(shared));
+}
+
+// A thread owns an entry of a head's table, and visits the queries that have a key at this offset.
+__global__ void __launch_bounds__(kThreadsOfTable)
+    attention_backward_table_of_sum(const __grid_constant__ Problem p, const float* grads, float* table) {
+  const OffsetGrid& grid = p.score.by_offset.grid;
+  const DeviceOffsetGrid& small = p.score.by_offset.small;
+  const int entries = int(grid.num_entries()), blocks = ceil_div(entries, kThreadsOfTable);
+  const int head = int(blockIdx.x) / blocks, entry = (int(blockIdx.x) - head * blocks) * kThreadsOfTable + threadIdx.x;
+  if (entry >= entries) return;
+  const int row = entry / small.num_offsets(2), plane = row / small.num_offsets(1);
+  const int depth = plane - (small.size[0] - 1), height = row - plane * small.num_offsets(1) - (small.size[1] - 1);
+  const int width = entry - row * small.num_offsets(2) - (small.size[2] - 1);
+  const int distance = (depth * small.size[1] + height) * small.size[2] + width;  // from the key to the query
+  const int num_keys = int(p.num_keys());
+  const float* const of_head = grads + head * p.num_queries() * num_keys;
+  float sum = 0.0f;
+  for (int z = max(0, depth); z < min(0, depth) + small.size[0]; ++z) {
+    for (int y = max(0, height); y < min(0, height) + small.size[1]; ++y) {
+      const int first = (z * small.size[1] + y) * small.size[2] + small.num_prefix;
+      for (int x = max(0, width); x < min(0, width) + small.size[2]; ++x) {
+        sum += of_head[int64_t(first + x) * num_keys + (first + x - distance)];
+      }
+    }
+  }
+  table[int64_t(head) * entries + entry] = sum;
 }
 
 }  // namespace
@@ -173,12 +201,16 @@ cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& p
   });
 }
 
+cudaError_t launch_attention_backward_table(const Problem& p, const float* grads, float* table, cudaStream_t stream) {
+  const int64_t blocks = p.heads * ceil_div<int64_t>(p.score.by_offset.grid.num_entries(), kThreadsOfTable);
+  return launch_tasks(attention_backward_table_of_sum, blocks, kThreadsOfTable, 0, stream, p, grads, table);
+}
+
 cudaError_t launch_relative_logits_backward(const AttentionBackwardCudaParams& p, float* grads, cudaStream_t stream) {
-  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
-    using Tile = GradientTile<Element, DenseKeys>;
+  return dispatch_tile(p, [&]<class Tile>() {
     const Problem& problem = p.forward.problem;
-    const int64_t tasks = RelativeLogitsKernel<Element>::query_tiles(problem) * problem.heads * problem.batch;
-    return launch_tasks(relative_logits_backward<Element>, tasks, Tile::kThreads, Tile::kSharedBytes, stream, p, grads);
+    const int64_t tasks = RelativeLogitsKernel<Tile>::query_tiles(problem) * problem.heads * problem.batch;
+    return launch_tasks(relative_logits_backward<Tile>, tasks, Tile::kThreads, Tile::kSharedBytes, stream, p, grads);
   });
 }
 

@@ -1,12 +1,11 @@
 // Gradients of the score terms on a GPU: biases and multiplier, each in its own broadcast shape, the same bits in every
 // run.
 //
-// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it recomputes a
-// tile of the logits' gradient and accumulates it in shared memory, in a fixed order; at the end it reduces the axes of
-// that tile along which the term is broadcast. Where few elements serve many pairs, several blocks share them
-// (cuda/parts.h).
+// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it takes a tile of the
+// logits' gradient, recomputed or stored, and accumulates it in a fixed order; at the end it reduces the axes of that tile
+// along which the term is broadcast. Where few elements serve many pairs, several blocks share them (cuda/parts.h).
 
-#include "attention/cuda/gradient_tile.h"
+#include "attention/cuda/stored_tile.h"
 #include "cuda/parts.h"
 
 namespace vitkernels {
@@ -25,10 +24,9 @@ struct TermAxis {
   VK_HOST_DEVICE int64_t at(int64_t owner, int64_t served) const { return is_shared ? served : owner; }
 };
 
-template <class Element>
+template <class Tile>
 struct TermKernel {
-  using Tile = GradientTile<Element, DenseKeys>;
-  static constexpr int kSharedBytes = Tile::kSharedBytes + Tile::kFloatBytes;
+  using Element = typename Tile::Element;
 
   struct Axes {
     TermAxis batch, head, query_tile, key_tile;
@@ -50,6 +48,26 @@ struct TermKernel {
     VK_HOST_DEVICE int64_t num_served() const {
       return batch.num_served() * head.num_served() * query_tile.num_served() * key_tile.num_served();
     }
+
+    // What a block serves, one after the other.
+    struct Served {
+      int batch, head, query_tile, key_tile;
+    };
+    __device__ Served served(int64_t i) const {
+      TaskIndex index(i);
+      Served at;
+      at.key_tile = int(index.take(key_tile.num_served())), at.query_tile = int(index.take(query_tile.num_served()));
+      at.head = int(index.take(head.num_served())), at.batch = int(index.rest());
+      return at;
+    }
+    __device__ void advance(Served& at) const {
+      if (++at.key_tile < key_tile.num_served()) return;
+      at.key_tile = 0;
+      if (++at.query_tile < query_tile.num_served()) return;
+      at.query_tile = 0;
+      if (++at.head < head.num_served()) return;
+      at.head = 0, ++at.batch;
+    }
   };
 
   static __device__ void run(const AttentionBackwardCudaParams& p, const TermGradient& term, Element* shared) {
@@ -62,28 +80,26 @@ struct TermKernel {
 
     const Problem& problem = p.forward.problem;
     const Tile tile{p, shared};
-    Tensor acc = tile.floats(shared + Tile::kSharedBytes / sizeof(Element));  // (queries,keys)
-    Tensor own_acc = tile.mma.get_slice(threadIdx.x).partition_C(acc);        // (MMA,MMA_M,MMA_N)
-    clear(own_acc);
+    Tensor acc = tile.accumulator();  // this thread's
+    clear(acc);
     const Range served = part_of(axes.num_served(), part, term.sums.count);
-    for (int64_t i = served.begin; i < served.end; ++i) {
-      TaskIndex index(i);
-      const int64_t key_tile = axes.key_tile.at(own_keys, index.take(axes.key_tile.num_served()));
-      const int64_t query_tile = axes.query_tile.at(own_queries, index.take(axes.query_tile.num_served()));
-      const int64_t head = axes.head.at(own_head, index.take(axes.head.num_served()));
+    typename Axes::Served at = axes.served(served.begin);
+    for (int64_t i = served.begin; i < served.end; ++i, axes.advance(at)) {
       TileTask task;
-      if (!Tile::find(p, axes.batch.at(own_batch, index.rest()), head, query_tile, key_tile, task)) continue;
-      Tensor grads = tile.gradient(task, term.factor);  // (MMA,MMA_M,MMA_N)
+      if (!Tile::find(p, axes.batch.at(own_batch, at.batch), axes.head.at(own_head, at.head),
+                      axes.query_tile.at(own_queries, at.query_tile), axes.key_tile.at(own_keys, at.key_tile), task)) {
+        continue;
+      }
+      const Tensor grads = tile.gradient(task, term.factor);
       CUTE_UNROLL
-      for (int j = 0; j < size(grads); ++j) own_acc(j) += grads(j);
+      for (int j = 0; j < size(grads); ++j) acc(j) += grads(j);
     }
     // Where rows or columns are reduced, those that do not exist are zero.
     const Range rows = axes.query_tile.is_shared ? Range{0, Tile::kQueries}
                                                  : tile_of(own_queries, Tile::kQueries, problem.num_queries());
     const Range keys =
         axes.key_tile.is_shared ? Range{0, Tile::kKeys} : tile_of(own_keys, Tile::kKeys, problem.num_keys());
-    __syncthreads();
-    finish(term, acc, term.sums.part(part), own_batch, own_head, rows, keys);
+    finish(term, tile.share(acc), term.sums.part(part), own_batch, own_head, rows, keys);
   }
 
   // Writes the elements of the tile `rows` x `keys`, summed over the axes that have no stride.
@@ -105,30 +121,29 @@ struct TermKernel {
   }
 };
 
-template <class Element>
-__global__ void __launch_bounds__(GradientTile<Element, DenseKeys>::kThreads)
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
     attention_backward_term(const __grid_constant__ AttentionBackwardCudaParams p,
                             const __grid_constant__ TermGradient term) {
   extern __shared__ __align__(128) unsigned char shared[];
-  TermKernel<Element>::run(p, term, reinterpret_cast<Element*>(shared));
+  TermKernel<Tile>::run(p, term, reinterpret_cast<typename Tile::Element*>(shared));
 }
 
 }  // namespace
 
 int64_t parts_of_term(const AttentionBackwardCudaParams& p, const ScoreStrides& strides, int64_t elements) {
-  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
-    const typename TermKernel<Element>::Axes axes(p.forward, strides);
+  return dispatch_tile(p, [&]<class Tile>() {
+    const typename TermKernel<Tile>::Axes axes(p.forward, strides);
     return parts_for(axes.num_owners(), axes.num_served(), elements);
   });
 }
 
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& p, const TermGradient& term,
                                            cudaStream_t stream) {
-  return dispatch_element(p.forward.problem.dtype, [&]<class Element>(Element) {
-    const typename TermKernel<Element>::Axes axes(p.forward, term.strides);
-    using Tile = GradientTile<Element, DenseKeys>;
-    return launch_tasks(attention_backward_term<Element>, axes.num_owners() * term.sums.count, Tile::kThreads,
-                        TermKernel<Element>::kSharedBytes, stream, p, term);
+  return dispatch_tile(p, [&]<class Tile>() {
+    const typename TermKernel<Tile>::Axes axes(p.forward, term.strides);
+    return launch_tasks(attention_backward_term<Tile>, axes.num_owners() * term.sums.count, Tile::kThreads,
+                        Tile::kSharedBytes, stream, p, term);
   });
 }
 

@@ -166,7 +166,8 @@ struct ForwardKernel {
 };
 
 template <class Element, int kDim, class Keys>
-__global__ void __launch_bounds__(ForwardKernel<Element, kDim, Keys>::kThreads)
+__global__ void __launch_bounds__(ForwardKernel<Element, kDim, Keys>::kThreads,
+                                  ForwardKernel<Element, kDim, Keys>::kTile.min_blocks)
     attention(const __grid_constant__ AttentionCudaParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   ForwardKernel<Element, kDim, Keys>::run(p, reinterpret_cast<Element*>(shared));

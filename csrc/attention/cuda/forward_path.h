@@ -20,9 +20,10 @@ inline constexpr int64_t kMaxPlainStride = std::numeric_limits<int32_t>::max() /
 // Of the bias that takes the place of a score's additive terms: 64 MB. Longer sequences keep to linear memory.
 inline constexpr int64_t kMaxBiasElements = int64_t(1) << 24;
 
+inline bool has_plain_rows(const TokenTensor& t) { return t.is_aligned && t.token_stride <= kMaxPlainStride; }
+
 inline bool has_plain_operands(const AttentionCudaParams& p) {
   const Problem& problem = p.problem;
-  const auto has_plain_rows = [](const TokenTensor& t) { return t.is_aligned && t.token_stride <= kMaxPlainStride; };
   return problem.dtype != DType::kFloat32 && std::max(problem.head_dim, problem.value_dim) <= 128 && !p.packing &&
          !p.head_map.kv_head_of && !problem.axis.is_causal && problem.num_keys() > 0 && has_plain_rows(problem.query) &&
          has_plain_rows(problem.key) && has_plain_rows(problem.value);
@@ -38,7 +39,7 @@ inline bool is_plain_bias(const ScoreTerm& bias) {
 inline bool has_plain_score(const Score& score) {
   if (score.multiplier.data || score.key_bias.data || score.by_offset.any()) return false;
   // Without a bias the maximum is taken of the products, before the scale.
-  return score.bias.data ? is_plain_bias(score.bias) : score.scale > 0.0 && !score.head_scale;
+  return score.bias.data ? is_plain_bias(score.bias) : score.scale.as<float>() > 0.0f && !score.head_scale;
 }
 
 inline ForwardPath forward_path(const AttentionCudaParams& p) {

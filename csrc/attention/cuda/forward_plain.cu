@@ -12,7 +12,7 @@
 #include "attention/cuda/tile_sizes.h"
 #include "attention/cuda/tokens.h"
 #include "cuda/fast_softmax.h"
-#include "cuda/mma.h"
+#include "cuda/held_operand.h"
 #include "cuda/tile_stream.h"
 
 namespace vitkernels {
@@ -39,19 +39,19 @@ struct PlainForwardKernel {
     const PlainTask task = tasks.task(int(blockIdx.x));
     Element* const shared_keys = shared + int{SharedQueries::kElements};
     Element* const shared_values = shared_keys + int{SharedKeys::kElements};
-    Tensor sQ = make_tensor(make_smem_ptr(shared), typename SharedQueries::Layout{});      // (queries,dim)
-    Tensor sK = make_tensor(make_smem_ptr(shared_keys), typename SharedKeys::Layout{});    // (keys,dim)
-    Tensor sV = make_tensor(make_smem_ptr(shared_values), typename SharedKeys::Layout{});  // (keys,dim)
+    Tensor sQ = shared_tile<SharedQueries>(shared);      // (queries,dim)
+    Tensor sK = shared_tile<SharedKeys>(shared_keys);    // (keys,dim)
+    Tensor sV = shared_tile<SharedKeys>(shared_values);  // (keys,dim)
 
     const int num_queries = int(problem.num_queries()) - task.tile * kTile.queries;
     const int num_tiles = ceil_div(int(problem.num_keys()), kTile.keys);
-    const int first_tile = num_tiles * task.split / int(p.splits);
-    const int last_tile = num_tiles * (task.split + 1) / int(p.splits) - 1;
+    const int first_tile = tasks.first_of_split(num_tiles, task.split);
+    const int last_tile = tasks.first_of_split(num_tiles, task.split + 1) - 1;
     int tiles_before = last_tile - first_tile;
     const int last_key = last_tile * kTile.keys, num_keys = int(problem.num_keys()) - last_key;  // of the last tile
-    Keys keys = stream<Keys>(problem.key, task.batch, last_key, task.kv_head, problem.head_dim);
-    Keys values = stream<Keys>(problem.value, task.batch, last_key, task.kv_head, problem.value_dim);
-    stream<Queries>(problem.query, task.batch, task.tile * kTile.queries, task.head, problem.head_dim)
+    Keys keys = stream_of<Keys>(problem.key, task.batch, last_key, task.kv_head, problem.head_dim);
+    Keys values = stream_of<Keys>(problem.value, task.batch, last_key, task.kv_head, problem.value_dim);
+    stream_of<Queries>(problem.query, task.batch, task.tile * kTile.queries, task.head, problem.head_dim)
         .start_some(sQ, num_queries);
     keys.start_some(sK, num_keys);
     commit_copies();
@@ -102,21 +102,16 @@ struct PlainForwardKernel {
         CUTE_UNROLL
         for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) *= factor;
       });
-      multiply_whole_operand(mma, out, as_operand_a(convert<Element>(logits)), sV);
+      multiply_held_transposed(mma, out, as_operand_a(convert<Element>(logits)), sV);
     };
     step(std::true_type{});
     while (tiles_before-- > 0) step(std::false_type{});
 
     // What the results need is computed here, since the loop leaves no registers for it.
     const PlainTask same = tasks.task(int(block_index()));
-    Tensor sO = make_tensor(make_smem_ptr(computed_here(shared)), typename SharedQueries::Layout{});  // (queries,dim)
+    Tensor sO = shared_tile<SharedQueries>(computed_here(shared));  // (queries,dim)
     softmax.total(kHasBias ? 1.0f : problem.score.scale_of<float>(same.head));
     store_forward<kThreads>(p, result_of(p, same), mma, out, softmax, sO);
-  }
-
-  template <class Stream>
-  static __device__ Stream stream(const TokenTensor& t, int batch, int token, int head, int64_t columns) {
-    return Stream(t.at<const Element>(batch, token, head), t.token_stride, int(columns));
   }
 
   static __device__ ForwardResult result_of(const AttentionCudaParams& p, const PlainTask& task) {
@@ -148,7 +143,7 @@ template <class Element, int kDim, bool kHasBias>
 cudaError_t launch(const AttentionCudaParams& p, int64_t blocks, cudaStream_t stream) {
   using Kernel = PlainForwardKernel<Element, kDim, kHasBias>;
   return launch_tasks(attention_plain<Element, kDim, kHasBias>, blocks, Kernel::kThreads, Kernel::kSharedBytes, stream,
-                      p, plain_tasks(p.problem, query_tiles(p.problem)));
+                      p, plain_tasks(p.problem, query_tiles(p.problem), p.splits));
 }
 
 }  // namespace

@@ -282,7 +282,7 @@ cudaError_t launch(const AttentionCudaParams& p, cudaStream_t stream) {
   const Problem& problem = p.problem;
   const int64_t of_head = blocks_of_head(problem);
   return launch_tasks(attention_resident<Element, kDim, kHasBias>, of_head * problem.heads * problem.batch,
-                      Kernel::kThreads, Kernel::kSharedBytes, stream, p, plain_tasks(problem, of_head));
+                      Kernel::kThreads, Kernel::kSharedBytes, stream, p, plain_tasks(problem, of_head, 1));
 }
 
 template <class Element, int kDim>

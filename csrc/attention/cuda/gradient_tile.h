@@ -12,8 +12,9 @@ struct TileTask {
   Sequence sequence;
 };
 
-template <class Element, class Keys>
+template <class T, class Keys>
 struct GradientTile {
+  using Element = T;
   static constexpr int kQueries = 64, kKeys = 32, kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kDepth = 128 / sizeof(Element);  // columns of a chunk
   static constexpr int kChunk = (kQueries + kKeys) * kDepth;

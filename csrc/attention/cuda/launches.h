@@ -34,6 +34,14 @@ struct ResidentForwardLaunches {
   static cudaError_t forward(const AttentionCudaParams& params, cudaStream_t stream);
 };
 
+// The backward's fast paths of 16-bit dtypes (backward_path.h), by what blocks own.
+template <DType kDType, Side kOwner>
+struct PlainBackwardLaunches {
+  static int64_t backward_splits(const AttentionBackwardCudaParams& params, const OwnedGrads& grads, Side owner);
+  static cudaError_t backward(const AttentionBackwardCudaParams& params, const OwnedGrads& grads, Side owner,
+                              cudaStream_t stream);
+};
+
 // Writes the sum of all additive terms of a score.
 cudaError_t launch_expand_bias(const Problem& problem, const DenseBias& to, cudaStream_t stream);
 
@@ -56,6 +64,9 @@ cudaError_t launch_transposed_rows(const AttentionBackwardCudaParams& params, co
 cudaError_t launch_attention_backward_term(const AttentionBackwardCudaParams& params, const TermGradient& term,
                                            cudaStream_t stream);
 cudaError_t launch_attention_backward_table(const AttentionBackwardCudaParams& params, const TableGradient& table,
+                                            cudaStream_t stream);
+// The same from the sum of the logits' gradient over the batch: [heads, queries, keys] to [heads, offsets].
+cudaError_t launch_attention_backward_table(const Problem& problem, const float* grads, float* table,
                                             cudaStream_t stream);
 // Into how many parts the work is best cut.
 int64_t parts_of_term(const AttentionBackwardCudaParams& params, const ScoreStrides& strides, int64_t elements);

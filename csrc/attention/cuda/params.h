@@ -124,6 +124,46 @@ struct DenseBias {
   }
 };
 
+// What the backward's fast paths need of two neighbouring queries, as threads read it that hold columns of both.
+struct alignas(16) StatisticsOfPair {
+  float minus_delta[2], same[2];  // AttentionBackwardCudaParams::delta, what products are added to: for two rows
+  float minus_lse_log2[2];        // to the base 2: -inf where a query does not exist or sees no key, and P is zero
+  float lse[2];
+};
+
+// A row for each batch and head, padded to whole tiles.
+struct QueryStatistics {
+  static constexpr int64_t kTile = 128;
+
+  StatisticsOfPair* data = nullptr;  // [batch, heads, pitch / 2], or null
+
+  static VK_HOST_DEVICE int64_t pitch(const Problem& p) { return (p.num_queries() + kTile - 1) / kTile * kTile; }
+  static VK_HOST_DEVICE int64_t num_pairs(const Problem& p) { return p.batch * p.heads * pitch(p) / 2; }
+  // Of a query, among all. There are fewer than 2^31.
+  static VK_HOST_DEVICE int index(const Problem& p, int batch, int head, int query) {
+    return (batch * int(p.heads) + head) * int(pitch(p)) + query;
+  }
+  VK_HOST_DEVICE StatisticsOfPair& pair(int index) const { return data[index / 2]; }
+};
+
+// The gradients of the logits, in 16 bits, as a backward's fast path leaves them for those of the score terms. The
+// queries of a tile lie as the threads of a warp hold them: a quad takes a key's row, each of its lanes 16 bytes.
+struct LogitGrads {
+  static constexpr int kQueries = 32, kLaneQueries = 8;
+
+  void* data = nullptr;  // [batch, heads, tiles of queries, keys, kQueries], or null
+
+  static VK_HOST_DEVICE int64_t num_tiles(const Problem& p) { return (p.num_queries() + kQueries - 1) / kQueries; }
+  static VK_HOST_DEVICE int64_t num_elements(const Problem& p) {
+    return p.batch * p.heads * num_tiles(p) * p.num_keys() * kQueries;
+  }
+  template <class Element>
+  VK_HOST_DEVICE Element* row(const Problem& p, int64_t batch, int64_t head, int64_t tile, int64_t key) const {
+    return static_cast<Element*>(data) +
+           (((batch * p.heads + head) * num_tiles(p) + tile) * p.num_keys() + key) * kQueries;
+  }
+};
+
 enum class Side { kQueries, kKeys };
 
 // Each side has two tensors: query and key make the logits, their values the gradient of P. In the backward of
@@ -136,6 +176,8 @@ struct AttentionBackwardCudaParams {
   ScoreStrides weight_strides;             // its key stride is 0
   const float* grad_lse = nullptr;         // as lse, or null
   float* delta = nullptr;                  // [rows, heads]: dO.O - dlse, so that dS = P * (dP - delta); null: zero
+  QueryStatistics statistics;
+  LogitGrads logit_grads;
   // [batch, heads, tokens on the offset grid, head_dim], or null: the query's gradient through the relative logits.
   const float* relative_grad_query = nullptr;
 
@@ -158,6 +200,7 @@ struct PartialSums {
 struct OwnedGrads {
   TokenTensor logit_grads;  // dS, with scale and multiplier, times the other side's query or key; no data: not wanted
   TokenTensor probs;        // P times the other side's values; no data: not wanted
+  TokenTensor query_grads;  // of a launch whose blocks own all keys of a head: the queries', too; no data: not wanted
   PartialSums logit_grad_parts, prob_parts;
   PartialSums dots;  // [rows, heads] for each split and block of columns: the dot product of each query (or its values)
                      // with its accumulator, before any scale and weight of the query

@@ -5,6 +5,9 @@
 #include <cute/tensor.hpp>
 #include <limits>
 
+#include "attention/dense.h"
+#include "cuda/launch.h"
+
 namespace vitkernels::cuda {
 
 // The rows of a bias that a thread needs, whose elements have a unit stride along the keys, for tiles of keys kStep apart.
@@ -55,6 +58,41 @@ class BiasRows {
   const Coordinates& coordinates_;
   const float* next_;  // this thread's first logit in the next tile
   int offset_[kRows];  // from there to those of its other rows
+};
+
+// A bias as the transposed logits of a block that owns keys need it: each query has a row, and a thread a few keys, of
+// which the first kSure surely exist.
+template <int kSure, class Coordinates>
+class BiasColumns {
+ public:
+  // `tile` is the bias of the first query of the last tile and the block's first key, of `num_keys`.
+  __device__ BiasColumns(const float* tile, int row_stride, int num_keys, const Coordinates& coordinates)
+      : coordinates_(coordinates), next_(tile + key(0)), row_stride_(row_stride), num_keys_(num_keys) {}
+
+  // logits = products * scale + bias, both (queries,keys), of keys that exist. Queries past the last of `num_queries` read
+  // that.
+  template <class Logits>
+  __device__ void add(Logits& logits, float scale, int num_queries) {
+    scale = computed_here(scale);  // else loaded for each logit
+    CUTE_UNROLL
+    for (int r = 0; r < cute::size<0>(logits); ++r) {
+      const int query = min(int(cute::get<0>(coordinates_(r, 0))), num_queries - 1);
+      const float* const row = next_ + query * row_stride_;
+      CUTE_UNROLL
+      for (int c = 0; c < cute::size<1>(logits); ++c) {
+        if (c < kSure || key(c) < num_keys_) logits(r, c) = fmaf(logits(r, c), scale, row[key(c) - key(0)]);
+      }
+    }
+  }
+  // To a tile of `queries` before this one.
+  __device__ void advance(int queries) { next_ -= queries * row_stride_; }
+
+ private:
+  __device__ int key(int c) const { return cute::get<1>(coordinates_(0, c)); }
+
+  const Coordinates& coordinates_;
+  const float* next_;  // the thread's first key
+  int row_stride_, num_keys_;
 };
 
 // Logits (queries,keys) of keys that do not exist become -inf.

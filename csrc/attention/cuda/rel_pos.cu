@@ -48,7 +48,7 @@ struct QueryTile {
   Range tokens;
 };
 
-__device__ QueryTile query_tile(const Problem& p, TaskIndex index) {
+__device__ QueryTile query_tile(const Problem& p, TaskIndex<unsigned> index) {
   const int64_t tokens = p.score.by_offset.grid.num_tokens(), tile = index.take(ceil_div<int64_t>(tokens, kRows));
   const int64_t head = index.take(p.heads);
   return {index.rest(), head, tile_of(tile, kRows, tokens)};

@@ -73,6 +73,31 @@ constexpr BackwardTileShape backward_tile(int dim, int element_bytes) {
   return {.owned = 64, .streamed = 16, .warps = 4, .columns = 128};                                  // 96 KB
 }
 
+// Of the backward's fast paths, for 16-bit elements. Instructions of the main loop for each matrix instruction, sm_90,
+// at 32, 64 and 128 columns: blocks that own keys 5.2, 3.4, 3.2, queries 5.3, 3.4, 2.9; with a bias at 64 columns 4.9
+// and 4.1; blocks that own all keys 4.3, with a bias 5.4. Rejected: two unrolled stages (3.0 at 64 columns, but spills),
+// dP in halves, and fragments of the second operand read ahead one by one (more instructions, and spills at 128
+// columns). Not measured on a GPU yet.
+struct PlainBackwardTile {
+  int owned, streamed, warps, min_blocks;
+
+  constexpr int threads() const { return warps * 32; }
+};
+
+constexpr PlainBackwardTile plain_keys_tile(int dim) {
+  if (dim <= 64) return {.owned = 128, .streamed = 32, .warps = 4, .min_blocks = 2};
+  return {.owned = 64, .streamed = 32, .warps = 4, .min_blocks = 2};
+}
+
+constexpr PlainBackwardTile plain_queries_tile(int dim) {
+  return {.owned = 128, .streamed = dim <= 64 ? 64 : 32, .warps = 4, .min_blocks = 2};
+}
+
+// A block owns all keys of a head.
+constexpr PlainBackwardTile resident_backward_tile() {
+  return {.owned = 256, .streamed = 32, .warps = 8, .min_blocks = 1};
+}
+
 // The number of splits of the tokens that stream past a kernel's blocks. It depends on shapes alone, not on the GPU, so
 // that results do not either: so many blocks keep a large GPU busy, and splits of fewer tokens are not worth their
 // partial sums in memory. Not measured on a GPU yet.

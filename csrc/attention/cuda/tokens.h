@@ -25,6 +25,12 @@ __device__ void start_tile(const Shared& sT, const TokenTensor& t, int64_t batch
             columns);
 }
 
+// The tiles of one head's tokens, of which the last begins with `token` (cuda/tile_stream.h).
+template <class Stream>
+__device__ Stream stream_of(const TokenTensor& t, int64_t batch, int64_t token, int64_t head, int64_t columns) {
+  return Stream(t.at<const typename Stream::Element>(batch, token, head), t.token_stride, int(columns));
+}
+
 // Calls f(token) for those of a sequence's slot that it does not cover; the threads of the block share them.
 template <class Function>
 __device__ void for_uncovered(Range slot, Range covered, Function&& f) {

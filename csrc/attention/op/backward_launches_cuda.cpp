@@ -12,10 +12,9 @@ BackwardLaunches::BackwardLaunches(const Checker& checker, const AttentionArgume
 
 Tensor BackwardLaunches::gradient_of(const Tensor& t) const { return is_empty_ ? zeros_as(t) : empty_as(t); }
 
-OptionalTensor BackwardLaunches::sum(const AttentionBackwardCudaParams& params, Side owner, const Tensor* logit_grads,
-                                     const Tensor* probs, bool needs_dots) const {
+OptionalTensor BackwardLaunches::launch(const AttentionBackwardCudaParams& params, Side owner, OwnedGrads grads,
+                                        const Tensor* logit_grads, const Tensor* probs, bool needs_dots) const {
   if (is_empty_) return {};
-  OwnedGrads grads;
   if (logit_grads) grads.logit_grads = token_tensor(*logit_grads);
   if (probs) grads.probs = token_tensor(*probs);
   grads.splits = attention_backward_splits(params, grads, owner);
@@ -39,12 +38,11 @@ PartialSums BackwardLaunches::dots_of(const Tensor& dots) {
   return {static_cast<float*>(dots.mutable_data_ptr()), dots.size(0), dots.size(1) * dots.size(2)};
 }
 
-ScoreFields<OptionalTensor> BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& params,
-                                                          const Tensor& grad_query) const {
-  const ScoreFields<OptionalTensor>& given = args_.score.terms;
-  ScoreFields<OptionalTensor> grads;
+OptionalTensor BackwardLaunches::sum_queries(const AttentionBackwardCudaParams& params,
+                                             const Tensor& grad_query) const {
   const OptionalTensor dots = sum(params, Side::kQueries, &grad_query, nullptr, needed_.head_scale);
-  if (needed_.head_scale) grads.head_scale = gradient_of(*given.head_scale);
+  if (!needed_.head_scale) return {};
+  const Tensor grad = gradient_of(*args_.score.terms.head_scale);
   if (dots) {
     const int64_t batch = params.forward.packing ? 1 : args_.batch;
     check(launch_row_reduction({.rows = dots_of(*dots),
@@ -53,27 +51,42 @@ ScoreFields<OptionalTensor> BackwardLaunches::sum_queries(const AttentionBackwar
                                 .heads = args_.heads,
                                 .weight = params.query_weight,
                                 .weight_strides = params.weight_strides,
-                                .factor = params.forward.problem.score.scale,
+                                .factor = params.forward.problem.score.scale.as<double>(),
                                 .strides = {.head = 1},
-                                .out = static_cast<float*>(grads.head_scale->mutable_data_ptr())},
+                                .out = static_cast<float*>(grad.mutable_data_ptr())},
                                stream()));
   }
+  return grad;
+}
+
+void BackwardLaunches::sum_terms(const AttentionBackwardCudaParams& params, ScoreFields<OptionalTensor>& grads) const {
   for_each_broadcast_term(
       [&](const char*, Broadcast to, bool is_needed, const OptionalTensor& tensor, OptionalTensor& grad) {
         if (is_needed) grad = term(params, *tensor, to);
       },
-      needed_, given, grads);
-  return grads;
+      needed_, args_.score.terms, grads);
 }
 
 Tensor BackwardLaunches::term(const AttentionBackwardCudaParams& params, const Tensor& tensor, Broadcast to) const {
   if (is_empty_) return gradient_of(tensor);
   const TermFactor factor = to.is_multiplier ? TermFactor::kMultiplier : TermFactor::kBias;
-  const ScoreStrides strides = score_strides(tensor, to.rank, true);
-  const PartialSumsOwner sums(gradient_of(tensor), parts_of_term(params, strides, tensor.numel()), tensor.numel());
+  const Tensor grad = gradient_of(tensor);
+  sum_term(params, factor, score_strides(tensor, to.rank, true), grad);
+  return grad;
+}
+
+Tensor BackwardLaunches::logit_grads_of_batch(const AttentionBackwardCudaParams& params) const {
+  const int64_t queries = params.forward.problem.num_queries(), keys = params.forward.problem.num_keys();
+  const Tensor sum = empty_as(args_.query, {args_.heads, queries, keys}, ScalarType::Float);
+  sum_term(params, TermFactor::kBias, {.head = queries * keys, .query = keys, .key = 1}, sum);
+  return sum;
+}
+
+void BackwardLaunches::sum_term(const AttentionBackwardCudaParams& params, TermFactor factor,
+                                const ScoreStrides& strides, const Tensor& to) const {
+  const PartialSumsOwner sums(to, parts_of_term(params, strides, to.numel()), to.numel());
   check(launch_attention_backward_term(params, {factor, strides, sums.sums()}, stream()));
   check(sums.add(DType::kFloat32, stream()));
-  return sums.gradient();
 }
 
 }  // namespace vitkernels

@@ -1,18 +1,20 @@
 // The operators vitkernels::attention and vitkernels::attention_varlen on a GPU, and their backward operators.
-#include "attention/cuda/forward_path.h"
+#include "attention/cuda/backward_path.h"
 #include "attention/op/offset_launches_cuda.h"
 
 namespace vitkernels {
 namespace {
 
-// Replaces the additive terms of a score by their sum, where that makes the forward faster. Owns the sum.
+// Replaces the additive terms of a score by their sum, where that makes the kernels faster. Owns the sum.
 OptionalTensor expand_bias(const Checker& checker, const Tensor& query, Problem& problem, DenseBias bias,
                            cudaStream_t stream) {
   if (bias.pitch == 0) return {};
   const Tensor sum = empty_as(query, {bias.num_elements(problem)}, ScalarType::Float);
   bias.data = static_cast<float*>(sum.mutable_data_ptr());
   check_cuda(checker, launch_expand_bias(problem, bias, stream));
+  const OffsetGrid grid = problem.score.by_offset.grid;
   problem.score.bias = problem.score.key_bias = {}, problem.score.by_offset = {};
+  problem.score.by_offset.grid = grid;  // for what reaches the queries through relative logits
   problem.score.bias.data = bias.data;
   problem.score.bias.strides = bias.strides(problem);
   return sum;
@@ -47,6 +49,26 @@ void attention(Call& call) {
   call.give(lse, "lse");
 }
 
+// Memory for what the fast paths need of each query; none, where they are not taken.
+OptionalTensor statistics_of(const Tensor& query, AttentionBackwardCudaParams& params) {
+  if (backward_path(params) == BackwardPath::kGeneral) return {};
+  constexpr int64_t kFloats = sizeof(StatisticsOfPair) / sizeof(float);
+  const Problem& problem = params.forward.problem;
+  const Tensor statistics =
+      empty_as(query, {problem.batch, problem.heads, QueryStatistics::pitch(problem) / 2, kFloats}, ScalarType::Float);
+  params.statistics.data = static_cast<StatisticsOfPair*>(statistics.mutable_data_ptr());
+  return statistics;
+}
+
+// Memory for the gradient of the logits, which spares the additive terms a pass of their own; none, where that is not
+// worth it.
+OptionalTensor logit_grads_of(const Tensor& query, AttentionBackwardCudaParams& params) {
+  if (!can_store_logit_grads(params)) return {};
+  const Tensor grads = empty_as(query, {LogitGrads::num_elements(params.forward.problem)}, query.scalar_type());
+  params.logit_grads.data = grads.mutable_data_ptr();
+  return grads;
+}
+
 template <bool kIsPacked>
 void attention_backward(Call& call) {
   DenseCall forward = take_dense(call, kIsPacked);
@@ -64,14 +86,32 @@ void attention_backward(Call& call) {
   params.key_value = params.forward.problem.value;
   params.grad_lse = from.grad_lse ? static_cast<const float*>(from.grad_lse->const_data_ptr()) : nullptr;
   params.delta = static_cast<float*>(delta.mutable_data_ptr());
-  OptionalTensor relative_logits;
+  // Of the kernels that sum for tokens. Those of the terms read the terms as they are.
+  AttentionBackwardCudaParams of_tokens = params;
+  OptionalTensor relative_logits, bias, statistics, logit_grads;
   if (!launches.is_empty()) {
     relative_logits = launch_relative_logits(call.checker, args, params.forward, launches.stream());
-    launches.check(launch_attention_backward_delta(params, launches.stream()));
+    of_tokens.forward = params.forward;
+    bias = expand_bias(call.checker, args.query, of_tokens.forward.problem, wanted_bias(params), launches.stream());
+    statistics = statistics_of(args.query, of_tokens);
+    const bool has_rel_pos = params.forward.problem.score.by_offset.has_rel_pos();
+    if (from.needed.bias || from.needed.key_bias || from.needed.bias_table || has_rel_pos) {
+      logit_grads = logit_grads_of(args.query, of_tokens);
+      params.logit_grads = of_tokens.logit_grads;
+    }
+    launches.check(launch_attention_backward_delta(of_tokens, launches.stream()));
   }
   const DeviceOffsetGradients by_offset(launches, args, from.needed, params);
-  launches.sum(params, Side::kKeys, &key, &value);
-  ScoreFields<OptionalTensor> terms = launches.sum_queries(params, query);
+  of_tokens.relative_grad_query = params.relative_grad_query;
+  ScoreFields<OptionalTensor> terms;
+  if (backward_path(of_tokens) == BackwardPath::kResident) {
+    launches.sum_both(of_tokens, query, key, value);
+  } else {
+    launches.sum(of_tokens, Side::kKeys, &key, &value);
+    by_offset.sum_relative(params);
+    terms.head_scale = launches.sum_queries(of_tokens, query);
+  }
+  launches.sum_terms(params, terms);
   by_offset.compute(params, terms);
   call.give(query, "grad_query");
   call.give(key, "grad_key");

@@ -28,6 +28,21 @@ auto dispatch_forward(const AttentionCudaParams& p, Function&& f) {
   }
 }
 
+template <Side kOwner, class Function>
+auto dispatch_plain_backward(DType dtype, Function&& f) {
+  if (dtype == DType::kBFloat16) return f(PlainBackwardLaunches<DType::kBFloat16, kOwner>{});
+  return f(PlainBackwardLaunches<DType::kFloat16, kOwner>{});
+}
+
+// The same, of the kernel that sums for `owner`. Who wants other sums than a backward of attention gets the general one.
+template <class Function>
+auto dispatch_backward(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner, Function&& f) {
+  const DType dtype = p.forward.problem.dtype;
+  if (!p.statistics.data || grads.dots.data) return dispatch_launches(dtype, f);
+  return owner == Side::kKeys ? dispatch_plain_backward<Side::kKeys>(dtype, f)
+                              : dispatch_plain_backward<Side::kQueries>(dtype, f);
+}
+
 cudaError_t merge_splits(const AttentionCudaParams& p, cudaStream_t stream) {
   const int64_t rows = p.num_rows() * p.problem.heads, dim = p.problem.value_dim;
   const void *outs[kMaxMergeParts], *lses[kMaxMergeParts];
@@ -60,7 +75,7 @@ cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) 
 }
 
 int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner) {
-  return dispatch_launches(p.forward.problem.dtype,
+  return dispatch_backward(p, grads, owner,
                            [&]<class Launches>(Launches) { return Launches::backward_splits(p, grads, owner); });
 }
 
@@ -71,7 +86,7 @@ int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const
 
 cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner,
                                       cudaStream_t stream) {
-  return dispatch_launches(p.forward.problem.dtype,
+  return dispatch_backward(p, grads, owner,
                            [&]<class Launches>(Launches) { return Launches::backward(p, grads, owner, stream); });
 }
 

@@ -30,11 +30,15 @@ DeviceOffsetGradients::DeviceOffsetGradients(const BackwardLaunches& launches, c
   relative_grads_ = zeros_as(args.query, {args.batch, terms.relative.batch_stride}, ScalarType::Float);
   relative_grad_query_ =
       empty_as(args.query, {args.batch, args.heads, terms.grid.num_tokens(), args.head_dim}, ScalarType::Float);
+  params.relative_grad_query = static_cast<const float*>(relative_grad_query_->const_data_ptr());
+}
+
+void DeviceOffsetGradients::sum_relative(const AttentionBackwardCudaParams& params) const {
+  if (!relative_grads_) return;
   float* grads = static_cast<float*>(relative_grads_->mutable_data_ptr());
   float* grad_query = static_cast<float*>(relative_grad_query_->mutable_data_ptr());
-  launches.check(launch_relative_logits_backward(params, grads, launches.stream()));
-  launches.check(launch_relative_grad_query(params, grads, grad_query, launches.stream()));
-  params.relative_grad_query = grad_query;
+  launches_.check(launch_relative_logits_backward(params, grads, launches_.stream()));
+  launches_.check(launch_relative_grad_query(params, grads, grad_query, launches_.stream()));
 }
 
 void DeviceOffsetGradients::compute(const AttentionBackwardCudaParams& params,
@@ -52,7 +56,16 @@ void DeviceOffsetGradients::compute(const AttentionBackwardCudaParams& params,
 Tensor DeviceOffsetGradients::table(const AttentionBackwardCudaParams& params, const Tensor& given,
                                     TermFactor factor) const {
   if (launches_.is_empty()) return launches_.gradient_of(given);
-  const int64_t entries = params.forward.problem.score.by_offset.grid.num_entries();
+  const Problem& problem = params.forward.problem;
+  const int64_t entries = problem.score.by_offset.grid.num_entries();
+  if (params.logit_grads.data) {
+    const Tensor of_batch = launches_.logit_grads_of_batch(params);
+    const PartialSumsOwner sums(launches_.gradient_of(given), 1, args_.heads * entries);
+    launches_.check(launch_attention_backward_table(problem, static_cast<const float*>(of_batch.const_data_ptr()),
+                                                    sums.sums().data, launches_.stream()));
+    launches_.check(sums.add(DType::kFloat32, launches_.stream()));
+    return sums.gradient();
+  }
   const PartialSumsOwner sums(zeros_as(given), parts_of_table(params), args_.heads * entries,
                               PartialSumsOwner::Start::kZero);
   launches_.check(launch_attention_backward_table(params, {factor, sums.sums()}, launches_.stream()));

@@ -12,10 +12,12 @@ OptionalTensor launch_relative_logits(const Checker& checker, const AttentionArg
 // The gradients of these terms. The other backward kernels' `delta` must have been computed.
 class DeviceOffsetGradients {
  public:
-  // Points `params` to the share of the query's gradient.
+  // Points `params` to the share of the query's gradient, which sum_relative computes.
   DeviceOffsetGradients(const BackwardLaunches& launches, const AttentionArguments& args,
                         const ScoreFields<bool>& needed, AttentionBackwardCudaParams& params);
 
+  // Of the relative logits, if there are any. Where the main pass over the keys stores dS, it must have been launched.
+  void sum_relative(const AttentionBackwardCudaParams& params) const;
   void compute(const AttentionBackwardCudaParams& params, ScoreFields<OptionalTensor>& grads) const;
 
  private:

@@ -64,7 +64,9 @@ void attention_transposed_backward(Call& call) {
   const Tensor grad_row_weight = launches.gradient_of(lse);
   const AttentionBackwardCudaParams params = params_of(args, &out_gradient);
   launches.sum(params, Side::kKeys, &grad_key, nullptr);
-  const ScoreFields<OptionalTensor> terms = launches.sum_queries(params, grad_query);
+  ScoreFields<OptionalTensor> terms;
+  terms.head_scale = launches.sum_queries(params, grad_query);
+  launches.sum_terms(params, terms);
   if (const OptionalTensor dots = launches.sum(params, Side::kQueries, nullptr, &grad_value, true)) {
     launches.check(launch_transposed_rows(params, BackwardLaunches::dots_of(*dots),
                                           static_cast<float*>(grad_row_weight.mutable_data_ptr()),
