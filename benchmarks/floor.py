@@ -18,6 +18,12 @@ MATMUL, COPY = "floor: matmul", "floor: copy"
 _TRIAL_SIZE = {"cpu": 512, "cuda": 4096}
 
 
+def _is_taken_by_onednn(dtype: str) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == "float32" or (dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _candidates(dtype: str, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Ways to multiply two matrices; the second may be taken as transposed."""
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -25,7 +31,7 @@ def _candidates(dtype: str, device: torch.device) -> dict[str, Callable[[Tensor,
     for name in dict.fromkeys(("float32", dtype)) if device.type == "cpu" else (dtype,):
         found[f"torch.mm {name}"] = lambda a, b: a @ b
         # What torch.mm calls may not use all of a CPU; PyTorch holds a second library that may.
-        if device.type == "cpu" and name != "float16" and torch.backends.mkldnn.is_available():
+        if device.type == "cpu" and _is_taken_by_onednn(name):
             linear = torch.ops.mkldnn._linear_pointwise
             found[f"oneDNN {name}"] = lambda a, b, linear=linear: linear(a, b, None, "none", [], "")
     return found

@@ -33,7 +33,7 @@ template <class Element>
 __device__ void store_pair_if(bool exists, Element* to, float first, float second) {
   const cutlass::Array<float, 2> pair{first, second};
   const auto rounded = cutlass::NumericArrayConverter<Element, float, 2>::convert(pair);
-  asm volatile("{ .reg .pred exists; setp.ne.b32 exists, %0, 0; @exists st.global.b32 [%1], %2; }" ::"r"(int(exists)),
+  asm volatile("{ .reg .pred exists; setp.ne.s32 exists, %0, 0; @exists st.global.b32 [%1], %2; }" ::"r"(int(exists)),
                "l"(to), "r"(reinterpret_cast<const uint32_t&>(rounded))
                : "memory");
 }

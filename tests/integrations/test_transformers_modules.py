@@ -60,7 +60,8 @@ def test_float32_error_policy(name):
     for named in (truth, stock, ours):  # the gradient of a key's bias is zero, and what is computed is rounding
         for key in [key for key in named if re.search(r"(projection_key\b.*|\bkey|k_proj)\.bias$", key)]:
             del named[key]
-    assert_policy(ours, stock, truth, torch.finfo(torch.float32).eps)
+    # Cvt normalizes over the batch before its projections: of gradients near zero, AVX2 kernels are 2.5 roundings off.
+    assert_policy(ours, stock, truth, torch.finfo(torch.float32).eps * (2 if name == "Cvt" else 1))
 
 
 @pytest.mark.parametrize("name", ["Pvt", "PvtV2", "Swinv2"])
