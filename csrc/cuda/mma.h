@@ -145,9 +145,12 @@ __device__ auto read_operand_a(const Mma& mma, const TileA& sA) {
   return rA;
 }
 
-// acc = first + a b^T, `sB` (columns,depth) read through `atom`. `read_a(m, k)` reads a part of operand `rA`: the one of the
-// next step as soon as this step is done with it, since registers for both are scarce.
-template <class Mma, class Atom, class Acc, class First, class ReadA, class OperandA, class TileB>
+// How a step goes through its instructions: a fragment of operand B serves all rows before the next one, so that few of
+// them live at a time; or row after row, so that the next step's operand A can take the place of this one's.
+enum class StepOrder { kByColumns, kByRows };
+
+// acc = first + a b^T, `sB` (columns,depth) read through `atom`, a step ahead. `read_a(m, k)` reads a part of operand `rA`.
+template <StepOrder kOrder, class Mma, class Atom, class Acc, class First, class ReadA, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_steps(const Mma& mma, const Atom& atom, Acc& acc, const First& first,
                                                ReadA&& read_a, const OperandA& rA, const TileB& sB) {
   using Element = typename TileB::value_type;
@@ -157,23 +160,32 @@ __device__ __forceinline__ void multiply_steps(const Mma& mma, const Atom& atom,
       cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_B(sB));  // (MMA,MMA_N,MMA_K)
   cute::Tensor tBsB = copy.partition_S(sB);                                                    // (CPY,CPY_N,CPY_K)
   cute::Tensor tBrB = copy.retile_D(rB);                                                       // (CPY,CPY_N,CPY_K)
+  constexpr int kColumns = decltype(cute::size<1>(rB))::value;
   const auto read_b = [&](int k) { cute::copy(atom, tBsB(cute::_, cute::_, k), tBrB(cute::_, cute::_, k)); };
+  const auto multiply = [&](int m, int n, int k) {
+    if (k == 0) {
+      cute::gemm(mma, acc(cute::_, m, n), rA(cute::_, m, k), rB(cute::_, n, k), first(cute::_, m, n));
+    } else {
+      cute::gemm(mma, rA(cute::_, m, k), rB(cute::_, n, k), acc(cute::_, m, n));
+    }
+  };
   read_b(0);
   CUTE_UNROLL
   for (int m = 0; m < kRows; ++m) read_a(m, 0);
   CUTE_UNROLL
   for (int k = 0; k < kSteps; ++k) {
     if (k + 1 < kSteps) read_b(k + 1);
+    if constexpr (kOrder == StepOrder::kByColumns) {
+      CUTE_UNROLL
+      for (int n = 0; n < kColumns; ++n) {
+        CUTE_UNROLL
+        for (int m = 0; m < kRows; ++m) multiply(n % 2 == 0 ? m : kRows - 1 - m, n, k);
+      }
+    }
     CUTE_UNROLL
     for (int m = 0; m < kRows; ++m) {
       CUTE_UNROLL
-      for (int n = 0; n < cute::size<1>(rB); ++n) {
-        if (k == 0) {
-          cute::gemm(mma, acc(cute::_, m, n), rA(cute::_, m, k), rB(cute::_, n, k), first(cute::_, m, n));
-        } else {
-          cute::gemm(mma, rA(cute::_, m, k), rB(cute::_, n, k), acc(cute::_, m, n));
-        }
-      }
+      for (int n = 0; n < kColumns && kOrder == StepOrder::kByRows; ++n) multiply(m, n, k);
       if (k + 1 < kSteps) read_a(m, k + 1);
     }
   }
@@ -191,7 +203,7 @@ __device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, co
   cute::Tensor tAsA = copy.partition_S(sA);                                                    // (CPY,CPY_M,CPY_K)
   cute::Tensor tArA = copy.retile_D(rA);                                                       // (CPY,CPY_M,CPY_K)
   const auto read = [&](int m, int k) { cute::copy(atom, tAsA(cute::_, m, k), tArA(cute::_, m, k)); };
-  multiply_steps(mma, typename Mma::CopyB{}, acc, first, read, rA, sB);
+  multiply_steps<StepOrder::kByRows>(mma, typename Mma::CopyB{}, acc, first, read, rA, sB);
 }
 
 template <class Mma, class Acc, class TileA, class TileB>
@@ -199,16 +211,16 @@ __device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, co
   multiply_whole_tile(mma, acc, acc, sA, sB);
 }
 
-// The same with `sA` in registers (operand A).
+// acc += a b^T, a in registers (operand A).
 template <class Mma, class Acc, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_held_tile(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {
-  multiply_steps(mma, typename Mma::CopyB{}, acc, acc, [](int, int) {}, rA, sB);
+  multiply_steps<StepOrder::kByRows>(mma, typename Mma::CopyB{}, acc, acc, [](int, int) {}, rA, sB);
 }
 
 // acc += a b, a in registers (operand A), `sB` (depth,columns).
-template <class Mma, class Acc, class OperandA, class TileB>
+template <StepOrder kOrder, class Mma, class Acc, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_whole_operand(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {
-  multiply_steps(mma, typename Mma::CopyTransposedB{}, acc, acc, [](int, int) {}, rA, transposed(sB));
+  multiply_steps<kOrder>(mma, typename Mma::CopyTransposedB{}, acc, acc, [](int, int) {}, rA, transposed(sB));
 }
 
 // acc += a b^T of one warp, `sA` (rows,depth) and `sB` (columns,depth) in shared memory, their depth not contiguous. The first

@@ -117,7 +117,7 @@ struct PlainKeysKernel {
       // A thread has two neighbouring queries of every eight. From an index of its own, as it would live in a register.
       const StatisticsOfPair* const pairs = statistics + stage * kPairs + thread_index() % 4;
       exponentiate_tile(logits, pairs, scale);
-      multiply_whole_operand(mma, grad_value, as_operand_a(convert<Element>(probs)), sD);
+      multiply_whole_operand<StepOrder::kByRows>(mma, grad_value, as_operand_a(convert<Element>(probs)), sD);
       Tensor grads = partition_fragment_C(mma, Shape<Int<kOwned>, Int<kStreamed>>{});  // (MMA,MMA_M,MMA_N)
       multiply_whole_tile(mma, grads, minus_delta(grads, pairs), sV, sD);
       CUTE_UNROLL
@@ -126,7 +126,7 @@ struct PlainKeysKernel {
       if constexpr (kHasBias) {
         if (p.logit_grads.data) store_grads(p, tasks.task(int(block_index())), rest, rS);
       }
-      multiply_whole_operand(mma, grad_key, as_operand_a(rS), sQ);
+      multiply_whole_operand<StepOrder::kByRows>(mma, grad_key, as_operand_a(rS), sQ);
       if constexpr (kSumsQueries) {
         Tensor sS = shared_tile<SharedGrads>(shared + kFirstGrad);  // (keys,queries)
         cute::copy(AutoVectorizingCopy{}, rS, mma.get_slice(threadIdx.x).partition_C(sS));

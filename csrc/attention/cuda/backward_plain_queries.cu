@@ -110,7 +110,7 @@ struct PlainQueriesKernel {
       multiply_whole_tile(mma, grads, make_tensor(minus_delta.data(), of_rows), sD, sV);
       CUTE_UNROLL
       for (int i = 0; i < size(grads); ++i) grads(i) *= probs(i);
-      multiply_whole_operand(mma, grad, as_operand_a(convert<Element>(grads)), sK);
+      multiply_whole_operand<StepOrder::kByRows>(mma, grad, as_operand_a(convert<Element>(grads)), sK);
       stage ^= 1;
     };
     step(std::true_type{});

@@ -12,7 +12,7 @@
 #include "attention/cuda/tile_sizes.h"
 #include "attention/cuda/tokens.h"
 #include "cuda/fast_softmax.h"
-#include "cuda/held_operand.h"
+#include "cuda/mma.h"
 #include "cuda/tile_stream.h"
 
 namespace vitkernels {
@@ -102,7 +102,7 @@ struct PlainForwardKernel {
         CUTE_UNROLL
         for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) *= factor;
       });
-      multiply_held_transposed(mma, out, as_operand_a(convert<Element>(logits)), sV);
+      multiply_whole_operand<StepOrder::kByColumns>(mma, out, as_operand_a(convert<Element>(logits)), sV);
     };
     step(std::true_type{});
     while (tiles_before-- > 0) step(std::false_type{});
