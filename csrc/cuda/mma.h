@@ -135,12 +135,12 @@ __device__ __forceinline__ void multiply_operand(const Mma& mma, Acc& acc, const
 
 // Fragments of operand A (rows,depth) in shared memory.
 template <class Mma, class TileA>
-__device__ auto read_operand_a(const Mma& mma, const TileA& sA) {
+__device__ auto read_operand_a(const Mma& mma, const TileA& sA, int thread = threadIdx.x) {
   using Element = typename TileA::value_type;
   const typename Mma::CopyA atom;
-  const auto copy = cute::make_tiled_copy_A(atom, mma).get_slice(threadIdx.x);
+  const auto copy = cute::make_tiled_copy_A(atom, mma).get_slice(thread);
   cute::Tensor rA =
-      cute::make_fragment_like<Element>(mma.get_slice(threadIdx.x).partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
+      cute::make_fragment_like<Element>(mma.get_slice(thread).partition_fragment_A(sA));  // (MMA,MMA_M,MMA_K)
   cute::copy(atom, copy.partition_S(sA), copy.retile_D(rA));
   return rA;
 }
@@ -149,7 +149,8 @@ __device__ auto read_operand_a(const Mma& mma, const TileA& sA) {
 // them live at a time; or row after row, so that the next step's operand A can take the place of this one's.
 enum class StepOrder { kByColumns, kByRows };
 
-// acc = first + a b^T, `sB` (columns,depth) read through `atom`, a step ahead. `read_a(m, k)` reads a part of operand `rA`.
+// acc = first + a b^T, `sB` (columns,depth) read through `atom`, a step ahead. `read_a(m, k)` reads a part of operand
+// `rA`.
 template <StepOrder kOrder, class Mma, class Atom, class Acc, class First, class ReadA, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_steps(const Mma& mma, const Atom& atom, Acc& acc, const First& first,
                                                ReadA&& read_a, const OperandA& rA, const TileB& sB) {
@@ -223,9 +224,9 @@ __device__ __forceinline__ void multiply_whole_operand(const Mma& mma, Acc& acc,
   multiply_steps<kOrder>(mma, typename Mma::CopyTransposedB{}, acc, acc, [](int, int) {}, rA, transposed(sB));
 }
 
-// acc += a b^T of one warp, `sA` (rows,depth) and `sB` (columns,depth) in shared memory, their depth not contiguous. The first
-// `depth` exist; behind them, one operand is zero and the other one finite. Two accumulators in turn, since neighbouring
-// instructions of few columns would wait for each other.
+// acc += a b^T of one warp, `sA` (rows,depth) and `sB` (columns,depth) in shared memory, their depth not contiguous.
+// The first `depth` exist; behind them, one operand is zero and the other one finite. Two accumulators in turn, since
+// neighbouring instructions of few columns would wait for each other.
 template <class Mma, class Acc, class TileA, class TileB>
 __device__ __forceinline__ void multiply_transposed(const Mma& mma, int lane, Acc& acc, const TileA& sA,
                                                     const TileB& sB, int depth) {

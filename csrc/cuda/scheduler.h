@@ -6,8 +6,8 @@
 
 namespace vitkernels::cuda {
 
-// An index, decomposed into coordinates: the fastest-varying one first. That of a block has 32 bits, in which a division
-// takes a fifth of the instructions.
+// An index, decomposed into coordinates: the fastest-varying one first. That of a block has 32 bits, in which a
+// division takes a fifth of the instructions.
 template <class Index>
 class TaskIndex {
  public:

@@ -1,4 +1,4 @@
-// Consecutive tiles of a tensor's rows on their way to shared memory: running pointers, and bounds in the last tile only.
+// Consecutive tiles of a tensor's rows on their way to shared memory: running pointers, bounds in the last tile only.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -7,10 +7,9 @@
 
 namespace vitkernels::cuda {
 
-// The share of a thread in copying tiles of kRows x kColumns with kThreads threads, 16 bytes at a time, from the last tile
-// to the first. Rows are aligned. If kIsLean, what a copy needs besides a pointer is computed for each tile, with fewer
-// registers.
-template <class T, int kThreads, int kRows, int kColumns, bool kIsLean = true>
+// The share of a thread in copying tiles of kRows x kColumns with kThreads threads, 16 bytes at a time, from the last
+// row to the first. Rows are aligned.
+template <class T, int kThreads, int kRows, int kColumns>
 class TileStream {
  public:
   using Element = T;
@@ -23,20 +22,20 @@ class TileStream {
  public:
   // `rows` is the first of the last tile. `columns` exist; those past them become zero.
   __device__ TileStream(const Element* rows, int64_t stride, int columns)
-      : stride_(unsigned(stride) * unsigned(sizeof(Element))), columns_(kIsLean ? columns : bytes_of_row(columns)) {
-    const int column = int(threadIdx.x) % Copy::kThreadsOfRow * Copy::kVector;
-    next_ = reinterpret_cast<const char*>(rows + column) + uint64_t(row()) * stride_;
+      : step_(unsigned(stride) * unsigned(kRowsOfStep * sizeof(Element))), exists_(column() < columns) {
+    const int64_t last = row() + (kSteps - 1) * kRowsOfStep;
+    next_ = reinterpret_cast<const char*>(rows + last * stride + column());
   }
 
   // Starts the copy of the next tile, of which `rows` exist; the others become zero.
   template <class Shared>
   __device__ void start_some(const Shared& sT, int rows) {
-    start(sT, [&](int step, int bytes) { return row() + step * kRowsOfStep < rows ? bytes : 0; });
+    start(sT, [&](int step) { return row() + step * kRowsOfStep < rows; });
   }
   // The same of a whole tile.
   template <class Shared>
   __device__ void start_whole(const Shared& sT) {
-    start(sT, [](int, int bytes) { return bytes; });
+    start(sT, [](int) { return true; });
   }
 
  private:
@@ -44,24 +43,21 @@ class TileStream {
 
   // Of indices of their own, so that they do not live in registers across a loop.
   static __device__ int row() { return thread_index() % kThreads / Copy::kThreadsOfRow; }
-  static __device__ int bytes_of_row(int columns) { return column() < columns ? kVectorBytes : 0; }
   static __device__ int column() { return thread_index() % Copy::kThreadsOfRow * Copy::kVector; }
 
-  template <class Shared, class Bytes>
-  __device__ void start(const Shared& sT, Bytes&& bytes) {
+  template <class Shared, class Exists>
+  __device__ void start(const Shared& sT, Exists&& exists) {
     cute::Tensor tsT = typename Copy::Copy{}.get_slice(threadIdx.x % kThreads).partition_D(sT);  // (CPY,CPY_M,CPY_K)
-    const int row_bytes = kIsLean ? bytes_of_row(columns_) : columns_;
-    const uint64_t stride = kIsLean ? computed_here(stride_) : stride_;  // or its multiples live in registers, too
     CUTE_UNROLL
-    for (int m = 0; m < kSteps; ++m) {
-      copy_16_bytes(&tsT(0, m, 0), next_ + m * kRowsOfStep * stride, bytes(m, row_bytes));
+    for (int m = kSteps - 1; m >= 0; --m) {
+      copy_16_bytes(&tsT(0, m, 0), next_, exists(m) && exists_ ? kVectorBytes : 0);
+      next_ -= step_;
     }
-    next_ -= kRows * stride;
   }
 
-  const char* next_;  // this thread's first vector of the next tile
-  unsigned stride_;   // in bytes
-  int columns_;       // or the bytes of the thread's vector that exist
+  const char* next_;  // this thread's next vector
+  unsigned step_;     // to the one before, in bytes
+  bool exists_;
 };
 
 }  // namespace vitkernels::cuda

@@ -4,13 +4,13 @@ fail."""
 import pytest
 import torch
 import vitkernels as vk
+from support.devices import HALF
 from support.emulation import conflicts, nbytes, needs_emulator
+from support.operands import ROUNDING, operands, tokens
 from vitkernels import reference
 
 pytestmark = needs_emulator
 
-HALF = [torch.bfloat16, torch.float16]
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 #: What sums for the tokens, by path.
 KERNELS = {
     "plain": ["_delta", "_keys", "_queries"],
@@ -23,18 +23,6 @@ def kernels_of(emulator):
     """Those of the backward."""
     names = [launch.kernel.removeprefix("vitkernels::") for launch in emulator.launches()]
     return [name.removeprefix("attention_backward") for name in names if name.startswith("attention_backward")]
-
-
-def tokens(*shape, dtype=torch.bfloat16, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def operands(b=1, q=40, k=50, h=2, d=32, v=None, kv_heads=None, dtype=torch.bfloat16):
-    g = kv_heads or h
-    return (
-        tokens(b, q, h, d, dtype=dtype), tokens(b, k, g, d, dtype=dtype, seed=1),
-        tokens(b, k, g, v or d, dtype=dtype, seed=2),
-    )  # fmt: skip
 
 
 def leaf(value):
@@ -113,7 +101,7 @@ each_path = pytest.mark.parametrize("k", KEYS.values(), ids=KEYS)
 GENERAL = {
     "float32": lambda: {"dtype": torch.float32}, "wide": lambda: {"d": 136}, "odd rows": lambda: {"d": 30},
     "causal": lambda: {"is_causal": True}, "head map": lambda: {"head_map": torch.tensor([1, 0])},
-    "no scale": lambda: {"scale": 0.0}, "negative scale": lambda: {"scale": -0.5},
+    "no scale": lambda: {"scale": 0.0}, "negative scale": lambda: {"scale": -0.5}, "scale": lambda: {"scale": 3e38},
     "multiplier": lambda: {"multiplier": torch.ones(1, 2, 40, 50)},
     "wide bias": lambda: {"d": 72, "bias": torch.zeros(40, 50)},
 }  # fmt: skip
@@ -188,6 +176,44 @@ def test_terms_without_a_gradient(k, cuda_kernels):
     stored = cuda_kernels.counters()["vitkernels::attention_backward_keys"].written.total - without
     assert kernels_of(cuda_kernels) == [*KERNELS[path(k)], "_term"]
     assert stored == 2 * 64 * k * call[0].element_size(), "two heads, whole tiles of 32 queries"
+
+
+def test_terms_of_general_kernels_are_not_expanded(cuda_kernels):
+    """They read terms as they are, and take what the fast paths do not: a gradient that begins anywhere."""
+    call, table = [leaf(t) for t in operands(q=64, k=64)], leaf(odd(2, 15, 15))
+    out = vk.attention(*call, bias_table=table)
+    assert "vitkernels::expand_bias" in cuda_kernels.counters()
+    cuda_kernels.reset()
+    grad_out = tokens(1, 64, 2, 40, seed=5)[..., 3:35]
+    found = torch.autograd.grad(out, [*call, table], grad_out)
+    assert "vitkernels::expand_bias" not in cuda_kernels.counters()
+    assert kernels_of(cuda_kernels) == [*KERNELS["general"], "_table"]
+    doubles = [leaf(t) for t in wide([*call, table])]
+    expected = reference.attention(*doubles[:3], bias_table=doubles[3])
+    for one, other in zip(found, torch.autograd.grad(expected, doubles, grad_out.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=4 * ROUNDING[torch.bfloat16] * other.abs().max(), rtol=0)
+
+
+def test_an_only_token_has_any_stride(cuda_kernels):
+    check([t[:, :1, :, :32] for t in operands(b=1, q=3, k=3, h=1, d=33)])
+    assert kernels_of(cuda_kernels) == KERNELS["plain"]
+
+
+@each_path
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+def test_queries_that_do_not_exist_cost_no_more_than_others(has_bias, k, cuda_kernels):
+    """P of theirs is zero without the branch that a large LSE takes."""
+    instructions = {}
+    for q in (33, 64):
+        call = [leaf(t) for t in operands(q=q, k=k)]
+        out = vk.attention(*call, bias=torch.zeros(q, k) if has_bias else None)
+        cuda_kernels.reset()
+        out.sum().backward()
+        counters = cuda_kernels.counters()
+        instructions[q] = {
+            name: counters[name].instructions for name in counters if name.endswith(("_keys", "_queries"))
+        }
+    assert all(instructions[33][name] <= count for name, count in instructions[64].items())
 
 
 @each_path
@@ -288,7 +314,7 @@ def test_traffic(d, k, dtype, cuda_kernels):
     delta, keys = counters["_delta"], counters["_keys"]
     assert delta.read.total == nbytes(out, out, lse, lse), "a warp has four rows, half a sector of lse"
     assert delta.read.distinct == nbytes(out, out, lse)
-    assert delta.written.distinct == nbytes(lse) + 2 * STATISTICS * rows(152, 128)
+    assert delta.written.distinct == nbytes(lse) + streamed
     tiles_of_keys = 1 if path(k, d) == "resident" else -(-k // (128 if d <= 64 else 64))
     assert keys.read.total == nbytes(key, value) + tiles_of_keys * (nbytes(query, out) + streamed)
     assert keys.read.distinct == nbytes(key, value, query, out) + streamed
@@ -298,7 +324,7 @@ def test_traffic(d, k, dtype, cuda_kernels):
     assert conflicts(keys) == {}
     if path(k, d) == "plain":
         queries = counters["_queries"]
-        assert queries.read.total == nbytes(query, out) + 2 * STATISTICS * rows(152, 128) + 2 * nbytes(key, value)
+        assert queries.read.total == nbytes(query, out) + streamed + 2 * nbytes(key, value)
         assert queries.written.total == queries.written.distinct == nbytes(query)
         assert conflicts(queries) == {}
 

@@ -4,29 +4,16 @@ fail."""
 import pytest
 import torch
 import vitkernels as vk
+from support.devices import HALF
 from support.emulation import needs_emulator
+from support.operands import ROUNDING, operands, tokens
 from vitkernels import reference
 
 pytestmark = needs_emulator
 
-HALF = [torch.bfloat16, torch.float16]
-ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
 
 def kernels_of(emulator):
     return [launch.kernel.removeprefix("vitkernels::") for launch in emulator.launches()]
-
-
-def tokens(*shape, dtype=torch.bfloat16, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def operands(b=1, q=40, k=50, h=2, d=32, v=None, kv_heads=None, dtype=torch.bfloat16):
-    g = kv_heads or h
-    return (
-        tokens(b, q, h, d, dtype=dtype), tokens(b, k, g, d, dtype=dtype, seed=1),
-        tokens(b, k, g, v or d, dtype=dtype, seed=2),
-    )  # fmt: skip
 
 
 def check(call, **options):
@@ -82,12 +69,18 @@ TERMS = ("bias", "key_bias")
 GENERAL = {
     "float32": lambda: {"dtype": torch.float32}, "wide": lambda: {"d": 136}, "odd rows": lambda: {"d": 30},
     "causal": lambda: {"is_causal": True}, "head map": lambda: {"head_map": torch.tensor([1, 0])},
-    "no scale": lambda: {"scale": 0.0}, "negative scale": lambda: {"scale": -0.5},
+    "no scale": lambda: {"scale": 0.0}, "negative scale": lambda: {"scale": -0.5}, "scale": lambda: {"scale": 3e38},
     "scale of heads": lambda: {"scale": torch.tensor([0.5, 2.0])},
     "multiplier": lambda: {"multiplier": torch.ones(1, 2, 40, 50)},
     "bias and multiplier": lambda: {"key_bias": torch.ones(50), "multiplier": torch.ones(1, 2, 40, 50)},
     "long bias": lambda: {"k": 3001, "q": 1400, "h": 4, "d": 8, "bias": torch.ones(4, 1, 1).expand(-1, 1400, 3001)},
 }  # fmt: skip
+
+
+def test_largest_scale(cuda_kernels):
+    """Its product with log2(e) overflows, but logits are zero."""
+    query, key, value = operands()
+    torch.testing.assert_close(vk.attention(query * 0, key, value, scale=3e38), vk.attention(query * 0, key, value))
 
 
 @pytest.mark.parametrize("name", GENERAL)

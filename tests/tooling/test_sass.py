@@ -106,10 +106,16 @@ LIMITS = {
     "attention_backward_keys<PlainKeysKernel<{}, 128, false, false>>": (3.5, 0.65),
     "attention_backward_keys<PlainKeysKernel<{}, 64, true, false>>": (5.0, 0.4),
     "attention_backward_keys<PlainKeysKernel<{}, 64, false, true>>": (4.5, 0.5),
+    "attention_backward_keys<PlainKeysKernel<{}, 64, true, true>>": (5.4, 0.5),
     "attention_backward_queries<PlainQueriesKernel<{}, 32, false>>": (5.6, 0.35),
     "attention_backward_queries<PlainQueriesKernel<{}, 64, false>>": (4.5, 0.35),
     "attention_backward_queries<PlainQueriesKernel<{}, 128, false>>": (3.5, 0.45),
     "attention_backward_queries<PlainQueriesKernel<{}, 64, true>>": (4.5, 0.35),
+}
+# Bytes of stack, and how many loads from it a pass of the loop may have.
+SPILLS = {
+    "attention_backward_keys<PlainKeysKernel<{}, 64, false, true>>": (8, 1),
+    "attention_backward_keys<PlainKeysKernel<{}, 64, true, true>>": (8, 1),
 }
 LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernels_cuda_emulated.so"]
 
@@ -119,7 +125,7 @@ LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernel
     [("bfloat16", "10bfloat16_t"), pytest.param("float16", "6half_t", marks=pytest.mark.full)],
 )
 def test_main_loops(dtype, mangled):
-    """In few instructions on sm_90. Two registers may wait in local memory, one of which the loop may load."""
+    """In few instructions on sm_90, and in registers."""
     programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
     if programs is None or library is None or programs.nvdisasm is None:
         pytest.skip("needs ptxas, nvdisasm and a library built with CUDA")
@@ -127,10 +133,10 @@ def test_main_loops(dtype, mangled):
     names = "|".join(f"{len(template)}{template}I" for template in sorted(templates))
     kernels = {str(k): k for k in cuda_report.measure(programs, library, ["90"], f"({names})N7cutlass{mangled}")}
     for name, (slots, ldsm) in LIMITS.items():
-        kernel = kernels[name.format(dtype)]
+        kernel, (stack, reloads) = kernels[name.format(dtype)], SPILLS.get(name, (0, 0))
         loop = max(kernel.loops, key=lambda loop: loop.count("HMMA"))
         is_lean = loop.slots_per_hmma <= slots and loop.ldsm_per_hmma <= ldsm
-        assert is_lean and kernel.stack <= 8 and loop.count("LDL", "STL") <= 1, (
+        assert is_lean and kernel.stack <= stack and loop.count("LDL", "STL") <= reloads, (
             f"{kernel}: {loop.slots_per_hmma:.2f} instructions and {loop.ldsm_per_hmma:.2f} LDSM for each HMMA, "
-            f"{kernel.stack} bytes of stack, takes {slots}, {ldsm} and 8"
+            f"{kernel.stack} bytes of stack, takes {slots}, {ldsm} and {stack}"
         )

@@ -12,8 +12,8 @@
 // without leaving registers.
 
 #include "attention/cuda/differentiate.h"
+#include "attention/cuda/owned_tokens.h"
 #include "attention/cuda/tile_sizes.h"
-#include "cuda/epilogue.h"
 
 namespace vitkernels {
 namespace {
@@ -35,6 +35,7 @@ struct BackwardKernel {
   using Streamed = SharedPair<Element, kTile.streamed, kDim>;
   using Copy = typename TileCopy<Element, kThreads, kDim>::Copy;
   using Mma = TileMma<Element, kTile.warps, std::min(16, kTile.streamed)>;
+  using OwnedShape = Shape<Int<kTile.owned>, Int<kColumns>>;
 
   // In tiles of `size` tokens.
   static VK_HOST_DEVICE int64_t owned_tiles(const AttentionCudaParams& p, int64_t size) {
@@ -226,37 +227,35 @@ struct BackwardKernel {
       CUTE_UNROLL
       for (int i = 0; i < size(grad); ++i) grad(i) *= problem.score.scale.template as<float>();
       if (columns > 0) {
-        store(mma, grad, owned.template part<kColumns>(0), targets.logit_grads, targets.logit_grad_parts, task,
-              columns);
+        auto sK = owned.template part<kColumns>(0);  // (keys,columns)
+        store_owned<kThreads>(mma, grad, sK, targets.logit_grads, targets.logit_grad_parts,
+                              owned_tokens(task, columns));
       }
       if (value_columns > 0) {
-        store(mma, grad_value, owned.template part<kColumns>(1), targets.probs, targets.prob_parts, task,
-              value_columns);
+        auto sV = owned.template part<kColumns>(1);  // (keys,columns)
+        store_owned<kThreads>(mma, grad_value, sV, targets.probs, targets.prob_parts,
+                              owned_tokens(task, value_columns));
       }
     } else {
       const bool is_logit_grad = columns > 0, has_arrived = owned_head < task.query_heads.end;
-      const auto sT = owned.part(is_logit_grad ? 0 : 1);  // (queries,columns)
+      auto sT = owned.part(is_logit_grad ? 0 : 1);  // (queries,columns)
+      const OwnedTokens tokens = owned_tokens(task, is_logit_grad ? columns : value_columns);
       if (targets.dots.data) write_dots(mma, grad, sT, has_arrived, p.forward, targets, task);
       scale_rows(mma, grad, p, task, is_logit_grad ? problem.score.template scale_of<float>(task.head) : 1.0f);
-      if (p.relative_grad_query && task.split == 0) add_relative_grad(mma, grad, p, task);
-      store(mma, grad, sT, is_logit_grad ? targets.logit_grads : targets.probs,
-            is_logit_grad ? targets.logit_grad_parts : targets.prob_parts, task,
-            is_logit_grad ? columns : value_columns);
+      if (p.relative_grad_query && task.split == 0) {
+        add_relative_grad(grad, owned_coordinates(mma, OwnedShape{}), p, tokens);
+      }
+      store_owned<kThreads>(mma, grad, sT, is_logit_grad ? targets.logit_grads : targets.probs,
+                            is_logit_grad ? targets.logit_grad_parts : targets.prob_parts, tokens);
     }
-  }
-
-  // The (row,column) of each of a thread's accumulators of the owned tile, as (rows,columns).
-  static __device__ auto owned_coordinates(const Mma& mma) {
-    return by_rows(mma.get_slice(threadIdx.x)
-                       .partition_C(make_identity_tensor(Shape<Int<kTile.owned>, Int<kColumns>>{})));  // (rows,columns)
   }
 
   // The dot product of each query (or its values), in shared memory, with its accumulator.
   template <class Acc, class Shared>
   static __device__ void write_dots(const Mma& mma, const Acc& grad, const Shared& sT, bool has_arrived,
                                     const AttentionCudaParams& p, const OwnedGrads& targets, const Task& task) {
-    Tensor rows = by_rows(grad);             // (rows,columns)
-    const auto at = owned_coordinates(mma);  // (rows,columns)
+    Tensor rows = by_rows(grad);                           // (rows,columns)
+    const auto at = owned_coordinates(mma, OwnedShape{});  // (rows,columns)
     CUTE_UNROLL
     for (int r = 0; r < size<0>(rows); ++r) {
       const int row = get<0>(at(r, 0));
@@ -276,8 +275,8 @@ struct BackwardKernel {
   template <class Acc>
   static __device__ void scale_rows(const Mma& mma, Acc& grad, const AttentionBackwardCudaParams& p, const Task& task,
                                     float factor) {
-    Tensor rows = by_rows(grad);             // (rows,columns)
-    const auto at = owned_coordinates(mma);  // (rows,columns)
+    Tensor rows = by_rows(grad);                           // (rows,columns)
+    const auto at = owned_coordinates(mma, OwnedShape{});  // (rows,columns)
     CUTE_UNROLL
     for (int r = 0; r < size<0>(rows); ++r) {
       const int64_t query = min(task.tokens.begin + get<0>(at(r, 0)), task.tokens.end - 1);
@@ -287,41 +286,10 @@ struct BackwardKernel {
     }
   }
 
-  // Adds the gradient that reaches the queries through the relative logits.
-  template <class Acc>
-  static __device__ void add_relative_grad(const Mma& mma, Acc& grad, const AttentionBackwardCudaParams& p,
-                                           const Task& task) {
-    const int64_t heads = p.forward.problem.heads, dim = p.forward.problem.head_dim;
-    const OffsetGrid& grid = p.forward.problem.score.by_offset.grid;
-    const float* relative = p.relative_grad_query + (task.batch * heads + task.head) * grid.num_tokens() * dim;
-    Tensor rows = by_rows(grad);             // (rows,columns)
-    const auto at = owned_coordinates(mma);  // (rows,columns)
-    CUTE_UNROLL
-    for (int r = 0; r < size<0>(rows); ++r) {
-      const int64_t query = task.tokens.begin + get<0>(at(r, 0)), token = query - grid.num_prefix;
-      if (query >= task.tokens.end || token < 0) continue;
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(rows); ++c) {
-        const int column = task.first_column + get<1>(at(r, c));
-        if (column < dim) rows(r, c) += relative[token * dim + column];
-      }
-    }
-  }
-
-  // Gradients leave through the shared memory of the owned tile; partial sums leave from registers.
-  template <class Acc, class Shared>
-  static __device__ void store(const Mma& mma, const Acc& grad, Shared sT, const TokenTensor& target,
-                               const PartialSums& parts, const Task& task, int columns) {
+  static __device__ OwnedTokens owned_tokens(const Task& task, int columns) {
     const Range tokens = tokens_of(task.sequence, task.tokens);
     const int rows = int(tokens.end - tokens.begin);
-    const int64_t offset = target.offset(task.batch, tokens.begin, task.head) + task.first_column;
-    if (parts.data) {
-      store_acc(by_rows(grad), owned_coordinates(mma), parts.part(task.split) + offset, target.token_stride, rows,
-                columns);
-    } else {
-      store_tile<kThreads>(mma, grad, sT, static_cast<Element*>(target.data) + offset, target.token_stride, rows,
-                           columns, target.is_aligned);
-    }
+    return {task.batch, task.head, task.split, tokens.begin, rows, columns, int(task.first_column)};
   }
 };
 

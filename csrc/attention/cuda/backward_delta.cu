@@ -2,7 +2,8 @@
 
 #include "attention/cuda/launches.h"
 #include "attention/cuda/tokens.h"
-#include "cuda/online_softmax.h"
+#include "common/divisor.h"
+#include "cuda/fast_softmax.h"
 
 namespace vitkernels {
 namespace {
@@ -16,8 +17,9 @@ struct DeltaKernel {
   static constexpr int kRowsOfBlock = kRowsOfStep * kSteps, kVector = 16 / sizeof(Element);
   using Vector = cutlass::AlignedArray<Element, kVector>;
 
-  // Queries, or where statistics are written those of whole tiles.
+  // Those of some queries, or where statistics are written of whole tiles. Rows are counted in 32 bits.
   struct Rows {
+    int64_t first_query;
     int heads, count, blocks;
     Divisor by_heads{heads}, by_blocks{blocks};
   };
@@ -27,8 +29,9 @@ struct DeltaKernel {
     const int first = (int(blockIdx.x) - batch * rows.blocks) * kRowsOfBlock + int(threadIdx.x) / kLanes;
     CUTE_UNROLL
     for (int step = 0; step < kSteps; ++step) {
-      const int row = first + step * kRowsOfStep, query = rows.by_heads.divide(min(row, rows.count - 1));
-      const int head = min(row, rows.count - 1) - query * rows.heads;
+      const int row = first + step * kRowsOfStep, number = rows.by_heads.divide(min(row, rows.count - 1));
+      const int head = min(row, rows.count - 1) - number * rows.heads;
+      const int64_t query = rows.first_query + number;
       const bool exists = row < rows.count && query < queries(p.forward);
       const float delta = exists ? dot(p, batch, query, head) : 0.0f;
       const float sum = sum_of_lanes(delta);
@@ -41,7 +44,7 @@ struct DeltaKernel {
   }
 
   // This lane's share of dO.O.
-  static __device__ float dot(const AttentionBackwardCudaParams& p, int batch, int query, int head) {
+  static __device__ float dot(const AttentionBackwardCudaParams& p, int batch, int64_t query, int head) {
     const TokenTensor &out = p.forward.out, &grad = p.query_value;
     const Element* const o = out.at<const Element>(batch, query, head);
     const Element* const d = grad.at<const Element>(batch, query, head);
@@ -65,7 +68,7 @@ struct DeltaKernel {
     return x;
   }
 
-  static __device__ void store(const AttentionBackwardCudaParams& p, int batch, int query, int head, bool exists,
+  static __device__ void store(const AttentionBackwardCudaParams& p, int batch, int64_t query, int head, bool exists,
                                float delta) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const Problem& problem = p.forward.problem;
@@ -76,11 +79,13 @@ struct DeltaKernel {
     }
     if (p.statistics.data) {
       float lse = exists ? p.forward.lse[row] : -kInfinity;
-      StatisticsOfPair& pair = p.statistics.pair(QueryStatistics::index(problem, batch, head, query));
-      const int i = query % 2;
+      StatisticsOfPair& pair = p.statistics.pair(QueryStatistics::index(problem, batch, head, int(query)));
+      const int i = int(query) % 2;
       if (lse == -kInfinity) lse = kInfinity;
-      pair.minus_delta[i] = pair.same[i] = -delta;
-      pair.minus_lse_log2[i] = -lse * kLog2e;
+      const float minus_lse_log2 = -lse * kLog2e;
+      const bool is_large = fabsf(minus_lse_log2) > kMaxExpOffset && fabsf(lse) < kInfinity;
+      pair.minus_delta[i] = pair.minus_delta[2 + i] = -delta;
+      pair.minus_lse_log2[i] = is_large ? std::numeric_limits<float>::quiet_NaN() : minus_lse_log2;
       pair.lse[i] = lse;
     }
   }
@@ -100,11 +105,15 @@ cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& p
   return dispatch_element(problem.dtype, [&]<class Element>(Element) {
     using Kernel = DeltaKernel<Element>;
     const int64_t queries = p.statistics.data ? QueryStatistics::pitch(problem) : Kernel::queries(p.forward);
-    const int64_t count = queries * problem.heads, blocks = ceil_div<int64_t>(count, Kernel::kRowsOfBlock);
-    if (count == 0) return cudaSuccess;
-    if (count > kMaxBlocks) return cudaErrorInvalidConfiguration;
-    return launch_tasks(attention_backward_delta<Element>, blocks * (p.forward.packing ? 1 : problem.batch),
-                        Kernel::kThreads, 0, stream, p, {int(problem.heads), int(count), int(blocks)});
+    const int64_t queries_of_launch = (kMaxBlocks - Kernel::kRowsOfBlock) / std::max<int64_t>(problem.heads, 1);
+    cudaError_t error = cudaSuccess;
+    for (int64_t first = 0; first < queries && error == cudaSuccess; first += queries_of_launch) {
+      const int64_t count = std::min(queries - first, queries_of_launch) * problem.heads;
+      const int64_t blocks = ceil_div<int64_t>(count, Kernel::kRowsOfBlock);
+      error = launch_tasks(attention_backward_delta<Element>, blocks * (p.forward.packing ? 1 : problem.batch),
+                           Kernel::kThreads, 0, stream, p, {first, int(problem.heads), int(count), int(blocks)});
+    }
+    return error;
   });
 }
 

@@ -2,8 +2,8 @@
 // their values, and where a block owns all keys of a head, the gradients of the queries too.
 //
 // As backward.cu, with a main loop of straight-line code: the transposed logits of a query tile, P and dS are operands
-// of the next products in registers. dS passes through shared memory to the product that adds it up over the keys. Query
-// tiles go from the last to the first: only the last has a tail, and a mask.
+// of the next products in registers; for dQ, dS passes through shared memory. Query tiles go from the last to the
+// first: only the last has a tail, and no mask, since P is zero by the statistics of queries that do not exist.
 
 #include "attention/cuda/differentiate.h"
 #include "attention/cuda/launches.h"
@@ -42,6 +42,9 @@ struct PlainKeysKernel {
   static constexpr int kSharedBytes =
       kFirstStatistics * int(sizeof(Element)) + kStreamed * int(sizeof(StatisticsOfPair));
 
+  static int64_t num_owned(const Problem& p) { return p.num_keys(); }
+  static int64_t num_streamed(const Problem& p) { return p.num_queries(); }
+
   static __device__ __forceinline__ void run(const AttentionBackwardCudaParams& p, const OwnedGrads& targets,
                                              const PlainTasks& tasks, Element* shared) {
     const Problem& problem = p.forward.problem;
@@ -79,24 +82,23 @@ struct PlainKeysKernel {
     Queries queries = stream_of<Queries>(problem.query, task.batch, last_query, task.head, problem.head_dim);
     Queries values = stream_of<Queries>(p.query_value, task.batch, last_query, task.head, problem.value_dim);
     int row = p.statistics.index(problem, task.batch, task.head, last_query);
-    const auto start = [&](int stage, auto&& start_tile) {
+    const auto start = [&](int stage, int row, auto&& start_tile) {
       start_tile(queries, shared_tile<SharedQueries>(stages + stage * kStageElements));
       start_tile(values, shared_tile<SharedQueries>(stages + stage * kStageElements + SharedQueries::kElements));
       if (const int thread = thread_index(); thread < kStreamed) {  // two threads a pair copy its two halves
         copy_16_bytes(reinterpret_cast<float4*>(statistics + stage * kPairs) + thread,
                       reinterpret_cast<const float4*>(p.statistics.data) + (row + thread), 16);
       }
-      row -= kStreamed;
       commit_copies();
     };
-    start(tiles_before % 2, [&](Queries& of, const auto& sT) { of.start_some(sT, rest); });
+    start(tiles_before % 2, row, [&](Queries& of, const auto& sT) { of.start_some(sT, rest); });
 
-    for (; tiles_before >= 0; --tiles_before, rest += kStreamed) {
+    for (; tiles_before >= 0; --tiles_before, rest += kStreamed, row -= kStreamed) {
       const int stage = tiles_before % 2;
       wait_for_copies<0>();
       __syncthreads();  // this stage has arrived, and all reads of the other one are done
       if (tiles_before > 0) {
-        start(stage ^ 1, [&](Queries& of, const auto& sT) { of.start_whole(sT); });
+        start(stage ^ 1, row - kStreamed, [&](Queries& of, const auto& sT) { of.start_whole(sT); });
       }
       Tensor sQ = shared_tile<SharedQueries>(stages + stage * kStageElements);  // (queries,dim)
       Tensor sD =
@@ -124,7 +126,7 @@ struct PlainKeysKernel {
       for (int j = 0; j < size(grads); ++j) grads(j) *= probs(j);
       const auto rS = convert<Element>(grads);  // (MMA,MMA_M,MMA_N)
       if constexpr (kHasBias) {
-        if (p.logit_grads.data) store_grads(p, tasks.task(int(block_index())), rest, rS);
+        if (p.logit_grads.data) store_grads(p, tasks.tile(int(block_index())) * kOwned, row, rS);
       }
       multiply_whole_operand<StepOrder::kByRows>(mma, grad_key, as_operand_a(rS), sQ);
       if constexpr (kSumsQueries) {
@@ -152,8 +154,8 @@ struct PlainKeysKernel {
     store_owned<kThreads>(mma, grad_value, sOV, targets.probs, targets.prob_parts, tokens);
   }
 
-  // What the products of keys and queries are added to: zero, and -inf for keys that do not exist, since the gradients of
-  // their logits reach the queries.
+  // What the products of keys and queries are added to: zero, and -inf for keys that do not exist, since the gradients
+  // of their logits reach the queries.
   template <class Products, class Coordinates>
   static __device__ auto first_products(const Products& like, const Coordinates& coordinates, int num_keys) {
     const auto of_keys = make_layout(shape(like), Stride<Stride<_0, _1>, _2, _0>{});  // (MMA,MMA_M,MMA_N)
@@ -166,16 +168,14 @@ struct PlainKeysKernel {
     return first;
   }
 
-  // dS of a tile, whose first query is `rest` before the end.
+  // dS of a tile, whose statistics begin with `index`.
   template <class Grads>
-  static __device__ void store_grads(const AttentionBackwardCudaParams& p, const PlainTask& task, int rest,
-                                     const Grads& rS) {
+  static __device__ void store_grads(const AttentionBackwardCudaParams& p, int first_key, int index, const Grads& rS) {
     static_assert(kStreamed == LogitGrads::kQueries);
     const Problem& problem = p.forward.problem;
-    const int first_key = task.tile * kOwned, query = int(problem.num_queries()) - rest;
     const int first_row = thread_index() / kWarpSize * 16 + thread_index() % kWarpSize / 4;
-    Element* const to = p.logit_grads.row<Element>(problem, task.batch, task.head, query / kStreamed, first_key) +
-                        thread_index() % 4 * LogitGrads::kLaneQueries;
+    Element* const to =
+        p.logit_grads.row<Element>(problem, index, first_key) + thread_index() % 4 * LogitGrads::kLaneQueries;
     const Tensor pairs = recast<uint32_t>(rS);  // ((1,2),MMA_M,MMA_N)
     CUTE_UNROLL
     for (int r = 0; r < 2 * size<1>(pairs); ++r) {
@@ -277,15 +277,8 @@ auto dispatch_kernel(const AttentionBackwardCudaParams& p, const OwnedGrads& gra
                             [&]<int kDim>(Int<kDim>) { return f(PlainKeysKernel<Element, kDim, false, false>{}); });
 }
 
-template <class Kernel>
-int64_t key_tiles(const Problem& p) {
-  return ceil_div<int64_t>(p.num_keys(), Kernel::kOwned);
-}
-
-template <class Kernel>
-int64_t num_blocks(const Problem& p) {
-  return key_tiles<Kernel>(p) * p.heads * p.batch;
-}
+// The gradients of heads that share keys are partial sums.
+int64_t heads_of_group(const Problem& p) { return p.heads / p.kv_heads; }
 
 }  // namespace
 
@@ -293,8 +286,7 @@ template <DType kDType, Side kOwner>
 int64_t PlainBackwardLaunches<kDType, kOwner>::backward_splits(const AttentionBackwardCudaParams& p,
                                                                const OwnedGrads& grads, Side) {
   return dispatch_kernel<ElementOf<kDType>>(p, grads, [&]<class Kernel>(Kernel) {
-    const Problem& problem = p.forward.problem;
-    return splits_of(num_blocks<Kernel>(problem), problem.num_queries()) * (problem.heads / problem.kv_heads);
+    return splits_of_streamed<Kernel>(p.forward.problem) * heads_of_group(p.forward.problem);
   });
 }
 
@@ -302,11 +294,8 @@ template <DType kDType, Side kOwner>
 cudaError_t PlainBackwardLaunches<kDType, kOwner>::backward(const AttentionBackwardCudaParams& p,
                                                             const OwnedGrads& grads, Side, cudaStream_t stream) {
   return dispatch_kernel<ElementOf<kDType>>(p, grads, [&]<class Kernel>(Kernel) {
-    const Problem& problem = p.forward.problem;
-    const int64_t splits = grads.splits / (problem.heads / problem.kv_heads);
-    return launch_tasks(attention_backward_keys<Kernel>, num_blocks<Kernel>(problem) * splits, Kernel::kThreads,
-                        Kernel::kSharedBytes, stream, p, grads,
-                        plain_tasks(problem, key_tiles<Kernel>(problem), splits));
+    return launch_owners<Kernel>(attention_backward_keys<Kernel>, p, grads,
+                                 grads.splits / heads_of_group(p.forward.problem), stream);
   });
 }
 

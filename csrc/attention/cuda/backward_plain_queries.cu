@@ -36,7 +36,10 @@ struct PlainQueriesKernel {
   static constexpr int kFirstStatistics = kFirstStage + 2 * kStage;
   static constexpr int kSharedBytes =
       kFirstStatistics * int(sizeof(Element)) + kOwned / 2 * int(sizeof(StatisticsOfPair));
-  static_assert(kOwned == kThreads && QueryStatistics::kTile % kOwned == 0, "a thread copies half a pair");
+  static_assert(kOwned == kThreads && kOwned % QueryStatistics::kTile == 0, "a thread copies half a pair");
+
+  static int64_t num_owned(const Problem& p) { return p.num_queries(); }
+  static int64_t num_streamed(const Problem& p) { return p.num_keys(); }
 
   static __device__ __forceinline__ void run(const AttentionBackwardCudaParams& p, const OwnedGrads& targets,
                                              const PlainTasks& tasks, Element* shared) {
@@ -57,8 +60,9 @@ struct PlainQueriesKernel {
     stream_of<Queries>(p.query_value, task.batch, first_query, task.head, problem.value_dim)
         .start_some(sD, num_queries);
     const int row = QueryStatistics::index(problem, task.batch, task.head, first_query) + int(threadIdx.x);
+    const bool has_statistics = first_query + int(threadIdx.x) < QueryStatistics::pitch(problem);
     copy_16_bytes(reinterpret_cast<float4*>(statistics) + threadIdx.x,
-                  reinterpret_cast<const float4*>(p.statistics.data) + row, 16);
+                  reinterpret_cast<const float4*>(p.statistics.data) + row, has_statistics ? 16 : 0);
     Keys keys = stream_of<Keys>(problem.key, task.batch, last_key, task.kv_head, problem.head_dim);
     Keys values = stream_of<Keys>(p.key_value, task.batch, last_key, task.kv_head, problem.value_dim);
     const auto start = [&](int to, auto&& start_tile) {
@@ -120,34 +124,12 @@ struct PlainQueriesKernel {
     const PlainTask same = tasks.task(int(block_index()));
     const int first = same.tile * kOwned, rows = min(int(problem.num_queries()) - first, kOwned);
     multiply_all(grad, scale);
-    if (p.relative_grad_query && same.split == 0) add_relative_grad(mma, grad, p, same);
-    Tensor sO = shared_tile<SharedQueries>(computed_here(shared));  // (queries,dim)
-    store_owned<kThreads>(mma, grad, sO, targets.logit_grads, targets.logit_grad_parts,
-                          {same.batch, same.head, same.split, first, rows, int(problem.head_dim)});
-  }
-
-  // The share of the relative logits.
-  template <class Acc>
-  static __device__ void add_relative_grad(const Mma& mma, Acc& grad, const AttentionBackwardCudaParams& p,
-                                           const PlainTask& task) {
-    const Problem& problem = p.forward.problem;
-    const OffsetGrid& grid = problem.score.by_offset.grid;
-    const int tokens = int(grid.num_tokens()), first_token = task.tile * kOwned - int(grid.num_prefix);
-    const float* const relative =
-        p.relative_grad_query + (int64_t(task.batch) * problem.heads + task.head) * tokens * problem.head_dim;
-    const auto at = by_rows(mma.get_slice(thread_index())
-                                .partition_C(make_identity_tensor(Shape<Int<kOwned>, Int<kDim>>{})));  // (rows,columns)
-    Tensor rows = by_rows(grad);                                                                       // (rows,columns)
-    CUTE_UNROLL
-    for (int r = 0; r < size<0>(rows); ++r) {
-      const int token = first_token + int(get<0>(at(r, 0)));
-      if (token < 0 || token >= tokens) continue;
-      CUTE_UNROLL
-      for (int c = 0; c < size<1>(rows); ++c) {
-        const int column = get<1>(at(r, c));
-        if (column < problem.head_dim) rows(r, c) += relative[token * problem.head_dim + column];
-      }
+    const OwnedTokens tokens{same.batch, same.head, same.split, first, rows, int(problem.head_dim)};
+    if (p.relative_grad_query && same.split == 0) {
+      add_relative_grad(grad, owned_coordinates(mma, Shape<Int<kOwned>, Int<kDim>>{}), p, tokens);
     }
+    Tensor sO = shared_tile<SharedQueries>(computed_here(shared));  // (queries,dim)
+    store_owned<kThreads>(mma, grad, sO, targets.logit_grads, targets.logit_grad_parts, tokens);
   }
 
   // Of the thread's rows, in shared memory.
@@ -176,34 +158,20 @@ auto dispatch_kernel(const Problem& p, Function&& f) {
   return dispatch_plain_dim(p, [&]<int kDim>(Int<kDim>) { return f(PlainQueriesKernel<Element, kDim, false>{}); });
 }
 
-template <class Kernel>
-int64_t query_tiles(const Problem& p) {
-  return ceil_div<int64_t>(p.num_queries(), Kernel::kOwned);
-}
-
-template <class Kernel>
-int64_t num_blocks(const Problem& p) {
-  return query_tiles<Kernel>(p) * p.heads * p.batch;
-}
-
 }  // namespace
 
 template <DType kDType, Side kOwner>
 int64_t PlainBackwardLaunches<kDType, kOwner>::backward_splits(const AttentionBackwardCudaParams& p, const OwnedGrads&,
                                                                Side) {
-  return dispatch_kernel<ElementOf<kDType>>(p.forward.problem, [&]<class Kernel>(Kernel) {
-    return splits_of(num_blocks<Kernel>(p.forward.problem), p.forward.problem.num_keys());
-  });
+  return dispatch_kernel<ElementOf<kDType>>(
+      p.forward.problem, [&]<class Kernel>(Kernel) { return splits_of_streamed<Kernel>(p.forward.problem); });
 }
 
 template <DType kDType, Side kOwner>
 cudaError_t PlainBackwardLaunches<kDType, kOwner>::backward(const AttentionBackwardCudaParams& p,
                                                             const OwnedGrads& grads, Side, cudaStream_t stream) {
   return dispatch_kernel<ElementOf<kDType>>(p.forward.problem, [&]<class Kernel>(Kernel) {
-    const Problem& problem = p.forward.problem;
-    return launch_tasks(attention_backward_queries<Kernel>, num_blocks<Kernel>(problem) * grads.splits,
-                        Kernel::kThreads, Kernel::kSharedBytes, stream, p, grads,
-                        plain_tasks(problem, query_tiles<Kernel>(problem), grads.splits));
+    return launch_owners<Kernel>(attention_backward_queries<Kernel>, p, grads, grads.splits, stream);
   });
 }
 

@@ -1,8 +1,8 @@
 // Gradients of the terms by offset on a GPU: of tables, and of the relative logits.
 //
-// A block takes tiles of the logits' gradient, recomputed or stored, one after another, and adds each from shared memory to
-// accumulators that no other block writes: a thread owns some of them and visits the pairs of the tile that belong to
-// each, in order. Of a stored gradient, a table gets its share from the sum over the batch.
+// A block takes tiles of the logits' gradient, recomputed or stored, one after another, and adds each from shared
+// memory to accumulators that no other block writes: a thread owns some of them and visits the pairs of the tile that
+// belong to each, in order. Of a stored gradient, a table gets its share from the sum over the batch.
 
 #include "attention/cuda/stored_tile.h"
 #include "cuda/parts.h"

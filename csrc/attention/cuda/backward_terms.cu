@@ -1,9 +1,10 @@
 // Gradients of the score terms on a GPU: biases and multiplier, each in its own broadcast shape, the same bits in every
 // run.
 //
-// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it takes a tile of the
-// logits' gradient, recomputed or stored, and accumulates it in a fixed order; at the end it reduces the axes of that tile
-// along which the term is broadcast. Where few elements serve many pairs, several blocks share them (cuda/parts.h).
+// A block owns a tile of the term's elements. For each (batch, head, queries, keys) that they serve it takes a tile of
+// the logits' gradient, recomputed or stored, and accumulates it in a fixed order; at the end it reduces the axes of
+// that tile along which the term is broadcast. Where few elements serve many pairs, several blocks share them
+// (cuda/parts.h).
 
 #include "attention/cuda/stored_tile.h"
 #include "cuda/parts.h"

@@ -1,4 +1,4 @@
-// The additive terms of a score as one dense bias, for the forward's fast path (forward_path.h).
+// The additive terms of a score as one dense bias, for the fast paths (forward_path.h).
 
 #include "attention/cuda/launches.h"
 #include "attention/cuda/score.h"
@@ -9,8 +9,8 @@ namespace {
 using namespace cuda;
 using namespace cute;
 
-// A block takes a tile of one head's logits, a thread some rows and columns of it. Neighbouring lanes write neighbouring
-// columns.
+// A block takes a tile of one head's logits, a thread some rows and columns of it. Neighbouring lanes write
+// neighbouring columns.
 struct ExpandKernel {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kRowsOfThread = 4, kColumnsOfThread = 4;
   static constexpr int kQueries = kWarps * kRowsOfThread, kKeys = kWarpSize * kColumnsOfThread;

@@ -12,11 +12,14 @@ namespace vitkernels {
 enum class ForwardPath {
   kGeneral,   // forward.cu: everything
   kPlain,     // forward_plain.cu: 16-bit elements, all queries see all keys, at most one dense bias
-  kResident,  // forward_resident.cu: the same, up to 256 keys
+  kResident,  // forward_resident.cu: the same, from 64 queries, with up to 256 keys and 64 columns
 };
 
-// Offsets inside a tile have 32 bits.
+// Offsets inside a tile of a bias, and between rows that a thread copies, have 32 bits.
 inline constexpr int64_t kMaxPlainStride = std::numeric_limits<int32_t>::max() / kMaxPlainTile;
+// Tokens have, too, and the tiles of a side times the splits.
+inline constexpr int64_t kMaxPlainTokens = int64_t(1) << 27;
+static_assert(kMaxPlainTokens / kMinPlainTile * kBlocksOfLargeGpu <= std::numeric_limits<int32_t>::max());
 // Of the bias that takes the place of a score's additive terms: 64 MB. Longer sequences keep to linear memory.
 inline constexpr int64_t kMaxBiasElements = int64_t(1) << 24;
 
@@ -25,7 +28,8 @@ inline bool has_plain_rows(const TokenTensor& t) { return t.is_aligned && t.toke
 inline bool has_plain_operands(const AttentionCudaParams& p) {
   const Problem& problem = p.problem;
   return problem.dtype != DType::kFloat32 && std::max(problem.head_dim, problem.value_dim) <= 128 && !p.packing &&
-         !p.head_map.kv_head_of && !problem.axis.is_causal && problem.num_keys() > 0 && has_plain_rows(problem.query) &&
+         !p.head_map.kv_head_of && !problem.axis.is_causal && problem.num_keys() > 0 &&
+         std::max(problem.num_queries(), problem.num_keys()) <= kMaxPlainTokens && has_plain_rows(problem.query) &&
          has_plain_rows(problem.key) && has_plain_rows(problem.value);
 }
 
@@ -38,8 +42,10 @@ inline bool is_plain_bias(const ScoreTerm& bias) {
 
 inline bool has_plain_score(const Score& score) {
   if (score.multiplier.data || score.key_bias.data || score.by_offset.any()) return false;
-  // Without a bias the maximum is taken of the products, before the scale.
-  return score.bias.data ? is_plain_bias(score.bias) : score.scale.as<float>() > 0.0f && !score.head_scale;
+  if (score.bias.data) return is_plain_bias(score.bias);
+  // Without a bias the maximum is taken of the products, before a scale to logits to the base 2.
+  const float scale = score.scale.as<float>();
+  return scale > 0.0f && scale <= std::numeric_limits<float>::max() / 2 && !score.head_scale;
 }
 
 inline ForwardPath forward_path(const AttentionCudaParams& p) {

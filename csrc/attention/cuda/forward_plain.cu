@@ -31,7 +31,7 @@ struct PlainForwardKernel {
   using SharedQueries = SharedTile<Element, kTile.queries, kDim>;
   using SharedKeys = SharedTile<Element, kTile.keys, kDim>;
   using Queries = TileStream<Element, kThreads, kTile.queries, kDim>;
-  using Keys = TileStream<Element, kThreads, kTile.keys, kDim, false>;
+  using Keys = TileStream<Element, kThreads, kTile.keys, kDim>;
   using Mma = TileMma<Element, kTile.warps>;
 
   static __device__ __forceinline__ void run(const AttentionCudaParams& p, const PlainTasks& tasks, Element* shared) {

@@ -46,8 +46,8 @@ struct ResidentForwardKernel {
   static constexpr int kWarpElements = SharedQueries::kElements + ceil_div(kResultElements, 64) * 64;
   static constexpr int kSharedBytes = (2 * SharedKeys::kElements + kWarps * kWarpElements) * int(sizeof(Element));
 
-  // Chunks that are skipped together, since a branch for each would cost more than it saves: the first twelve in groups,
-  // the others one by one.
+  // Chunks that are skipped together, since a branch for each would cost more than it saves: the first twelve in
+  // groups, the others one by one.
   static constexpr int kGroup = kHasBias ? 2 : 4;  // registers do not suffice for the bias of four
   static constexpr int kGroupedChunks = 12, kGroups = kGroupedChunks / kGroup + kChunks - kGroupedChunks;
 
@@ -72,12 +72,13 @@ struct ResidentForwardKernel {
     Element* const shared_values = shared + int{SharedKeys::kElements};
     Element* const shared_queries = shared_values + int{SharedKeys::kElements} + warp * kWarpElements;
     Element* const shared_results = shared_queries + int{SharedQueries::kElements};
-    Tensor sK = make_tensor(make_smem_ptr(shared), typename SharedKeys::Layout{});             // (keys,dim)
-    Tensor sV = make_tensor(make_smem_ptr(shared_values), typename SharedKeys::Layout{});      // (keys,dim)
-    Tensor sQ = make_tensor(make_smem_ptr(shared_queries), typename SharedQueries::Layout{});  // (queries,dim)
-    Tensor sO = make_tensor(make_smem_ptr(shared_results), SharedResults{});                   // (queries,dim)
+    Tensor sK = shared_tile<SharedKeys>(shared);                              // (keys,dim)
+    Tensor sV = shared_tile<SharedKeys>(shared_values);                       // (keys,dim)
+    Tensor sQ = shared_tile<SharedQueries>(shared_queries);                   // (queries,dim)
+    Tensor sO = make_tensor(make_smem_ptr(shared_results), SharedResults{});  // (queries,dim)
 
-    // The tiles of a warp go from the last to the first, so that all but the first that it takes are whole. Pointers run.
+    // The tiles of a warp go from the last to the first, so that all but the first that it takes are whole. Pointers
+    // run.
     const auto [first_tile, num_tiles] = share_of(task.tile * kWarps + warp, tasks.num_tiles * kWarps, problem);
     const int last_query = (first_tile + num_tiles - 1) * kQueries, heads = int(problem.heads);
     int rows = min(int(problem.num_queries()) - last_query, kQueries);
@@ -104,8 +105,8 @@ struct ResidentForwardKernel {
     wait_for_copies<1>();
     __syncthreads();  // the keys and the first queries have arrived
     for (int left = num_tiles; left > 0; --left) {
-      const auto rQ = read_queries(mma, sQ);  // (MMA,MMA_M,MMA_K)
-      __syncwarp();                           // all reads of the queries are done
+      const auto rQ = read_operand_a(mma, sQ, lane_index());  // (MMA,MMA_M,MMA_K)
+      __syncwarp();                                           // all reads of the queries are done
       if (left > 1) queries.start_whole(sQ);
       commit_copies();
 
@@ -166,8 +167,7 @@ struct ResidentForwardKernel {
     int tile = (padded - 1) / kRowsOfCopy;
     Rows rows(t.at<const Element>(batch, tile * kRowsOfCopy, head), t.token_stride, int(columns));
     for (; tile >= 0; --tile) {
-      Tensor sT = make_tensor(make_smem_ptr(shared + tile * int{SharedRows::kElements}),
-                              typename SharedRows::Layout{});  // (rows,dim)
+      Tensor sT = shared_tile<SharedRows>(shared + tile * int{SharedRows::kElements});  // (rows,dim)
       rows.start_some(sT, num_keys - tile * kRowsOfCopy);
     }
   }
@@ -177,15 +177,6 @@ struct ResidentForwardKernel {
   static __device__ auto coordinates_of(const Mma& mma) {
     return by_rows(
         mma.get_slice(lane_index()).partition_C(make_identity_tensor(Shape<Int<kQueries>, Int<kColumns>>{})));
-  }
-
-  template <class Shared>
-  static __device__ __forceinline__ auto read_queries(const Mma& mma, const Shared& sQ) {
-    const typename Mma::CopyA atom;
-    const auto copy = make_tiled_copy_A(atom, mma).get_slice(lane_index());
-    Tensor rQ = make_fragment_like<Element>(mma.get_slice(lane_index()).partition_fragment_A(sQ));  // (MMA,MMA_M,MMA_K)
-    cute::copy(atom, copy.partition_S(sQ), copy.retile_D(rQ));
-    return rQ;
   }
 
   // Products of the queries with the keys of some chunks.

@@ -30,7 +30,7 @@ struct PlainForwardLaunches {
 
 template <DType kDType>
 struct ResidentForwardLaunches {
-  static int64_t forward_blocks(const AttentionCudaParams&) { return 0; }  // keys are not split
+  static int64_t forward_blocks(const AttentionCudaParams&) { return 0; }  // none that would be split
   static cudaError_t forward(const AttentionCudaParams& params, cudaStream_t stream);
 };
 
@@ -49,7 +49,7 @@ cudaError_t launch_expand_bias(const Problem& problem, const DenseBias& to, cuda
 int64_t attention_key_splits(const AttentionCudaParams& params);
 cudaError_t launch_attention(const AttentionCudaParams& params, cudaStream_t stream);
 
-// Writes delta, which the others read.
+// Writes delta, and the statistics where there is memory for them. The others read both.
 cudaError_t launch_attention_backward_delta(const AttentionBackwardCudaParams& params, cudaStream_t stream);
 // How many splits of the side that the blocks do not own, and how many parts the dots then have.
 int64_t attention_backward_splits(const AttentionBackwardCudaParams& params, const OwnedGrads& grads, Side owner);

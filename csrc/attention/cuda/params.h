@@ -126,14 +126,16 @@ struct DenseBias {
 
 // What the backward's fast paths need of two neighbouring queries, as threads read it that hold columns of both.
 struct alignas(16) StatisticsOfPair {
-  float minus_delta[2], same[2];  // AttentionBackwardCudaParams::delta, what products are added to: for two rows
-  float minus_lse_log2[2];        // to the base 2: -inf where a query does not exist or sees no key, and P is zero
+  float minus_delta[4];  // AttentionBackwardCudaParams::delta, twice: two rows of a matrix product begin with it
+  // To the base 2: -inf where a query does not exist or sees no key, and P is zero; NaN where it is too large for a
+  // difference from it to be exact (fast_softmax.h).
+  float minus_lse_log2[2];
   float lse[2];
 };
 
 // A row for each batch and head, padded to whole tiles.
 struct QueryStatistics {
-  static constexpr int64_t kTile = 128;
+  static constexpr int64_t kTile = 32;
 
   StatisticsOfPair* data = nullptr;  // [batch, heads, pitch / 2], or null
 
@@ -151,16 +153,17 @@ struct QueryStatistics {
 struct LogitGrads {
   static constexpr int kQueries = 32, kLaneQueries = 8;
 
+  static_assert(kQueries == QueryStatistics::kTile);
+
   void* data = nullptr;  // [batch, heads, tiles of queries, keys, kQueries], or null
 
-  static VK_HOST_DEVICE int64_t num_tiles(const Problem& p) { return (p.num_queries() + kQueries - 1) / kQueries; }
   static VK_HOST_DEVICE int64_t num_elements(const Problem& p) {
-    return p.batch * p.heads * num_tiles(p) * p.num_keys() * kQueries;
+    return p.batch * p.heads * QueryStatistics::pitch(p) * p.num_keys();
   }
+  // Of a tile whose first query has this QueryStatistics::index. There are fewer than 2^31 elements.
   template <class Element>
-  VK_HOST_DEVICE Element* row(const Problem& p, int64_t batch, int64_t head, int64_t tile, int64_t key) const {
-    return static_cast<Element*>(data) +
-           (((batch * p.heads + head) * num_tiles(p) + tile) * p.num_keys() + key) * kQueries;
+  VK_HOST_DEVICE Element* row(const Problem& p, int index, int key) const {
+    return static_cast<Element*>(data) + (index * int(p.num_keys()) + key * kQueries);
   }
 };
 

@@ -1,20 +1,21 @@
-// What the backward's fast paths share: the statistics of queries, and the step from logits and the gradient of P to P
-// and the gradient of the logits.
+// What the backward's fast paths share: the step from logits to P, and the launch by what blocks own.
 #pragma once
 
+#include "attention/cuda/owned_tokens.h"
 #include "attention/cuda/params.h"
-#include "cuda/epilogue.h"
+#include "attention/cuda/plain_tasks.h"
+#include "attention/cuda/tile_sizes.h"
 #include "cuda/fast_softmax.h"
 
 namespace vitkernels::cuda {
 
-// Whether a warp must subtract the LSE of one of its queries before it multiplies by log2(e) (fast_softmax.h).
+// Whether a warp must subtract the LSE of one of its queries before it multiplies by log2(e): its statistic is NaN.
 template <int kQueries>
-__device__ bool is_any_large(const float (&lse_log2)[kQueries]) {
-  float largest = 0.0f;
+__device__ bool is_any_large(const float (&minus_lse_log2)[kQueries]) {
+  float sum = minus_lse_log2[0];
   CUTE_UNROLL
-  for (int r = 0; r < kQueries; ++r) largest = fmaxf(largest, fabsf(lse_log2[r]));
-  return __any_sync(kAllLanes, !(largest <= kMaxExpOffset));
+  for (int r = 1; r < kQueries; ++r) sum += minus_lse_log2[r];
+  return __any_sync(kAllLanes, sum != sum);
 }
 
 // Logits (queries,keys) become P. Without a bias, they are products that still lack `scale`. `minus_lse_log2` is of the
@@ -46,33 +47,30 @@ __device__ __forceinline__ void exponentiate_plain(Logits& logits, float (&minus
   }
 }
 
-// The tokens that a block owns, of one head, and a part of their gradients.
-struct OwnedTokens {
-  int64_t batch, head, part, first;
-  int rows, columns;
-};
-
 template <class Acc>
 __device__ void multiply_all(Acc& acc, float factor) {
   CUTE_UNROLL
   for (int i = 0; i < cute::size(acc); ++i) acc(i) *= factor;
 }
 
-// Gradients leave through the shared memory of the owned tokens; partial sums leave from registers.
-template <int kThreads, class Mma, class Acc, class Shared>
-__device__ void store_owned(const Mma& mma, const Acc& grad, Shared& sT, const TokenTensor& target,
-                            const PartialSums& parts, const OwnedTokens& tokens) {
-  using Element = typename Shared::value_type;
-  const int64_t offset = target.offset(tokens.batch, tokens.first, tokens.head);
-  if (parts.data) {
-    const auto at =
-        by_rows(mma.get_slice(thread_index())
-                    .partition_C(cute::make_identity_tensor(cute::product_each(shape(sT)))));  // (rows,columns)
-    store_acc(by_rows(grad), at, parts.part(tokens.part) + offset, target.token_stride, tokens.rows, tokens.columns);
-  } else {
-    store_tile<kThreads>(mma, grad, sT, static_cast<Element*>(target.data) + offset, target.token_stride, tokens.rows,
-                         tokens.columns, target.is_aligned);
-  }
+// Of a head, each owned by a block.
+template <class Kernel>
+int64_t num_owned_tiles(const Problem& p) {
+  return ceil_div<int64_t>(Kernel::num_owned(p), Kernel::kOwned);
+}
+
+template <class Kernel>
+int64_t splits_of_streamed(const Problem& p) {
+  return splits_of(num_owned_tiles<Kernel>(p) * p.heads * p.batch, Kernel::num_streamed(p));
+}
+
+template <class Kernel, class Function>
+cudaError_t launch_owners(Function* kernel, const AttentionBackwardCudaParams& p, const OwnedGrads& grads,
+                          int64_t splits, cudaStream_t stream) {
+  const Problem& problem = p.forward.problem;
+  const int64_t tiles = num_owned_tiles<Kernel>(problem);
+  return launch_tasks(kernel, tiles * problem.heads * problem.batch * splits, Kernel::kThreads, Kernel::kSharedBytes,
+                      stream, p, grads, plain_tasks(problem, tiles, splits));
 }
 
 }  // namespace vitkernels::cuda

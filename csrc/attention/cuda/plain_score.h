@@ -1,5 +1,4 @@
-// The score of the forward's fast paths: a dense bias, read where the logits of a tile need it, and a mask in the last
-// tile.
+// The score of the fast paths: a dense bias, read where the logits of a tile need it, and a mask in the last tile.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -10,8 +9,8 @@
 
 namespace vitkernels::cuda {
 
-// The rows of a bias that a thread needs, whose elements have a unit stride along the keys, for tiles of keys kStep apart.
-// `coordinates` give the (query,key) of each of the thread's logits in a tile.
+// The rows of a bias that a thread needs, whose elements have a unit stride along the keys, for tiles of keys kStep
+// apart. `coordinates` give the (query,key) of each of the thread's logits in a tile.
 template <int kRows, int kStep, class Coordinates>
 class BiasRows {
  public:
@@ -69,8 +68,8 @@ class BiasColumns {
   __device__ BiasColumns(const float* tile, int row_stride, int num_keys, const Coordinates& coordinates)
       : coordinates_(coordinates), next_(tile + key(0)), row_stride_(row_stride), num_keys_(num_keys) {}
 
-  // logits = products * scale + bias, both (queries,keys), of keys that exist. Queries past the last of `num_queries` read
-  // that.
+  // logits = products * scale + bias, both (queries,keys), of keys that exist. Queries past the last of `num_queries`
+  // read that.
   template <class Logits>
   __device__ void add(Logits& logits, float scale, int num_queries) {
     scale = computed_here(scale);  // else loaded for each logit

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cuda/params.h"
+#include "common/divisor.h"
 #include "cuda/launch.h"
 
 namespace vitkernels {
@@ -27,6 +28,9 @@ struct PlainTasks {
     task.kv_head = by_group.divide(task.head);
     return task;
   }
+
+  // Only the tile of a task.
+  __device__ int tile(int index) const { return take(index, num_tiles, by_tiles); }
 
   // The head's place among those that share keys.
   __device__ int member(const PlainTask& task) const { return task.head - task.kv_head * heads_of_group; }

@@ -35,11 +35,12 @@ struct StoredTile {
     cute::Tensor grads = accumulator();  // (2,queries/8)
     clear(grads);
     const LogitTile& tile = task.tile;
-    const int64_t key = tile.keys.begin + threadIdx.x / 4;
+    const int key = int(tile.keys.begin) + int(threadIdx.x) / 4;
     if (key >= tile.keys.end) return grads;
     using Stored = cutlass::AlignedArray<Element, LogitGrads::kLaneQueries>;
-    const Element* const row =
-        p.logit_grads.row<const Element>(p.forward.problem, tile.batch, tile.head, tile.queries.begin / kQueries, key);
+    const int index =
+        QueryStatistics::index(p.forward.problem, int(tile.batch), int(tile.head), int(tile.queries.begin));
+    const Element* const row = p.logit_grads.row<const Element>(p.forward.problem, index, key);
     const Stored stored = *reinterpret_cast<const Stored*>(row + threadIdx.x % 4 * LogitGrads::kLaneQueries);
     CUTE_UNROLL
     for (int i = 0; i < cute::size(grads); ++i) grads(i) = float(stored[i]);

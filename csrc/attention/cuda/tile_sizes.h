@@ -37,7 +37,7 @@ constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
   if (dim > 64) tile.keys = has_bias ? 32 : 48;                                    // 48 KB, 56 KB
   return tile;
 }
-inline constexpr int kMaxPlainTile = 128;
+inline constexpr int kMaxPlainTile = 128, kMinPlainTile = 32;
 
 // Of forward_resident.cu: four warps a block, sixteen queries a warp and step. The logits of 256 keys take half of the
 // registers. Rejected: a branch for each sixteen keys of all, instead of the last 64 (more instructions than it saves,
@@ -52,7 +52,7 @@ struct BackwardTileShape {
   int min_blocks = 1;  // of a multiprocessor, which bounds the registers
 
   constexpr int threads() const { return warps * 32; }
-  // Two tensors of each: keys and values, queries and output gradients. A gradient of the score terms needs one stage.
+  // Two tensors of each: keys and values, queries and output gradients.
   constexpr int shared_bytes(int dim, int stages, int element_bytes) const {
     return 2 * (owned + stages * streamed) * dim * element_bytes;
   }
@@ -75,8 +75,8 @@ constexpr BackwardTileShape backward_tile(int dim, int element_bytes) {
 
 // Of the backward's fast paths, for 16-bit elements. Instructions of the main loop for each matrix instruction, sm_90,
 // at 32, 64 and 128 columns: blocks that own keys 5.2, 3.4, 3.2, queries 5.3, 3.4, 2.9; with a bias at 64 columns 4.9
-// and 4.1; blocks that own all keys 4.3, with a bias 5.4. Rejected: two unrolled stages (3.0 at 64 columns, but spills),
-// dP in halves, and fragments of the second operand read ahead one by one (more instructions, and spills at 128
+// and 4.1; blocks that own all keys 4.3, with a bias 5.4. Rejected: two unrolled stages (3.0 at 64 columns, but
+// spills), dP in halves, and fragments of the second operand read ahead one by one (more instructions, and spills at 128
 // columns). Not measured on a GPU yet.
 struct PlainBackwardTile {
   int owned, streamed, warps, min_blocks;

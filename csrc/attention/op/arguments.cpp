@@ -255,7 +255,7 @@ TokenTensor token_tensor(const Tensor& t) {
   for (int64_t i = 0; i < t.dim() - 1; ++i) is_aligned = is_aligned && (t.size(i) <= 1 || t.stride(i) % elements == 0);
   return {.data = const_cast<void*>(t.const_data_ptr()),
           .batch_stride = tokens ? t.stride(0) : 0,
-          .token_stride = t.stride(tokens),
+          .token_stride = t.size(tokens) > 1 ? t.stride(tokens) : 0,  // that of an only token may be anything
           .head_stride = t.stride(tokens + 1),
           .is_aligned = is_aligned && t.size(t.dim() - 1) % elements == 0};
 }

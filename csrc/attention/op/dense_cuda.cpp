@@ -49,9 +49,8 @@ void attention(Call& call) {
   call.give(lse, "lse");
 }
 
-// Memory for what the fast paths need of each query; none, where they are not taken.
-OptionalTensor statistics_of(const Tensor& query, AttentionBackwardCudaParams& params) {
-  if (backward_path(params) == BackwardPath::kGeneral) return {};
+// Memory for what the fast paths need of each query.
+Tensor statistics_of(const Tensor& query, AttentionBackwardCudaParams& params) {
   constexpr int64_t kFloats = sizeof(StatisticsOfPair) / sizeof(float);
   const Problem& problem = params.forward.problem;
   const Tensor statistics =
@@ -60,11 +59,11 @@ OptionalTensor statistics_of(const Tensor& query, AttentionBackwardCudaParams& p
   return statistics;
 }
 
-// Memory for the gradient of the logits, which spares the additive terms a pass of their own; none, where that is not
-// worth it.
+// Memory for the gradient of the logits, which spares the additive terms a pass of their own; none, if it is too much.
 OptionalTensor logit_grads_of(const Tensor& query, AttentionBackwardCudaParams& params) {
-  if (!can_store_logit_grads(params)) return {};
-  const Tensor grads = empty_as(query, {LogitGrads::num_elements(params.forward.problem)}, query.scalar_type());
+  const int64_t elements = LogitGrads::num_elements(params.forward.problem);
+  if (elements > kMaxLogitGrads) return {};
+  const Tensor grads = empty_as(query, {elements}, query.scalar_type());
   params.logit_grads.data = grads.mutable_data_ptr();
   return grads;
 }
@@ -86,25 +85,27 @@ void attention_backward(Call& call) {
   params.key_value = params.forward.problem.value;
   params.grad_lse = from.grad_lse ? static_cast<const float*>(from.grad_lse->const_data_ptr()) : nullptr;
   params.delta = static_cast<float*>(delta.mutable_data_ptr());
-  // Of the kernels that sum for tokens. Those of the terms read the terms as they are.
-  AttentionBackwardCudaParams of_tokens = params;
   OptionalTensor relative_logits, bias, statistics, logit_grads;
   if (!launches.is_empty()) {
     relative_logits = launch_relative_logits(call.checker, args, params.forward, launches.stream());
-    of_tokens.forward = params.forward;
-    bias = expand_bias(call.checker, args.query, of_tokens.forward.problem, wanted_bias(params), launches.stream());
-    statistics = statistics_of(args.query, of_tokens);
-    const bool has_rel_pos = params.forward.problem.score.by_offset.has_rel_pos();
-    if (from.needed.bias || from.needed.key_bias || from.needed.bias_table || has_rel_pos) {
-      logit_grads = logit_grads_of(args.query, of_tokens);
-      params.logit_grads = of_tokens.logit_grads;
-    }
-    launches.check(launch_attention_backward_delta(of_tokens, launches.stream()));
   }
   const DeviceOffsetGradients by_offset(launches, args, from.needed, params);
-  of_tokens.relative_grad_query = params.relative_grad_query;
+  // Of the kernels that sum for tokens. Those of the terms read the terms as they are.
+  AttentionBackwardCudaParams of_tokens = params;
+  BackwardPath path = BackwardPath::kGeneral;
+  if (!launches.is_empty()) {
+    bias = expand_bias(call.checker, args.query, of_tokens.forward.problem, wanted_bias(params), launches.stream());
+    path = backward_path(of_tokens);
+    const bool is_fast = path != BackwardPath::kGeneral;
+    if (is_fast) statistics = statistics_of(args.query, of_tokens);
+    const bool needs_logit_grads = from.needed.bias || from.needed.key_bias || from.needed.bias_table ||
+                                   params.forward.problem.score.by_offset.has_rel_pos();
+    if (is_fast && needs_logit_grads) logit_grads = logit_grads_of(args.query, of_tokens);
+    params.logit_grads = of_tokens.logit_grads;
+    launches.check(launch_attention_backward_delta(of_tokens, launches.stream()));
+  }
   ScoreFields<OptionalTensor> terms;
-  if (backward_path(of_tokens) == BackwardPath::kResident) {
+  if (path == BackwardPath::kResident) {
     launches.sum_both(of_tokens, query, key, value);
   } else {
     launches.sum(of_tokens, Side::kKeys, &key, &value);

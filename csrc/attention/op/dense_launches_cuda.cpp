@@ -34,11 +34,11 @@ auto dispatch_plain_backward(DType dtype, Function&& f) {
   return f(PlainBackwardLaunches<DType::kFloat16, kOwner>{});
 }
 
-// The same, of the kernel that sums for `owner`. Who wants other sums than a backward of attention gets the general one.
+// The same, of the kernel that sums for `owner`. The fast paths' have statistics.
 template <class Function>
-auto dispatch_backward(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner, Function&& f) {
+auto dispatch_backward(const AttentionBackwardCudaParams& p, Side owner, Function&& f) {
   const DType dtype = p.forward.problem.dtype;
-  if (!p.statistics.data || grads.dots.data) return dispatch_launches(dtype, f);
+  if (!p.statistics.data) return dispatch_launches(dtype, f);
   return owner == Side::kKeys ? dispatch_plain_backward<Side::kKeys>(dtype, f)
                               : dispatch_plain_backward<Side::kQueries>(dtype, f);
 }
@@ -75,7 +75,7 @@ cudaError_t launch_attention(const AttentionCudaParams& p, cudaStream_t stream) 
 }
 
 int64_t attention_backward_splits(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner) {
-  return dispatch_backward(p, grads, owner,
+  return dispatch_backward(p, owner,
                            [&]<class Launches>(Launches) { return Launches::backward_splits(p, grads, owner); });
 }
 
@@ -86,7 +86,7 @@ int64_t attention_backward_dot_parts(const AttentionBackwardCudaParams& p, const
 
 cudaError_t launch_attention_backward(const AttentionBackwardCudaParams& p, const OwnedGrads& grads, Side owner,
                                       cudaStream_t stream) {
-  return dispatch_backward(p, grads, owner,
+  return dispatch_backward(p, owner,
                            [&]<class Launches>(Launches) { return Launches::backward(p, grads, owner, stream); });
 }
 
