@@ -286,6 +286,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   COMPARE("setp.eq.b64", "64");
   COMPARE("setp.gt.s16", "16");
   COMPARE("setp.ne.u16", "16");
+  COMPARE("setp.leu.f32", "32");
   COMPARE("setp.eq.f32", "32");
   COMPARE("setp.ne.f32", "32");
   COMPARE("setp.lt.f32", "32");
