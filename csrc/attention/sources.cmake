@@ -8,17 +8,19 @@ list(APPEND cpu_kernel_sources
   ${engine}/cpu/transposed_backward.cpp)
 
 # Of both libraries: argument checks.
-list(APPEND op_sources ${engine}/op/arguments.cpp ${engine}/op/calls.cpp ${engine}/op/offset_arguments.cpp)
+list(APPEND op_sources
+  ${engine}/op/arguments.cpp ${engine}/op/calls.cpp ${engine}/op/offset_arguments.cpp
+  ${engine}/op/spatial_arguments.cpp ${engine}/spatial_tiles.cpp)
 
 list(APPEND cpu_op_sources
   ${engine}/op/dense_cpu.cpp ${engine}/op/logit_gradients.cpp ${engine}/op/merge_attentions_cpu.cpp
-  ${engine}/op/spatial_arguments.cpp ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp
-  ${engine}/op/spatial_sums.cpp ${engine}/op/transposed_cpu.cpp ${engine}/spatial_tiles.cpp)
+  ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
+  ${engine}/op/transposed_cpu.cpp)
 
 list(APPEND cuda_op_sources
   ${engine}/op/arguments_cuda.cpp ${engine}/op/backward_launches_cuda.cpp
   ${engine}/op/dense_cuda.cpp ${engine}/op/dense_launches_cuda.cpp ${engine}/op/merge_attentions_cuda.cpp
-  ${engine}/op/offset_launches_cuda.cpp ${engine}/op/transposed_cuda.cpp)
+  ${engine}/op/offset_launches_cuda.cpp ${engine}/op/spatial_cuda.cpp ${engine}/op/transposed_cuda.cpp)
 
 list(APPEND cuda_kernel_sources
   ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu ${engine}/cuda/backward_tables.cu
@@ -29,4 +31,4 @@ list(APPEND cuda_kernel_sources
 list(APPEND cuda_kernel_sources_by_dtype ${engine}/cuda/backward.cu ${engine}/cuda/forward.cu)
 list(APPEND cuda_kernel_sources_16_bit
   ${engine}/cuda/backward_plain_keys.cu ${engine}/cuda/backward_plain_queries.cu ${engine}/cuda/forward_plain.cu
-  ${engine}/cuda/forward_resident.cu)
+  ${engine}/cuda/forward_resident.cu ${engine}/cuda/window_backward.cu ${engine}/cuda/window_forward.cu)

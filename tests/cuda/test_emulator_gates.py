@@ -113,9 +113,10 @@ def gates(*functions):
 
 
 def test_functions_have_kernels(emulator):
-    """Every operator with CUDA kernels is behind a function above."""
+    """Every operator with CUDA kernels is behind a function above, or has some for windows (test_emulator_windows)."""
     names = {f"vitkernels::{name}{suffix}" for name in FUNCTIONS for suffix in ("", "_backward")}
-    assert set(emulator.operators) == names
+    of_windows = {"vitkernels::spatial_attention", "vitkernels::spatial_attention_backward"}
+    assert set(emulator.operators) == names | of_windows
 
 
 def launches_expected(sample):

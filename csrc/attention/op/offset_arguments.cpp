@@ -109,7 +109,7 @@ OffsetScore::OffsetScore(const Checker& checker, const ScoreArguments& score, co
 }
 
 OffsetScore::OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
-                         const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics)
+                         const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics, TablesAs tables)
     : from(score.terms) {
   check_terms(checker, query, statistics, 0);
   for (const auto& [name, table] :
@@ -125,7 +125,7 @@ OffsetScore::OffsetScore(const Checker& checker, const ScoreArguments& score, co
                   has_table() ? source : kRelPosNames[axis], " has ", grid.num_offsets(axis), " offsets on axis ",
                   axis - (kMaxAxes - axes), ", takes at least ", 2 * largest_offset[axis] + 1);
   }
-  reverse();
+  tables == TablesAs::kGiven ? keep(checker, grid.num_tokens()) : reverse();
 }
 
 void OffsetScore::check_terms(const Checker& checker, const Tensor& query, ScalarType statistics, int64_t num_prefix) {

@@ -17,7 +17,8 @@ class OffsetScore {
               ScalarType statistics, TablesAs tables = TablesAs::kReversed);
   // On a map with `axes` axes, where no query sees a key further away than `largest_offset`.
   OffsetScore(const Checker& checker, const ScoreArguments& score, const Tensor& query, int axes,
-              const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics);
+              const std::array<int64_t, kMaxAxes>& largest_offset, ScalarType statistics,
+              TablesAs tables = TablesAs::kReversed);
 
   void fill(OffsetTerms& terms) const;
 

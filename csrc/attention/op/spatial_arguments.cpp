@@ -34,7 +34,7 @@ MapTensor key_bias_tensor(const Tensor& term, int axes) {
   return result;
 }
 
-SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call)
+SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call, const DevicePolicy& policy)
     : query(call.query),
       key(call.key),
       value(call.value),
@@ -52,7 +52,7 @@ SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call)
   if (is_shared_query) check_shared_query(checker);
   check_fill(checker, "key_fill", score.terms.key_fill, head_dim);
   check_fill(checker, "value_fill", score.terms.value_fill, value_dim);
-  heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads);
+  heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads, policy.read);
   check_scale(checker, score, query, heads, statistics);
   std::vector<int64_t> of_keys{batch, heads};
   of_keys.insert(of_keys.end(), key_map.begin(), key_map.end());
@@ -60,7 +60,7 @@ SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call)
   tile(checker);
   std::array<int64_t, kMaxAxes> largest_offset{};
   for (size_t axis = 0; axis < tiled_axes.size(); ++axis) largest_offset[axis] = tiled_axes[axis].largest_offset;
-  tables = OffsetScore(checker, score, query, axes, largest_offset, statistics);
+  tables = OffsetScore(checker, score, query, axes, largest_offset, statistics, policy.tables);
   query = with_unit_last_stride(query);
   key = with_unit_last_stride(key);
   value = with_unit_last_stride(value);

@@ -14,7 +14,7 @@ MapTensor key_bias_tensor(const Tensor& term, int axes);
 // Owns what Params points to.
 class SpatialArguments {
  public:
-  SpatialArguments(const Checker& checker, SpatialCall call);
+  SpatialArguments(const Checker& checker, SpatialCall call, const DevicePolicy& policy = {});
 
   void fill(SpatialParams& params) const;
   std::vector<int64_t> out_sizes() const;  // [B, *map, heads, dv]

@@ -1,0 +1,97 @@
+// The windows that a block walks through, and their slots: the places of tokens in a window, in row-major order.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "attention/cuda/windows.h"
+#include "common/divisor.h"
+#include "cuda/launch.h"
+
+namespace vitkernels::cuda {
+
+// Which windows a block takes, of which head. Heads vary fastest, since their rows lie beside each other.
+struct WindowTasks {
+  int heads, num_windows, windows_of_block;
+  Divisor by_heads, by_windows[kMaxAxes], by_class[kMaxAxes], by_size[kMaxAxes];
+
+  explicit WindowTasks(const WindowCudaParams& p)
+      : heads(int(p.heads)), num_windows(int(p.num_windows())), windows_of_block(int(vitkernels::windows_of_block(p))) {
+    by_heads = Divisor(heads);
+    for (int a = 0; a < kMaxAxes; ++a) {
+      by_windows[a] = Divisor(p.axis[a].num_windows());
+      by_class[a] = Divisor(p.axis[a].num_of_class());
+      by_size[a] = Divisor(p.axis[a].size);
+    }
+  }
+
+  __device__ void coordinates(const WindowCudaParams& p, int slot, int (&at)[kMaxAxes]) const {
+    CUTE_UNROLL
+    for (int a = kMaxAxes - 1; a >= 0; --a) {
+      const int next = by_size[a].divide(slot);
+      at[a] = slot - next * p.axis[a].size;
+      slot = next;
+    }
+  }
+};
+
+// A slot: its token, counted from that of the window's first slot, and on which axes it lies behind the shift.
+struct WindowSlot {
+  int token = 0;
+  unsigned wraps = 0;  // a bit for each axis
+
+  WindowSlot() = default;
+  __device__ WindowSlot(const WindowCudaParams& p, const int (&at)[kMaxAxes]) {
+    CUTE_UNROLL
+    for (int a = 0; a < kMaxAxes; ++a) {
+      token = token * p.axis[a].tokens + at[a] * p.axis[a].step;
+      wraps |= unsigned(at[a] >= p.axis[a].size - p.axis[a].shift) << a;
+    }
+  }
+};
+
+// A window, as a block looks it up in shared memory: where the rows of its head begin in each tensor, and which tokens
+// are its.
+template <int kTensors>
+struct alignas(16) Window {
+  char* rows[kTensors];
+  int64_t statistics;  // of the head's first token, as in lse
+  int token;           // of the first slot, on the map
+  unsigned is_last;    // a bit for each axis with a shift, on which it is the last of its class
+
+  // Returns the batch.
+  __device__ int place(const WindowCudaParams& p, const WindowTasks& tasks, int index, int head) {
+    int at[kMaxAxes];
+    CUTE_UNROLL
+    for (int a = kMaxAxes - 1; a >= 0; --a) {
+      const int next = tasks.by_windows[a].divide(index);
+      at[a] = index - next * p.axis[a].num_windows();
+      index = next;
+    }
+    token = 0, is_last = 0;
+    CUTE_UNROLL
+    for (int a = 0; a < kMaxAxes; ++a) {
+      const WindowAxis& axis = p.axis[a];
+      const int of_class = tasks.by_class[a].divide(at[a]), i = at[a] - of_class * axis.num_of_class();
+      token = token * axis.tokens + ((i * axis.size + axis.shift) * axis.step + of_class);
+      is_last |= unsigned(axis.shift > 0 && i == axis.num_of_class() - 1) << a;
+    }
+    statistics = int64_t(index) * p.num_tokens() * p.heads + head;
+    return index;
+  }
+
+  // The token of a slot, on the map.
+  __device__ int token_of(const WindowCudaParams& p, const WindowSlot& slot) const {
+    int result = token + slot.token;
+    if (is_last) {
+      int tokens = 1;
+      CUTE_UNROLL
+      for (int a = kMaxAxes - 1; a >= 0; --a) {
+        tokens *= p.axis[a].tokens;
+        if ((is_last & slot.wraps) >> a & 1) result -= tokens;
+      }
+    }
+    return result;
+  }
+};
+
+}  // namespace vitkernels::cuda

@@ -1,0 +1,195 @@
+"""Attention in windows and grids on a GPU: agreement with float64, traffic, and what has no kernels."""
+
+import pytest
+import torch
+import vitkernels as vk
+from support.devices import HALF
+from support.emulation import conflicts, nbytes, needs_emulator
+from support.operands import ROUNDING, tokens
+from vitkernels import reference
+
+pytestmark = needs_emulator
+
+
+def operands(b=1, size=(14, 14), h=2, d=32, v=None, kv_heads=None, dtype=torch.bfloat16):
+    g = kv_heads or h
+    return (
+        tokens(b, *size, h, d, dtype=dtype), tokens(b, *size, g, d, dtype=dtype, seed=1),
+        tokens(b, *size, g, v or d, dtype=dtype, seed=2),
+    )  # fmt: skip
+
+
+def table(*shape, scale=1.0):
+    return tokens(*shape, dtype=torch.float32, seed=3) * scale
+
+
+def axes_of(call, name, size, shift=0):
+    """Windows of a size and with a shift, or a grid of a size, of one number or one for each axis."""
+    sizes = call[0].shape[1:-2]
+    each = [value if isinstance(value, tuple) else (value,) * len(sizes) for value in (size, shift)]
+    if name == "grid":
+        return [vk.Full(step=n // g) for n, g in zip(sizes, each[0], strict=True)]
+    return [vk.Block(n, offset) for n, offset in zip(*each, strict=True)]
+
+
+def attend(function, call, axes, options, grads=None):
+    """Output, LSE, and the gradients of operands and terms."""
+    leaves = [t.detach().requires_grad_() for t in (*call, *options.values()) if isinstance(t, torch.Tensor)]
+    rest = iter(leaves[3:])
+    terms = {n: next(rest) if isinstance(t, torch.Tensor) else t for n, t in options.items()}
+    results = function(*leaves[:3], axes, return_lse=True, **terms)
+    return results, torch.autograd.grad(results, leaves, grads) if grads else ()
+
+
+def check(call, name, *sizes, is_differentiated=True, **options):
+    """Against float64: the output in units of the dtype's rounding, the LSE to float32's, gradients of the largest."""
+    dtype, shape, axes = call[0].dtype, call[0].shape, axes_of(call, name, *sizes)
+    grads = tokens(*shape[:-1], call[2].size(-1), dtype=dtype, seed=5), tokens(*shape[:-1], dtype=torch.float32, seed=6)
+    found = attend(vk.spatial_attention, call, axes, options, grads if is_differentiated else None)
+    wide = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in options.items()}
+    doubles = [t.double() for t in call], axes, wide, [t.double() for t in grads]
+    (out, lse), expected = attend(reference.spatial_attention, *doubles)
+    assert found[0][0].dtype == dtype
+    largest = max(1.0, call[2].double().abs().max().item())
+    assert (found[0][0].double() - out).abs().max() <= 2 * ROUNDING[dtype] * largest
+    torch.testing.assert_close(found[0][1].double(), lse, rtol=2e-6, atol=2e-4)
+    for i, (one, other) in enumerate(zip(found[1], expected, strict=False)):
+        error = (one.double() - other).abs().max() / other.abs().max().clamp(min=1e-30) / ROUNDING[dtype]
+        assert error <= 4, f"{[*'qkv', *options][i]}: {error:.2f}"
+    return found
+
+
+def kernels_of(emulator):
+    return [launch.kernel.removeprefix("vitkernels::") for launch in emulator.launches()]
+
+
+CALLS = [
+    ("window", {}, (7,)), ("window", {}, (7, 3)), ("window", {"size": (8, 16)}, (8, 5)),
+    ("window", {"size": (14, 7)}, (7, (3, 2))),
+    ("window", {"size": (6, 4), "d": 8}, ((3, 1), (2, 0))),
+    ("window", {"size": (48,), "d": 64}, (16, 1)), ("window", {"size": (64,)}, (64,)),
+    ("window", {"size": (4, 6, 8), "d": 24}, ((2, 3, 4), (1, 1, 3))),
+    ("window", {"size": (2, 2), "h": 1}, (1,)), ("window", {"size": (4, 4)}, ((1, 4), (0, 1))),
+    ("window", {"b": 3, "h": 6, "kv_heads": 2, "d": 48, "v": 40}, (7, 6)),
+    ("window", {"d": 16, "v": 56}, (7,)), ("window", {"d": 64, "v": 8}, (7, 1)),
+    ("window", {"size": (5, 5)}, (9,)),
+    ("grid", {}, (7,)), ("grid", {"size": (12, 8), "b": 2}, ((3, 4),)),
+    ("grid", {"size": (30,), "d": 64}, (10,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_table", [False, True], ids=["plain", "table"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("name", "shape", "sizes"), CALLS, ids=str)
+def test_shapes(name, shape, sizes, dtype, has_table, cuda_kernels):
+    call = operands(**shape, dtype=dtype)
+    axes, heads = call[0].dim() - 3, call[0].size(-2)
+    window = sizes[0] if isinstance(sizes[0], tuple) else sizes[:1] * axes
+    options = {"bias_table": table(heads, *(2 * size - 1 for size in window))} if has_table else {}
+    has_groups = "kv_heads" in shape  # of heads with the same keys: without gradients
+    check(call, name, *sizes, is_differentiated=not has_groups, **options)
+    names = ["window_attention"] if has_groups else ["window_attention", "window_attention_backward"]
+    assert [n.split("<")[0] for n in kernels_of(cuda_kernels)][: len(names)] == names
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_scales_and_shared_table(shift, cuda_kernels):
+    """A scale of each head, as Swin V2's. A table may be of all heads, and of more offsets."""
+    call = operands(h=3)
+    check(call, "window", 7, shift, scale=torch.tensor([0.05, 0.2, 0.8]), bias_table=table(3, 13, 13, scale=4.0))
+    check(call, "window", 7, shift, scale=0.3, bias_table=table(1, 13, 15))
+
+
+def test_blocks_of_many_windows(cuda_kernels):
+    """Of which the last one has fewer; sums over windows have the same bits in every run."""
+    call, bias = operands(b=257, size=(6, 6), h=1, d=8), table(1, 3, 3)
+    found = check(call, "window", 2, 1, bias_table=bias, scale=torch.tensor([0.5]))
+    assert {launch.grid[0] for launch in cuda_kernels.launches() if "window" in launch.kernel} == {1157}
+    cuda_kernels.configure(multiprocessors=132, seed=1)
+    again = check(call, "window", 2, 1, bias_table=bias, scale=torch.tensor([0.5]))
+    assert all(torch.equal(a, b) for a, b in zip(found[0] + found[1], again[0] + again[1], strict=True))
+
+
+@pytest.mark.parametrize("size", [1e2, 3e3, 1e5, 1e9], ids=str)
+def test_large_logits(size, cuda_kernels):
+    query, key, value = operands()
+    axes = [vk.Block(7, 3)] * 2
+    found, lse = vk.spatial_attention(query * size, key, value, axes, return_lse=True)
+    wide = [t.double() for t in (query * size, key, value)]
+    expected, expected_lse = reference.spatial_attention(*wide, axes, return_lse=True)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.02 + min(1.0, size * 2.0**-19) * 4)
+
+
+def test_any_strides(cuda_kernels):
+    """Rows are read from where they are, or if they are not one distance apart from a copy."""
+    packed = tokens(2, 14, 14, 3, 2, 32)
+    check(packed.unbind(3), "window", 7, 3)
+    check([t[:, ::2, :, :, :24] for t in operands(size=(28, 14))], "window", 7, 3)
+    check([t[..., 1:25] for t in operands()], "window", 7)
+    check([t.transpose(1, 2) for t in operands(size=(7, 21))], "window", 7, 2)
+    check([t[:1].expand(3, -1, -1, -1, -1) for t in operands()], "window", 7)
+
+
+def test_padding_is_never_read(cuda_kernels):
+    def padded(t):
+        wide = torch.full((*t.shape[:-1], t.size(-1) + 8), torch.nan, dtype=t.dtype)
+        wide[..., :-8] = t
+        return wide[..., :-8]
+
+    check([padded(t) for t in operands(d=24)], "window", 7, 3)
+
+
+def test_nan_stays_in_its_window(cuda_kernels):
+    query, key, value = operands(size=(14, 14))
+    key[0, 2, 3], value[0, 9, 9] = torch.nan, torch.nan
+    out = vk.window_attention(query, key, value, 7)
+    hit = torch.zeros(14, 14, dtype=torch.bool)
+    hit[:7, :7] = hit[7:, 7:] = True
+    assert torch.equal(out.isnan().flatten(3).any(-1)[0], hit)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("d", [32, 64])
+def test_traffic(d, dtype, cuda_kernels):
+    """Operands are read once and results written once; a block reads its head's table once. Up to 32 columns meet no
+    bank conflict."""
+    call, bias = operands(b=2, size=(28, 28), d=d, dtype=dtype), table(2, 13, 13)
+    out, lse = vk.window_attention(*call, 7, 3, bias_table=bias, return_lse=True)
+    (counters,) = cuda_kernels.counters().values()
+    (launch,) = cuda_kernels.launches()
+    tables = counters.read.total - nbytes(*call)
+    assert 0 <= tables <= launch.grid[0] * 32 * 49 * 49, "a sector for each logit at most"
+    assert counters.read.distinct == nbytes(*call) + -(-nbytes(bias) // 32) * 32
+    assert counters.written.distinct == nbytes(out, lse)
+    assert d > 32 or conflicts(counters) == {}
+
+
+NO_KERNELS = {
+    "float32": (lambda: {"dtype": torch.float32}, "of other dtypes"), "odd": (lambda: {"d": 20}, "head dimensions"),
+    "wide": (lambda: {"d": 72}, "head dimensions"), "undivided": (lambda: {"size": (15, 14)}, "other patterns"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_KERNELS)
+def test_other_calls_are_refused(name, cuda_kernels):
+    make, reason = NO_KERNELS[name]
+    with pytest.raises(RuntimeError, match=f"attention: got CUDA tensors, .*{reason}; on a GPU windows and grids"):
+        vk.window_attention(*operands(**make()), 7)
+
+
+def test_other_patterns_and_terms_are_refused(cuda_kernels):
+    call = operands()
+    for reason, attend in {
+        "of other patterns": lambda: vk.na2d(*call, 3), "of more tokens": lambda: vk.window_attention(*call, 14),
+        "with a key_bias": lambda: vk.window_attention(*call, 7, key_bias=torch.zeros(14, 14)),
+        "with such a scale": lambda: vk.window_attention(*call, 7, scale=-1.0),
+        "with rel_pos": lambda: vk.window_attention(*call, 7, rel_pos=[torch.zeros(13, 32)] * 2),
+    }.items():  # fmt: skip
+        with pytest.raises(RuntimeError, match=reason):
+            attend()
+
+
+def test_empty_batch(cuda_kernels):
+    out = vk.window_attention(*operands(b=0), 7)
+    assert out.shape == (0, 14, 14, 2, 32) and kernels_of(cuda_kernels) == []
