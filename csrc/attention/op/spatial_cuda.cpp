@@ -13,12 +13,11 @@ using WindowAxes = std::array<WindowAxis, kMaxAxes>;
 // The windows of an axis. A window of no tokens: the rule is another, or windows do not divide the axis.
 WindowAxis window_axis(const AxisRule& rule) {
   const int64_t tokens = rule.num_keys, of_class = tokens / rule.step;
-  const bool is_full =
-      rule.rule == Rule::kFull || (rule.rule == Rule::kBlock && rule.shift == 0 && rule.size > of_class);
   const bool is_block = rule.rule == Rule::kBlock && rule.halo == 0 && rule.key_size == rule.size;
+  const bool is_full = rule.rule == Rule::kFull || (is_block && rule.shift == 0 && rule.size > of_class);
   const int64_t size = is_full ? of_class : rule.size;
   const bool is_divided = tokens == rule.num_queries && tokens % (rule.step * size) == 0 && size <= kMaxWindowTokens;
-  if ((!is_full && !is_block) || (is_full && rule.halo > 0) || rule.is_causal || !is_divided) return {.size = 0};
+  if ((!is_full && !is_block) || rule.is_causal || !is_divided) return {.size = 0};
   return {.tokens = int(tokens), .size = int(size), .shift = is_full ? 0 : int(rule.shift), .step = int(rule.step)};
 }
 
@@ -27,10 +26,12 @@ const char* why_not(const SpatialArguments& args, const WindowAxes& axes) {
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
   const auto has = [](const auto& term) { return term.has_value(); };
   int64_t slots = 1;
-  for (const WindowAxis& axis : axes) slots *= axis.size;
+  double tokens = double(args.batch);
+  for (const WindowAxis& axis : axes) slots *= axis.size, tokens *= axis.tokens;
   if (args.dtype == DType::kFloat32 || args.dtype == DType::kFloat64) return "of other dtypes";
   if (slots == 0) return "of other patterns";
   if (slots > kMaxWindowTokens) return "of more tokens";
+  if (tokens > std::numeric_limits<int32_t>::max()) return "of a batch of 2^31 tokens and more";
   if (std::max(args.head_dim, args.value_dim) > 64 || args.head_dim % 8 != 0 || args.value_dim % 8 != 0) {
     return "of other head dimensions";
   }
@@ -38,10 +39,11 @@ const char* why_not(const SpatialArguments& args, const WindowAxes& axes) {
   if (args.score.has_outside) return "with keys outside the map";
   if (args.pattern.radius > 0) return "with a radius";
   if (args.score.head_map) return "with a head_map";
+  if (terms.head_scale) return "with a scale of each head";
   if (terms.key_bias) return "with a key_bias";
   if (terms.multiplier_table) return "with a multiplier_table";
   if (std::any_of(terms.rel_pos.begin(), terms.rel_pos.end(), has)) return "with rel_pos";
-  if (!(args.score.scale > 0.0 && args.score.scale < 1e30)) return "with such a scale";
+  if (!(args.score.scale > 1e-30 && args.score.scale < 1e30)) return "with such a scale";
   return nullptr;
 }
 
@@ -80,7 +82,7 @@ struct WindowOperands {
           false, "got CUDA tensors, takes tensors on the CPU for attention over maps ", reason,
           "; on a GPU windows and grids of at most ", kMaxWindowTokens,
           " tokens that divide the map, in bfloat16 or float16, with a head dimension of at most 64 that is a "
-          "multiple of 8, and with a bias_table and scales");
+          "multiple of 8, and with a bias_table");
     }
     SpatialParams spatial;
     args.fill(spatial);
