@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
+import vitkernels as vk
 from support.calls import differentiate
-from support.devices import DTYPES, FUNCTIONS, is_taken
+from support.devices import DTYPES, FUNCTIONS, HALF, is_taken
 from support.emulation import Emulator
+from support.operands import tokens
 from support.samples import SAMPLES
 
 from tools.cuda_report import demangle, short_name
@@ -25,25 +30,38 @@ ROWS: dict[str, dict[str, int]] = {
 HEAD_DIMS = (32, 64, 128, 256)
 
 
+def windows(dim: int, dtype: torch.dtype) -> None:
+    """Which no row of the sample table reaches, as most of its rows over maps have no kernels."""
+    query, key, value = (tokens(1, 4, 4, 1, dim, dtype=dtype, seed=i).requires_grad_() for i in range(3))
+    vk.window_attention(query, key, value, 2).sum().backward()
+
+
+def calls() -> Iterator[Callable[[], object]]:
+    for sample in (s for s in SAMPLES if s.id in ROWS and is_taken(s)):
+        for dtype in (d for d in DTYPES if d in FUNCTIONS[sample.operator]):
+            for dim in HEAD_DIMS if "d" in sample.sizes else (32, 33):  # vectors, and values one by one
+                sizes = {**sample.small(), **ROWS[sample.id], "d": dim, "v": dim}
+                yield partial(differentiate, sample.function, sample.call(dtype, sizes=sizes))
+    for dtype in HALF:
+        yield from (partial(windows, dim, dtype) for dim in (32, 64))
+
+
 def run() -> dict[str, list[int]]:
     """By kernel: bytes of shared memory, static plus dynamic, and threads per block, of the largest launch."""
     emulator = Emulator()
     found: dict[str, list[int]] = {}
-    for sample in (s for s in SAMPLES if s.id in ROWS and is_taken(s)):
-        for dtype in (d for d in DTYPES if d in FUNCTIONS[sample.operator]):
-            for dim in HEAD_DIMS if "d" in sample.sizes else (32, 33):  # vectors, and values one by one
-                emulator.reset()
-                with emulator.on_cpu_tensors():
-                    sizes = {**sample.small(), **ROWS[sample.id], "d": dim, "v": dim}
-                    differentiate(sample.function, sample.call(dtype, sizes=sizes))
-                assert not emulator.errors(), emulator.errors()
-                launches = emulator.launches()
-                for launch, name in zip(launches, demangle(x.symbol for x in launches), strict=True):
-                    block = launch.block[0] * launch.block[1] * launch.block[2]
-                    function, arguments = short_name(name)
-                    kernel = f"{function}<{arguments}>" if arguments else function
-                    before = found.get(kernel, [0, 0])
-                    found[kernel] = [max(before[0], launch.shared_bytes), max(before[1], block)]
+    for call in calls():
+        emulator.reset()
+        with emulator.on_cpu_tensors():
+            call()
+        assert not emulator.errors(), emulator.errors()
+        launches = emulator.launches()
+        for launch, name in zip(launches, demangle(x.symbol for x in launches), strict=True):
+            block = launch.block[0] * launch.block[1] * launch.block[2]
+            function, arguments = short_name(name)
+            kernel = f"{function}<{arguments}>" if arguments else function
+            before = found.get(kernel, [0, 0])
+            found[kernel] = [max(before[0], launch.shared_bytes), max(before[1], block)]
     return found
 
 

@@ -29,7 +29,7 @@ constexpr ForwardTileShape forward_tile(int dim, int element_bytes) {
 
 // Of forward_plain.cu: 32 queries a warp, so that a fragment of keys and values serves two rows of instructions. Two
 // blocks a multiprocessor. Instructions of the main loop for each matrix instruction, sm_90: 6.9, 4.2, 3.0; with a bias
-// 8.5, 5.4, 3.8. Rejected: three blocks at 32 columns (7.5, since 168 registers make copies), 128 keys there (spills),
+// 8.5, 5.4, 3.9. Rejected: three blocks at 32 columns (7.5, since 168 registers make copies), 128 keys there (spills),
 // 64 keys at 128 columns (spills) and 32 (queries are read for too few keys: 0.38 loads a matrix instruction). Not
 // measured on a GPU yet.
 constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
@@ -74,8 +74,8 @@ constexpr BackwardTileShape backward_tile(int dim, int element_bytes) {
 }
 
 // Of the backward's fast paths, for 16-bit elements. Instructions of the main loop for each matrix instruction, sm_90,
-// at 32, 64 and 128 columns: blocks that own keys 5.2, 3.4, 3.2, queries 5.3, 3.4, 2.9; with a bias at 64 columns 4.9
-// and 4.1; blocks that own all keys 4.3, with a bias 5.4. Rejected: two unrolled stages (3.0 at 64 columns, but
+// at 32, 64 and 128 columns: blocks that own keys 5.0, 3.3, 3.2, queries 5.1, 3.5, 2.9; with a bias at 64 columns 4.9
+// and 4.1; blocks that own all keys 4.3, with a bias 5.2. Rejected: two unrolled stages (3.0 at 64 columns, but
 // spills), dP in halves, and fragments of the second operand read ahead one by one (more instructions, and spills at 128
 // columns). Not measured on a GPU yet.
 struct PlainBackwardTile {
