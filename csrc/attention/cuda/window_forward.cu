@@ -1,7 +1,7 @@
 // Attention in windows of at most 64 tokens on a GPU, for 16-bit elements.
 //
 // A block keeps a head and its bias, in registers, and walks through windows, whose tokens it copies straight from the
-// map; the next ones are on their way meanwhile.
+// map while it multiplies the ones before.
 
 #include "attention/cuda/tokens.h"
 #include "attention/cuda/window_tile.h"
