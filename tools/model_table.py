@@ -145,8 +145,8 @@ seven eighths, most of them linear layers, stay PyTorch's.
 
 The weights are random; initial values that would hide the attention (tiny layer scales, factors of zero) are replaced.
 {clock} The gains depend on the CPU, and are larger where PyTorch's matrix products are slow
-([Benchmarks](benchmarks.md)). Where a model stands in two tables, their difference is the noise of the measurement; so
-is a speed-up above its ceiling.
+([Benchmarks](benchmarks.md)): compare [those of an Intel Xeon](models_intel.md). Where a model stands in two
+tables, their difference is the noise of the measurement; so is a speed-up above its ceiling.
 
 Measured on {machine}.
 """

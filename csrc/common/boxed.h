@@ -68,8 +68,12 @@ void boxed(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
          signature.arguments.size(), " and ", signature.results.size(),
          ": the CPU and CUDA libraries are of two builds");
   }
-  Call call(kOp.text, signature, stack);
-  kFunction(call);
+  try {
+    Call call(kOp.text, signature, stack);
+    kFunction(call);
+  } catch (const AllocationError& error) {
+    fail("vitkernels::", kOp.text, ": ", error.what());
+  }
 }
 
 }  // namespace vitkernels

@@ -12,6 +12,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "common/dtype.h"
@@ -69,6 +70,13 @@ struct Placement {
   int32_t dtype, device_type, device_index;
 };
 
+// Torch has no memory for a tensor. What serves all operators does not know which one it fails: boxed() adds the name.
+class AllocationError : public std::runtime_error {
+ public:
+  AllocationError(const std::string& what, const std::vector<int64_t>& sizes)
+      : std::runtime_error((std::ostringstream() << "cannot " << what << Shape(sizes)).str()) {}
+};
+
 // Calls torch's C function for new_empty or new_zeros, which saves the dispatcher's boxing, 0.5 us per tensor. Errors
 // lose their text on the way, so running out of memory gets a message here.
 template <class NewTensor>
@@ -80,7 +88,7 @@ Tensor allocate(NewTensor&& new_tensor, const Tensor& like, const std::vector<in
                  nullptr, &tensor) == AOTI_TORCH_SUCCESS) {
     return Tensor(tensor);
   }
-  fail("vitkernels: cannot allocate a tensor of shape ", Shape(sizes));
+  throw AllocationError("allocate a tensor of shape ", sizes);
 }
 
 inline Tensor empty_as(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -109,7 +117,7 @@ inline Tensor none_like(const Tensor& like) {
 inline Tensor as_contiguous(const Tensor& t) try {
   return torch::stable::contiguous(t);
 } catch (const std::exception&) {
-  fail("vitkernels: cannot copy a tensor of shape ", Shape(t), " to contiguous memory");
+  throw AllocationError("copy to contiguous memory a tensor of shape ", sizes_of(t));
 }
 
 // Any strides are fine as long as the last one is 1; a tensor without that is copied.

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "apply_at_one_level",
     "batch_level",
     "below_autograd",
     "entry_of",
     "has_batch_levels",
+    "has_below_autograd",
     "has_kernel",
     "is_batching",
     "is_tracing",
@@ -32,6 +34,7 @@ __all__ = [
 
 #: A call inside skips the autograd part of an operator. Without it, that part runs and finds nothing to record.
 below_autograd: Callable[[], AbstractContextManager[Any]] = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+has_below_autograd = below_autograd is not nullcontext
 
 #: Whether ``torch.jit.trace`` is at work; the public function asks the same in more steps.
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
@@ -64,6 +67,28 @@ is_transformed: Callable[[], bool] = (
     if hasattr(forward_ad, "_current_level") and hasattr(torch._C, "_are_functorch_transforms_active")
     else lambda: True
 )
+
+
+def apply_at_one_level(function: Any) -> Callable[..., Any]:
+    """``function.apply`` for a kernel of an operator, which the dispatcher calls once for each transform at work."""
+    functorch = getattr(torch._C, "_functorch", None)
+    allowed = getattr(functorch, "get_single_level_autograd_function_allowed", None)
+    allow = getattr(functorch, "set_single_level_autograd_function_allowed", None)
+    if allowed is None or allow is None:
+        apply: Callable[..., Any] = function.apply
+        return apply
+    apply_once = super(torch.autograd.Function, function).apply
+
+    def call(*args: Any) -> Any:
+        before = allowed()
+        allow(True)
+        try:
+            return apply_once(*args)
+        finally:
+            allow(before)
+
+    return call
+
 
 #: Whether calls under ``is_grads_batched`` can be taken apart. Its vmap is an older one, which does not know the rules
 #: of ``torch.library``: without them it loops, and it cannot over operators that take lists.

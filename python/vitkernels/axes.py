@@ -26,14 +26,14 @@ class Axis:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            at_least = 0 if name in ("shift", "halo") else 1
-            if (type(value) is int and value >= at_least) or (name == "key_size" and value is None):
-                continue
             if name == "is_causal":
                 if not isinstance(value, (bool, torch.SymBool)):
                     raise RuntimeError(
                         f"vitkernels::{type(self).__name__}: is_causal is {value!r}, takes True or False"
                     )
+                continue
+            at_least = 0 if name in ("shift", "halo") else 1
+            if (type(value) is int and value >= at_least) or (name == "key_size" and value is None):
                 continue
             if isinstance(value, torch.Tensor) and sizes_are_tensors():
                 value = int(value)

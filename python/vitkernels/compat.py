@@ -5,16 +5,45 @@ Arguments, layouts and results are theirs; what the kernels do not compute is an
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from vitkernels.functional import attention, attention_varlen, merge_attentions
+from vitkernels.functional.arguments import check_flag, check_tensors
+from vitkernels.functional.words import Words
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "scaled_dot_product_attention"]
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
+
+def _says(operator: str, **arguments: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Have errors of ``operator`` name the function, and its arguments by the operator's."""
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        words = Words(function.__name__, arguments)
+
+        @wraps(function)
+        def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError as error:
+                if f"vitkernels::{operator}: " not in str(error):
+                    raise
+                text = str(words.of(error, operator))
+                raise RuntimeError(text.replace("vitkernels::", "vitkernels.compat.")) from None
+
+        return call
+
+    return decorate
+
+
+@_says("attention", bias="attn_mask")
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -32,7 +61,7 @@ def scaled_dot_product_attention(
         key: ``(B, heads, Nk, d)``; with ``enable_gqa`` the number of heads may be a divisor of the query's.
         value: ``(B, heads, Nk, dv)``, heads as ``key``.
         attn_mask: broadcasts to ``(B, heads, Nq, Nk)``: boolean, true where a key is seen, or floating, added to the
-            logits.
+            logits, float32 or the query's dtype.
         dropout_p: only 0.
         is_causal: query i sees keys up to i; not together with ``attn_mask``.
         scale: default ``d ** -0.5``.
@@ -47,21 +76,15 @@ def scaled_dot_product_attention(
         NotImplementedError: if ``dropout_p`` is not 0.
         RuntimeError: for arguments that do not go together, and as :func:`vitkernels.attention`.
     """
-    name, rank = "scaled_dot_product_attention", query.dim()
+    name = "scaled_dot_product_attention"
     if dropout_p != 0.0:
         _refuse(name, "dropout_p", str(dropout_p), "0")
-    if is_causal and attn_mask is not None:
-        raise RuntimeError(f"vitkernels.compat.{name}: is_causal is True, takes False with an attn_mask")
-    if rank < 2 or key.dim() != rank or value.dim() != rank:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-        raise RuntimeError(
-            f"vitkernels.compat.{name}: query, key and value have shapes {shapes}, takes (B, heads, tokens, d)"
-        )
-    if rank > 2 and not enable_gqa and query.size(-3) != key.size(-3):
-        raise RuntimeError(
-            f"vitkernels.compat.{name}: key has {key.size(-3)} heads, takes query's {query.size(-3)} without enable_gqa"
-        )
-    batch, bias = query.shape[:-3], attn_mask
+    check_flag("attention", "is_causal", is_causal)
+    check_tensors("attention", query=query, key=key, value=value)
+    _check_shapes(query, key, value, enable_gqa)
+    if attn_mask is not None:
+        _check_mask(query, key, attn_mask, is_causal)
+    rank, batch, bias = query.dim(), query.shape[:-3], attn_mask
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.where(bias, 0.0, -torch.inf)
@@ -72,6 +95,46 @@ def scaled_dot_product_attention(
     return out if rank == 4 else out.reshape(*query.shape[:-2], *out.shape[2:])
 
 
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """In PyTorch's layout, which :func:`vitkernels.attention` does not have."""
+    rank = query.dim()
+    if rank < 2:
+        _fail("query", query, "(B, heads, tokens, d), or two dimensions and more")
+    for name, t in (("key", key), ("value", value)):
+        if t.dim() != rank:
+            _fail(name, t, f"{rank} dimensions, as query")
+        if t.shape[:-3] != query.shape[:-3] and query.shape[:-3].numel() != 1:
+            _fail(name, t, f"query's batch {tuple(query.shape[:-3])}")
+    if key.size(-1) != query.size(-1):
+        _fail("key", key, f"query's d ({query.size(-1)}) as its last dimension")
+    if value.shape[:-1] != key.shape[:-1]:
+        _fail("value", value, f"key's {tuple(key.shape[:-1])} before its last dimension")
+    if rank == 2 or key.size(-3) == query.size(-3):
+        return
+    if not enable_gqa:
+        _fail("key", key, f"query's {query.size(-3)} heads without enable_gqa")
+    if key.size(-3) == 0 or query.size(-3) % key.size(-3) != 0:
+        _fail("key", key, f"a number of heads that divides query's {query.size(-3)}")
+
+
+def _check_mask(query: Tensor, key: Tensor, mask: Tensor, is_causal: bool) -> None:
+    check_tensors("attention", attn_mask=mask)
+    if is_causal:
+        raise RuntimeError("vitkernels::attention: is_causal is True, takes False with an attn_mask")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(f"vitkernels::attention: attn_mask is {mask.dtype}, takes bool, float32 or query's dtype")
+    sizes = (*query.shape[:-1], key.size(-2))
+    fits = 2 <= mask.dim() <= len(sizes) and all(
+        n in (1, own) for n, own in zip(mask.shape[::-1], sizes[::-1], strict=False)
+    )
+    if not fits:
+        _fail("attn_mask", mask, f"two dimensions or more that broadcast to {sizes}")
+
+
+def _fail(name: str, t: Tensor, takes: str) -> None:
+    raise RuntimeError(f"vitkernels::attention: {name} has shape {tuple(t.shape)}, takes {takes}")
+
+
 def _with_four_axes(t: Tensor) -> Tensor:
     """One axis in place of all before the last three; axes of size one in front of fewer."""
     if t.dim() > 4:
@@ -79,6 +142,7 @@ def _with_four_axes(t: Tensor) -> Tensor:
     return t[(None,) * (4 - t.dim())]
 
 
+@_says("attention", query="q", key="k", value="v", scale="softmax_scale", is_causal="causal")
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -118,6 +182,7 @@ def flash_attn_func(
         RuntimeError: as :func:`vitkernels.attention`.
     """
     _check_options("flash_attn_func", dropout_p, window_size, softcap, alibi_slopes)
+    check_tensors("attention", query=q, key=k, value=v)
     offset = k.size(1) - q.size(1) if q.dim() == 4 and k.dim() == 4 else 0
     options: dict[str, Any] = {"scale": softmax_scale, "return_lse": True}
     if not causal or offset == 0:
@@ -135,6 +200,7 @@ def flash_attn_func(
     return (out, lse.transpose(1, 2), None) if return_attn_probs else out
 
 
+@_says("attention_varlen", query="q", key="k", value="v", scale="softmax_scale", is_causal="causal")
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -186,6 +252,7 @@ def flash_attn_varlen_func(
     _check_options(name, dropout_p, window_size, softcap, alibi_slopes)
     if block_table is not None:
         _refuse(name, "block_table", "a tensor", "None")
+    check_tensors("attention_varlen", query=q, key=k, value=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if causal and cu_seqlens_q is not cu_seqlens_k and not torch.equal(cu_seqlens_q, cu_seqlens_k):
         _refuse(name, "causal", "True", "False where cu_seqlens_q and cu_seqlens_k differ")
     out, lse = attention_varlen(

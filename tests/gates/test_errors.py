@@ -40,6 +40,8 @@ def test_the_calls_are_right_otherwise():
         (lambda: vk.Full([2]), "Full: step is [2], takes an integer from 1 on"),
         (lambda: vk.Full(torch.tensor(2)), "Full: step is tensor(2), takes an integer from 1 on"),
         (lambda: vk.Full(is_causal="no"), "Full: is_causal is 'no', takes True or False"),
+        (lambda: vk.Full(is_causal=1), "Full: is_causal is 1, takes True or False"),
+        (lambda: vk.Block(2, is_causal=5), "Block: is_causal is 5, takes True or False"),
         (lambda: vk.Block(2, is_causal=None), "Block: is_causal is None, takes True or False"),
     ],
 )

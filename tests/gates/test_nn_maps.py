@@ -7,6 +7,7 @@ import pytest
 import torch
 import vitkernels as vk
 from support.model_zoo import randomised
+from support.nn_modules import MODULES
 from torch import nn
 
 pytest.importorskip("timm")
@@ -279,7 +280,7 @@ BAD = [
         lambda: vk.nn.CrossShapedWindowAttention(32, 4, 0),
         "CrossShapedWindowAttention: split_size is 0, takes an integer",
     ),
-    (lambda: vk.nn.CrissCrossAttention(4), "CrissCrossAttention: in_dim is 4, takes 8 or more"),
+    (lambda: vk.nn.CrissCrossAttention(4), "CrissCrossAttention: in_dim is 4, takes an integer from 8 on"),
     (lambda: vk.nn.NeighborhoodAttention2D(24, 5, 3), "NeighborhoodAttention2D: embed_dim is 24, takes a multiple of"),
     (
         lambda: vk.nn.NeighborhoodAttention2D(24, 3, (3, 3, 3)),
@@ -289,6 +290,11 @@ BAD = [
         lambda: vk.nn.NeighborhoodAttention2D(24, 3, 3, is_causal="no"),
         "NeighborhoodAttention2D: is_causal is 'no', takes",
     ),
+    (lambda: vk.nn.GridAttention(0, 8), "GridAttention: dim is 0, takes an integer from 1 on"),
+    (lambda: vk.nn.WindowAttention(0, 2), "WindowAttention: dim is 0, takes an integer from 1 on"),
+    (lambda: vk.nn.HaloAttention(0, dim_out=8), "HaloAttention: dim is 0, takes an integer from 1 on"),
+    (lambda: vk.nn.Attention(0), "Attention: dim is 0, takes an integer from 1 on"),
+    (lambda: vk.nn.CrossShapedWindowAttention(0, 2), "CrossShapedWindowAttention: dim is 0, takes an integer from"),
 ]
 
 
@@ -297,6 +303,25 @@ def test_bad_arguments_are_named(call, text):
     with pytest.raises(RuntimeError, match=re.escape(text)) as raised:
         call()
     assert str(raised.value).startswith("vitkernels.nn.")
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_empty_inputs(kind):
+    """No image gives no result; a map without tokens too, or an error of ours where PyTorch's convolutions see it."""
+    module, shape = MODULES[kind]()
+    channels = 1 if kind in ("CrissCrossAttention", "HaloAttention") else len(shape) - 1
+    for axis in set(range(len(shape))) - {channels}:
+        x = torch.randn([0 if i == axis else n for i, n in enumerate(shape)], requires_grad=True)
+        try:
+            out = module(x)
+        except RuntimeError as error:
+            assert axis > 0 and str(error) == (
+                f"vitkernels.nn.{kind}: x has shape {tuple(x.shape)}, takes a map of one token or more"
+            )
+            continue
+        assert out.shape == x.shape
+        out.sum().backward()
+        assert x.grad is not None
 
 
 ORIGINALS = {

@@ -160,7 +160,7 @@ def test_huge_empty_batch_is_cheap():
 def test_out_of_memory_names_the_shape():
     q = torch.zeros(1, 2, 1, 4).expand(2**44, 2, 1, 4)
     with pytest.raises(
-        RuntimeError, match=r"vitkernels: cannot allocate a tensor of shape \(17592186044416, 2, 1, 4\)"
+        RuntimeError, match=r"vitkernels::attention: cannot allocate a tensor of shape \(17592186044416, 2, 1, 4\)"
     ):
         vk.attention(q, q, q)
 
@@ -203,6 +203,30 @@ def test_storages_that_were_freed(sample):
     assert found or sample.operator == "merge_attentions"
 
 
+ON_MAP = torch.randn(1, 4, 6, 2, 8)
+REARRANGED = [
+    (vk.attention, {"qk_norm": "l2"}, "query", ON_MAP[0]),
+    (vk.attention, {}, "scale", torch.ones(1)),
+    (vk.attention, {}, "bias", torch.zeros(2, 6, 6, dtype=torch.bfloat16)),
+    (vk.window_attention, {"window_size": 2}, "bias_table", torch.zeros(9, 2)),
+    (vk.na2d, {"kernel_size": 3}, "rpb", torch.zeros(2, 5, 5)),
+    *((vk.cross_shaped_window_attention, {"stripe_width": 2}, name, ON_MAP) for name in ("query", "key", "value")),
+    (vk.cross_shaped_window_attention, {"stripe_width": 2}, "scale", torch.ones(1)),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "name", "tensor"), REARRANGED)
+def test_freed_storages_that_pytorch_reads_first(function, options, name, tensor):
+    data = ON_MAP[0] if function is vk.attention else ON_MAP
+    call = {"query": data, "key": data, "value": data} | options
+    function(**call | {name: tensor})
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    text = rf"vitkernels::{function.__name__}: {name} of shape \(.*\) has a storage of 0 bytes, takes"
+    with pytest.raises(RuntimeError, match=text):
+        function(**call | {name: tensor})
+
+
 def test_merging_storages_that_were_freed():
     out, lse = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2)
     for outs, lses in (([out, resized(out)], [lse, lse]), ([out, out], [resized(lse), lse])):
@@ -213,7 +237,8 @@ def test_merging_storages_that_were_freed():
 def test_copies_that_are_too_large():
     q = torch.randn(1, 2, 1, 2)
     key = torch.randn(1, 1, 1, 1).expand(1, 2**40, 1, 2)  # without a unit stride
-    with pytest.raises(RuntimeError, match=r"vitkernels: cannot copy a tensor of shape \(1, 1099511627776, 1, 2\)"):
+    text = r"vitkernels::attention: cannot copy to contiguous memory a tensor of shape \(1, 1099511627776, 1, 2\)"
+    with pytest.raises(RuntimeError, match=text):
         vk.attention(q, key, key)
 
 

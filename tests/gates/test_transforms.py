@@ -216,6 +216,62 @@ def test_a_tangent_is_refused(sample):
             torch.func.jvp(torch.func.vmap(of_one), (batch,), (torch.ones_like(batch),))
 
 
+REFUSED = r"vitkernels::\w+: forward-mode derivatives are not implemented"
+
+
+@each_chosen
+def test_gradients_and_tangents_of_operators(sample):
+    """Calls of the operator itself, as a compiled graph has them: ``grad`` is autograd's, a tangent is refused."""
+    call = sample.call(dtype_of(sample, torch.float32), sizes=sample.small())
+    for op, args in operator_calls(sample.function, call):
+        if calls.is_backward(op):
+            continue
+        leaves, tree = pytree.tree_flatten(args)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+        def total(tensors, op=op, leaves=leaves, tree=tree, places=places):
+            given = dict(zip(places, tensors, strict=True))
+            changed = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return sum(o.sin().sum() for o in outputs_of(op(*pytree.tree_unflatten(tree, changed))))
+
+        tensors = [leaves[i] for i in places]
+        expected = torch.autograd.grad(total(tensors), tensors, allow_unused=True, materialize_grads=True)
+        plain = [t.detach() for t in tensors]
+        torch.testing.assert_close(torch.func.grad(total)(plain), list(expected), equal_nan=True)
+        for i, primal in enumerate(plain):
+            tangent = torch.ones_like(primal)
+
+            def of_one(t, i=i, total=total, plain=plain):
+                return total([*plain[:i], t, *plain[i + 1 :]])
+
+            with pytest.raises(RuntimeError, match=REFUSED):
+                torch.func.jvp(of_one, (primal,), (tangent,))
+            with pytest.raises(RuntimeError, match=REFUSED):
+                torch.func.jvp(torch.func.grad(of_one), (primal,), (tangent,))
+            with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match=REFUSED):
+                of_one(forward_ad.make_dual(primal, tangent))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_gradients_and_tangents_of_compiled_calls(fullgraph):
+    q, w = torch.randn(1, 5, 2, 8, device=DEVICE), torch.randn(1, 5, 2, 8, device=DEVICE)
+
+    def loss(q, scale):
+        out, lse = vk.attention(q, q.sin(), q.cos(), scale=scale, return_lse=True)
+        return (vk.merge_attentions([out, out * 2], [lse, lse])[0] * w).sum()
+
+    def tangent(q, scale):
+        return torch.func.jvp(lambda s: loss(q, s), (scale,), (torch.ones_like(scale),))[1]
+
+    torch._dynamo.reset()
+    scale = torch.full((2,), 0.3, device=DEVICE)
+    slopes = torch.func.grad(loss, (0, 1))
+    compiled = torch.compile(slopes, backend="aot_eager", fullgraph=fullgraph)
+    torch.testing.assert_close(compiled(q, scale), slopes(q, scale))
+    with pytest.raises(Exception, match=REFUSED):
+        torch.compile(tangent, backend="aot_eager", fullgraph=fullgraph)(q, scale)
+
+
 def test_forward_mode_without_a_tangent():
     q = torch.randn(1, 3, 1, 4, device=DEVICE, requires_grad=True)
     plain = vk.attention(q, q, q)

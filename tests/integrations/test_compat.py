@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from vitkernels.compat import flash_attn_func, flash_attn_varlen_func, scaled_dot_product_attention
@@ -115,14 +117,62 @@ def test_scaled_dot_product_attention_with_a_mask(name, kind, rank):
     same_as_torch([(2,) * (rank - 3) + (3, 9, 8)] * 3, {"attn_mask": mask})
 
 
-def test_scaled_dot_product_attention_refuses():
-    q, k = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
-    refused = {
-        "dropout_p is 0.1, takes 0": lambda: scaled_dot_product_attention(q, q, q, dropout_p=0.1),
-        "is_causal is True, takes False": lambda: scaled_dot_product_attention(q, q, q, q[0, 0], is_causal=True),
-        "key has 2 heads, takes query's 4": lambda: scaled_dot_product_attention(q, k, k),
-        r"shapes \(2, 4, 9, 8\), \(4, 9, 8\)": lambda: scaled_dot_product_attention(q, q[0], q),
-    }
-    for message, call in refused.items():
-        with pytest.raises(RuntimeError, match=f"vitkernels.compat.scaled_dot_product_attention: .*{message}"):
-            call()
+HEADS, HALF = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+SDPA_ERRORS = [
+    ({"dropout_p": 0.1}, "dropout_p is 0.1, takes 0"),
+    ({"attn_mask": HEADS[0, 0], "is_causal": True}, "is_causal is True, takes False with an attn_mask"),
+    ({"is_causal": 1}, "is_causal is 1, takes True or False"),
+    ({"query": HEADS.numpy()}, "query is a ndarray, takes a tensor"),
+    ({"query": HEADS[0, 0, 0]}, "query has shape (8,), takes (B, heads, tokens, d), or two dimensions and more"),
+    ({"key": HEADS[0]}, "key has shape (4, 9, 8), takes 4 dimensions, as query"),
+    ({"key": HEADS[..., :7]}, "key has shape (2, 4, 9, 7), takes query's d (8) as its last dimension"),
+    ({"key": HALF, "value": HALF}, "key has shape (2, 2, 9, 8), takes query's 4 heads without enable_gqa"),
+    (
+        {"key": HEADS[:, :3], "value": HEADS[:, :3], "enable_gqa": True},
+        "key has shape (2, 3, 9, 8), takes a number of heads that divides query's 4",
+    ),
+    ({"value": HEADS[:, :, :8]}, "value has shape (2, 4, 8, 8), takes key's (2, 4, 9) before its last dimension"),
+    ({"key": HEADS.half()}, "key is float16, takes float32"),
+    ({"key": HEADS[:1], "value": HEADS[:1]}, "key has shape (1, 4, 9, 8), takes query's batch (2,)"),
+    ({"attn_mask": torch.zeros(9)}, "attn_mask has shape (9,), takes two dimensions or more that broadcast to (2, 4,"),
+    ({"attn_mask": torch.zeros(3, 9, 9)}, "attn_mask has shape (3, 9, 9), takes two dimensions or more"),
+    ({"attn_mask": torch.zeros(9, 9).half()}, "attn_mask is torch.float16, takes bool, float32 or query's dtype"),
+    ({"scale": "1"}, "scale is '1', takes a number"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "text"), SDPA_ERRORS, ids=[text for _, text in SDPA_ERRORS])
+def test_scaled_dot_product_attention_refuses(wrong, text):
+    """In the caller's words and layout; and what PyTorch refuses."""
+    call = {"query": HEADS, "key": HEADS, "value": HEADS} | wrong
+    with pytest.raises(RuntimeError, match=re.escape(f"vitkernels.compat.scaled_dot_product_attention: {text}")):
+        scaled_dot_product_attention(**call)
+    if (
+        "dropout_p" in wrong
+        or wrong.get("is_causal") == 1
+        or re.match(r"(key|value) has shape \((1|4|2, 4, 8), ", text)
+    ):
+        return  # laxer there
+    with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
+        torch.nn.functional.scaled_dot_product_attention(**call)
+
+
+def test_flash_attention_is_told_in_its_words():
+    q, k, v = (t.float() for t in tensors(5, 5))
+    offsets = torch.tensor([0, 5])
+    with pytest.raises(
+        RuntimeError, match=r"vitkernels\.compat\.flash_attn_func: k has size 7 in dimension 3, takes 16"
+    ):
+        flash_attn_func(q, k[..., :7], v)
+    with pytest.raises(
+        RuntimeError, match=r"vitkernels\.compat\.flash_attn_func: softmax_scale is nan, takes a finite"
+    ):
+        flash_attn_func(q, k, v, softmax_scale=float("nan"))
+    with pytest.raises(RuntimeError, match=r"vitkernels\.compat\.flash_attn_func: q is a ndarray, takes a tensor"):
+        flash_attn_func(q.detach().numpy(), k, v)
+    with pytest.raises(RuntimeError, match=r"vitkernels\.compat\.flash_attn_varlen_func: v is a list, takes a tensor"):
+        flash_attn_varlen_func(q[0], k[0], [v], offsets, offsets, 5, 5)
+    with pytest.raises(
+        RuntimeError, match=r"vitkernels\.compat\.flash_attn_varlen_func: max_seqlen_q is -1, takes 0 to"
+    ):
+        flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, -1, 5)

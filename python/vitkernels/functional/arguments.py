@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitkernels._torch_private import sizes_are_tensors
+from vitkernels._torch_private import is_transformed, sizes_are_tensors
+from vitkernels.ops.attention import SCORE_DTYPES, statistics_dtype
 
-__all__ = ["check_flag", "check_maps", "check_tensors", "integers", "map_of", "number"]
+__all__ = [
+    "check_flag",
+    "check_floating",
+    "check_maps",
+    "check_stored",
+    "check_tensors",
+    "converted",
+    "in_statistics_dtype",
+    "integers",
+    "is_readable",
+    "map_of",
+    "number",
+    "whole_number",
+]
 
+_ADDED = ("bias", "key_bias", "bias_table")
+_MULTIPLIED = ("multiplier", "multiplier_table", "query_weight")
 _LAYOUTS = {
     1: "4 dimensions (B, length, heads, d)",
     2: "5 dimensions (B, height, width, heads, d)",
@@ -30,6 +47,58 @@ def check_tensors(op: str, **arguments: object) -> None:
             raise RuntimeError(f"vitkernels::{op}: {name} is a {what} tensor, takes a strided one")
 
 
+def is_readable(t: Tensor) -> bool:
+    """Whether a check may read ``t`` or its storage: nothing is traced or transformed, and no GPU is waited for."""
+    is_plain = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+    return is_plain and not (torch.compiler.is_compiling() or sizes_are_tensors() or is_transformed())
+
+
+def check_stored(op: str, **arguments: Tensor) -> None:
+    """Raise unless tensors that PyTorch rearranges before the operator sees them have their memory."""
+    for name, t in arguments.items():
+        if not is_readable(t) or t.numel() == 0:
+            continue
+        last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        stored, needed = t.untyped_storage().nbytes(), (last + 1) * t.element_size()
+        if stored < needed:
+            raise RuntimeError(
+                f"vitkernels::{op}: {name} of shape {tuple(t.shape)} has a storage of {stored} bytes, takes {needed}: "
+                "it was resized"
+            )
+
+
+def check_floating(op: str, name: str, term: Tensor) -> None:
+    """Raise unless ``term`` has a dtype of ours: a boolean mask would be taken for zeros and ones."""
+    if term.dtype in SCORE_DTYPES:
+        return
+    remedy = ""
+    if term.dtype == torch.bool and name in _ADDED:
+        remedy = f" ({name}=torch.where({name}, 0.0, -torch.inf))"
+    elif term.dtype == torch.bool and name in _MULTIPLIED:
+        remedy = f" ({name}={name}.float())"
+    raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype{remedy}")
+
+
+def converted(op: str, name: str, term: Tensor, dtype: torch.dtype) -> Tensor:
+    """``term`` in ``dtype``. Raises on numbers that it does not hold, where they can be looked at."""
+    check_floating(op, name, term)
+    if term.dtype == dtype:
+        return term
+    check_stored(op, **{name: term})
+    result, largest = term.to(dtype), torch.finfo(dtype).max
+    if torch.finfo(term.dtype).max > largest and is_readable(term):
+        lost = term[result.isinf() & ~term.isinf()]
+        if lost.numel() > 0:
+            takes = f"numbers that {dtype} holds (to {largest:.4g})"
+            raise RuntimeError(f"vitkernels::{op}: {name} has {float(lost[0]):.4g}, takes {takes}")
+    return result
+
+
+def in_statistics_dtype(op: str, query: Tensor, name: str, term: Tensor) -> Tensor:
+    """A term of the score in the dtype that goes with ``query``."""
+    return converted(op, name, term, statistics_dtype(query.dtype))
+
+
 def check_flag(op: str, name: str, option: object) -> None:
     if not isinstance(option, (bool, torch.SymBool)):
         raise RuntimeError(f"vitkernels::{op}: {name} is {option!r}, takes True or False")
@@ -46,6 +115,15 @@ def number(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
     if not abs(as_float) <= torch.finfo(dtype).max:
         raise RuntimeError(f"vitkernels::{op}: {name} is {as_float}, takes a finite number in {dtype}")
     return as_float
+
+
+def whole_number(op: str, name: str, value: Any) -> Any:
+    """``value`` as the operator takes a size, which checks its range: an ``int`` or ``SymInt``."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise RuntimeError(f"vitkernels::{op}: {name} is {value!r}, takes an integer")
+    return operator.index(value)
 
 
 def integers(op: str, name: str, option: Any, num_axes: int, at_least: int = 1) -> list[int]:

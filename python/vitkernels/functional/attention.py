@@ -131,6 +131,7 @@ def attention(
     )  # fmt: skip
     check_tensors("attention", query=query, key=key, value=value)
     check_flag("attention", "is_causal", is_causal)
+    check_flag("attention", "return_lse", return_lse)
     given = operands("attention", query, key, value, score)
     query, key, terms, keys, _ = given
     found: tuple[Tensor, Tensor]

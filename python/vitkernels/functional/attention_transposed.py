@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from vitkernels.functional.arguments import check_flag, check_tensors
+from vitkernels.functional.arguments import check_flag, check_tensors, in_statistics_dtype
 from vitkernels.functional.score import Score, operands
 from vitkernels.ops import attention as _ops
 
@@ -77,7 +77,7 @@ def attention_transposed(
     query, key, terms, keys, _ = operands(op, query, key, value_q, score)
     if query_weight is not None:
         check_tensors(op, query_weight=query_weight)
-        query_weight = _ops.in_statistics_dtype(op, query, "query_weight", query_weight)
+        query_weight = in_statistics_dtype(op, query, "query_weight", query_weight)
     out: Tensor = _ops.attention_transposed(
         query, key, value_q, lse, query_weight, *terms, *keys, is_causal, _ops.allow_tf32(query)
     )

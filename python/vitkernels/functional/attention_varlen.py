@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from vitkernels.functional.arguments import check_flag, check_tensors
+from vitkernels.functional.arguments import check_flag, check_tensors, whole_number
 from vitkernels.functional.score import PackedOptions, Score, operands
 from vitkernels.ops import attention as _ops
 
@@ -87,8 +87,10 @@ def attention_varlen(
     op = "attention_varlen"
     check_tensors(op, query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_flag(op, "is_causal", is_causal)
+    check_flag(op, "return_lse", return_lse)
     query, key, terms, keys, _ = operands(op, query, key, value, score)
-    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    longest = whole_number(op, "max_seqlen_q", max_seqlen_q), whole_number(op, "max_seqlen_k", max_seqlen_k)
+    packing = (cu_seqlens_q, cu_seqlens_k, *longest)
     found: tuple[Tensor, Tensor] = _ops.attention_varlen(
         query, key, value, *packing, *terms, *keys, is_causal, _ops.allow_tf32(query)
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.axes import Axis, Block, Full
-from vitkernels.functional.arguments import check_maps, integers
+from vitkernels.functional.arguments import check_flag, check_maps, check_stored, integers
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.score import Score, of_each_head
 from vitkernels.functional.spatial_attention import attend_on_map
@@ -64,6 +64,7 @@ def cross_shaped_window_attention(
         if scale.dim() != 1 or scale.size(0) != heads:
             raise RuntimeError(f"vitkernels::{op}: scale has shape {tuple(scale.shape)}, takes ({heads},)")
     (width,) = integers(op, "stripe_width", stripe_width, 1)
+    check_stored(op, query=query, key=key, value=value)
     stripes: list[Axis] = [Full(), Block(width)]
     halves = []
     for i, axes in enumerate((stripes, stripes[::-1])):
@@ -122,6 +123,7 @@ def criss_cross_attention(
     Source: Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation" (2019), section 3.2.
     """
     check_maps(_CRISS_CROSS.function, query, key, value, 2)
+    check_flag(_CRISS_CROSS.function, "return_lse", return_lse)
     largest = max(query.size(1) - 1, 0)  # offset
     offsets = torch.arange(-largest, largest + 1, device=query.device)
     without_itself = torch.where(offsets == 0, -torch.inf, 0.0)[None, :, None]  # the row has it

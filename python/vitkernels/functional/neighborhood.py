@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from vitkernels.axes import Axis, Full, Neighborhood
-from vitkernels.functional.arguments import check_flag, check_maps, check_tensors, integers
+from vitkernels.functional.arguments import check_flag, check_maps, check_stored, check_tensors, integers
 from vitkernels.functional.score import Score
 from vitkernels.functional.spatial_attention import attend_on_map
 from vitkernels.functional.words import Words
@@ -52,6 +52,7 @@ def na1d(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`vitkernels.na2d`, on a map of one axis: ``(B, length, heads, d)``."""
+    check_flag("na1d", "return_lse", return_lse)
     score = Score(scale, additional_keys=additional_keys, additional_values=additional_values)
     found = _attend(1, (query, key, value), (kernel_size, stride, dilation, is_causal), score, rpb)
     return found if return_lse else found[0]
@@ -124,6 +125,7 @@ def na2d(
     "Dilated Neighborhood Attention Transformer" (2022), section 3.2; ``stride``: Hassani et al., "Generalized
     Neighborhood Attention" (2025), section 3.
     """
+    check_flag("na2d", "return_lse", return_lse)
     score = Score(scale, additional_keys=additional_keys, additional_values=additional_values)
     found = _attend(2, (query, key, value), (kernel_size, stride, dilation, is_causal), score, rpb)
     return found if return_lse else found[0]
@@ -165,6 +167,7 @@ def na3d(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`vitkernels.na2d`, on a map of three axes: ``(B, depth, height, width, heads, d)``."""
+    check_flag("na3d", "return_lse", return_lse)
     score = Score(scale, additional_keys=additional_keys, additional_values=additional_values)
     found = _attend(3, (query, key, value), (kernel_size, stride, dilation, is_causal), score, rpb)
     return found if return_lse else found[0]
@@ -208,4 +211,5 @@ def _by_offset(op: str, sizes: Sequence[int], rpb: Tensor) -> Tensor:
         raise RuntimeError(
             f"vitkernels::{op}: rpb has shape {tuple(rpb.shape)}, takes (heads, {', '.join(map(str, offsets))})"
         )
+    check_stored(op, rpb=rpb)
     return rpb.flip(tuple(range(1, rpb.dim())))

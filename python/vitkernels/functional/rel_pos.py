@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vitkernels.functional.arguments import check_tensors
-from vitkernels.ops.attention import in_statistics_dtype
+from vitkernels.functional.arguments import check_tensors, in_statistics_dtype
 
 __all__ = ["embeddings"]
 

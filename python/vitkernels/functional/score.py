@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from vitkernels._torch_private import sizes_are_tensors
-from vitkernels.functional.arguments import check_tensors, number
+from vitkernels.functional.arguments import (
+    check_floating,
+    check_stored,
+    check_tensors,
+    converted,
+    in_statistics_dtype,
+    number,
+    whole_number,
+)
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.rel_pos import embeddings
 from vitkernels.functional.words import Words
@@ -136,7 +144,9 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
     for i, term in enumerate(tensors):
         if term is not None:
             check_tensors(op, **{_TERMS[i]: term})
-            tensors[i] = _ops.in_statistics_dtype(op, query, _TERMS[i], term)
+            tensors[i] = in_statistics_dtype(op, query, _TERMS[i], term)
+    if type(num_prefix_tokens) is not int:
+        num_prefix_tokens = whole_number(op, "num_prefix_tokens", num_prefix_tokens)
     by_axis = _NO_EMBEDDINGS if rel_pos is None else embeddings(op, query, rel_pos, num_axes or _axes_of(score))
     keys = (head_map, radius, outside is not None, key_fill, value_fill)
     return query, key, (factor, head_scale, *tensors, *by_axis, num_prefix_tokens), keys, extra_keys
@@ -145,8 +155,9 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
 def of_each_head(op: str, query: Tensor, scale: Tensor) -> Tensor:
     """A tensor ``scale`` as operators take it, ``(heads,)``; one number stands for all heads."""
     check_tensors(op, scale=scale)
-    scale = _ops.in_statistics_dtype(op, query, "scale", scale)
+    scale = in_statistics_dtype(op, query, "scale", scale)
     if scale.dim() == 0 or (scale.dim() == 1 and scale.size(0) == 1 and query.dim() > 1):
+        check_stored(op, scale=scale)
         scale = scale.expand(query.shape[-2:-1])
     return scale
 
@@ -182,8 +193,7 @@ def _fills(op: str, query: Tensor, outside: Outside) -> list[Tensor]:
         raise RuntimeError(f"vitkernels::{op}: outside is {outside!r}, takes None, 'zero' or (key_fill, value_fill)")
     for i, fill in enumerate(outside):
         check_tensors(op, **{f"outside[{i}]": fill})
-        _ops.check_floating(op, f"outside[{i}]", fill)
-    return [fill.to(query.dtype) for fill in outside]
+    return [converted(op, f"outside[{i}]", fill, query.dtype) for i, fill in enumerate(outside)]
 
 
 def _normalized(op: str, name: str, t: Tensor) -> Tensor:
@@ -192,7 +202,8 @@ def _normalized(op: str, name: str, t: Tensor) -> Tensor:
     As ``torch.nn.functional.normalize``, but where that has the gradient of zeros divided by its epsilon, which float16
     does not hold, they are divided by one.
     """
-    _ops.check_floating(op, name, t)
+    check_floating(op, name, t)
+    check_stored(op, **{name: t})
     wide = t.to(torch.promote_types(t.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / torch.where(norm == 0.0, 1.0, norm.clamp(min=_EPSILON))).to(t.dtype)

@@ -128,6 +128,7 @@ def spatial_attention(
         raise RuntimeError(f"vitkernels::{op}: axes is {axes!r}, takes a sequence of vitkernels.Full, Block, ...")
     check_tensors(op, query=query, key=key, value=value)
     check_flag(op, "is_shared_query", is_shared_query)
+    check_flag(op, "return_lse", return_lse)
     score = Score(
         scale, qk_norm, None, key_bias, None, bias_table, multiplier_table, rel_pos, 0, head_map, additional_keys,
         additional_values, outside, radius,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitkernels._torch_private import sizes_are_tensors
 from vitkernels.axes import Axis, Block, Full, Halo
-from vitkernels.functional.arguments import check_flag, check_maps, check_tensors, integers, map_of
+from vitkernels.functional.arguments import check_flag, check_maps, check_stored, check_tensors, integers, map_of
 from vitkernels.functional.partition import attend_to_gathered_grids
 from vitkernels.functional.score import Options, Outside, Score, in_options
 from vitkernels.functional.spatial_attention import attend_on_map
@@ -92,6 +92,7 @@ def window_attention(
     """
     op = _WINDOW.function
     check_flag(op, "is_shared_query", is_shared_query)
+    check_flag(op, "return_lse", return_lse)
     query_map, key_map = check_maps(op, query, key, value, is_same=False)
     sizes = integers(op, "window_size", window_size, len(key_map))
     if shift_size is not None and shift != 0:
@@ -162,6 +163,7 @@ def grid_attention(
     ``grid_size``, the long-distance attention of Wang et al., "CrossFormer" (2022), section 3.2.
     """
     op = _GRID.function
+    check_flag(op, "return_lse", return_lse)
     _, sizes_of_map = check_maps(op, query, key, value)
     sizes = integers(op, "grid_size", grid_size, len(sizes_of_map))
     for i, (size, n) in enumerate(zip(sizes, sizes_of_map, strict=True)):
@@ -231,6 +233,7 @@ def halo_attention(
     2.2; Chen et al., "Activating More Pixels in Image Super-Resolution Transformer" (2023), section 3.2.
     """
     op = _HALO.function
+    check_flag(op, "return_lse", return_lse)
     query_map, key_map = check_maps(op, query, key, value, is_same=False)
     sizes = integers(op, "block_size", block_size, len(key_map))
     halos = integers(op, "halo_size", halo_size, len(key_map), at_least=0)
@@ -254,6 +257,7 @@ def in_axes(op: str, table: Tensor | None, offsets: Sequence[int]) -> Tensor | N
     if table.size(0) != math.prod(offsets):
         by_axis = " * ".join(map(str, offsets))
         raise RuntimeError(f"vitkernels::{op}: bias_table has shape {tuple(table.shape)}, takes ({by_axis}, heads)")
+    check_stored(op, bias_table=table)
     return table.t().reshape(-1, *offsets)
 
 

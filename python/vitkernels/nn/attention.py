@@ -67,6 +67,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        integers("Attention", "dim", dim, 1)
         integers("Attention", "num_heads", num_heads, 1)
         if not attn_head_dim and dim % num_heads != 0:
             raise RuntimeError(

@@ -68,6 +68,7 @@ class CrossShapedWindowAttention(nn.Module):
         integers("CrossShapedWindowAttention", "num_heads", num_heads, 1)
         integers("CrossShapedWindowAttention", "split_size", split_size, 1)
         branches = 1 if last_stage else 2
+        integers("CrossShapedWindowAttention", "dim", dim, 1)
         if num_heads % branches != 0 or dim % num_heads != 0:
             raise RuntimeError(
                 f"vitkernels.nn.CrossShapedWindowAttention: num_heads is {num_heads}, takes an even divisor of dim "
@@ -82,7 +83,7 @@ class CrossShapedWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, height, width, dim)`` to the same."""
-        check_map(self, x)
+        check_map(self, x, is_convolved=True)
         height, width = x.shape[1:3]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, H, W, heads, d]
         values = v.flatten(-2).chunk(len(self.attns), -1)
@@ -124,8 +125,7 @@ class CrissCrossAttention(nn.Module):
     def __init__(self, in_dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        if in_dim < 8:
-            raise RuntimeError(f"vitkernels.nn.CrissCrossAttention: in_dim is {in_dim}, takes 8 or more")
+        integers("CrissCrossAttention", "in_dim", in_dim, 1, at_least=8)
         self.query_conv = nn.Conv2d(in_dim, in_dim // 8, 1, **factory)
         self.key_conv = nn.Conv2d(in_dim, in_dim // 8, 1, **factory)
         self.value_conv = nn.Conv2d(in_dim, in_dim, 1, **factory)
@@ -133,7 +133,7 @@ class CrissCrossAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_dim, height, width)`` to the same."""
-        check_map(self, x, "(B, in_dim, height, width)")
+        check_map(self, x, "(B, in_dim, height, width)", is_convolved=True)
         convolutions = self.query_conv, self.key_conv, self.value_conv
         q, k, v = (conv(x).permute(0, 2, 3, 1).unsqueeze(-2) for conv in convolutions)  # [B, H, W, 1, d]
         out = criss_cross_attention(q, k, v, scale=1.0)

@@ -71,6 +71,7 @@ class HaloAttention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
+        integers("HaloAttention", "dim", dim, 1)
         check_heads("HaloAttention", "dim_out", dim_out, num_heads)
         integers("HaloAttention", "block_size", block_size, 1)
         integers("HaloAttention", "halo_size", halo_size, 1, at_least=0)
@@ -94,7 +95,7 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, dim, height, width)`` to ``(B, dim_out, height // stride, width // stride)``."""
-        check_map(self, x, "(B, dim, height, width)")
+        check_map(self, x, "(B, dim, height, width)", is_convolved=True)
         q, kv = self.q(x), self.kv(x)
         q = q.unflatten(1, (self.num_heads, -1)).permute(0, 3, 4, 1, 2)  # [B, H, W, heads, d]
         kv = kv.unflatten(1, (self.num_heads, -1)).permute(0, 3, 4, 1, 2)

@@ -51,15 +51,25 @@ def pair(module: str, name: str, option: int | tuple[int, int], at_least: int = 
 
 def check_heads(module: str, name: str, dim: int, num_heads: int) -> None:
     integers(module, "num_heads", num_heads, 1)
+    integers(module, name, dim, 1)
     if dim % num_heads != 0:
         raise RuntimeError(f"vitkernels.nn.{module}: {name} is {dim}, takes a multiple of num_heads ({num_heads})")
 
 
 def no_dropout(module: str, attn_drop: float) -> None:
     if attn_drop != 0.0:
-        raise RuntimeError(f"vitkernels.nn.{module}: attn_drop is {attn_drop}, takes 0: the kernel has no dropout")
+        raise NotImplementedError(
+            f"vitkernels.nn.{module}: attn_drop is {attn_drop}, takes 0: the kernel has no dropout"
+        )
 
 
-def check_map(module: nn.Module, x: Tensor, layout: str = "(B, height, width, dim)") -> None:
+def check_map(
+    module: nn.Module, x: Tensor, layout: str = "(B, height, width, dim)", is_convolved: bool = False
+) -> None:
+    """Raise unless ``x`` has this layout, and, where PyTorch's convolutions see it, a map of one token or more."""
     if x.dim() != layout.count(",") + 1:
         raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes {layout}")
+    if is_convolved and x.numel() == 0 and x.size(0) > 0:
+        raise RuntimeError(
+            f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes a map of one token or more"
+        )

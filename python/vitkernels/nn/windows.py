@@ -251,6 +251,7 @@ class GridAttention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         no_dropout("GridAttention", attn_drop)
+        integers("GridAttention", "dim", dim, 1)
         integers("GridAttention", "dim_head", dim_head, 1)
         if dim % dim_head != 0:
             raise RuntimeError(f"vitkernels.nn.GridAttention: dim is {dim}, takes a multiple of dim_head ({dim_head})")

@@ -10,18 +10,18 @@ from vitkernels.ops.registration import register
 from vitkernels.ops.schema import Arguments
 
 __all__ = [
+    "SCORE_DTYPES",
     "allow_tf32",
     "attention",
     "attention_transposed",
     "attention_varlen",
-    "check_floating",
-    "in_statistics_dtype",
     "merge_attentions",
     "spatial_attention",
     "statistics_dtype",
 ]
 
-_SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Of terms of the score, before they are converted.
+SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,19 +56,6 @@ attention_varlen = register("attention_varlen", _out_and_lse)
 spatial_attention = register("spatial_attention", _out_and_lse)
 attention_transposed = register("attention_transposed", _of_keys)
 merge_attentions = register("merge_attentions", _like_first)
-
-
-def in_statistics_dtype(op: str, query: Tensor, name: str, term: Tensor) -> Tensor:
-    """A term of the score in the dtype that goes with ``query``."""
-    check_floating(op, name, term)
-    return term.to(statistics_dtype(query.dtype))
-
-
-def check_floating(op: str, name: str, term: Tensor) -> None:
-    """Raise unless ``term`` has a dtype of ours: a boolean mask would be taken for zeros and ones."""
-    if term.dtype not in _SCORE_DTYPES:
-        of_mask = f" ({name}=torch.where({name}, 0.0, -torch.inf))" if term.dtype == torch.bool else ""
-        raise RuntimeError(f"vitkernels::{op}: {name} is {term.dtype}, takes a floating dtype{of_mask}")
 
 
 def allow_tf32(query: Tensor) -> bool:

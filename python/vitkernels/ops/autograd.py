@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels._torch_private import below_autograd, entry_of, is_batching, is_tracing, is_transformed
+from vitkernels._torch_private import (
+    apply_at_one_level,
+    below_autograd,
+    entry_of,
+    has_below_autograd,
+    is_batching,
+    is_tracing,
+    is_transformed,
+)
 from vitkernels.ops.autocast import Cast
 from vitkernels.ops.schema import GRAD, NEED, Operator
 from vitkernels.ops.vmap import batching_rule
@@ -18,6 +26,8 @@ from vitkernels.ops.vmap import batching_rule
 __all__ = ["Call", "Gradient", "NoGradient", "register_autograd"]
 
 Call = Callable[..., Any]
+
+_library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
 
 
 class NoGradient:
@@ -85,10 +95,16 @@ def register_autograd(op: Operator, gradient: NoGradient, cast: Cast | None = No
 
     Where no gradient is recorded, the operator's autograd part is left out; where one is, a function of our own records
     the same, which also suits the transforms of ``torch.func``.
+
+    Calls of the operator itself, those of compiled graphs above all, come by the dispatcher.
+    ``torch.library.register_autograd`` would have them drop the tangents of forward-mode differentiation.
     """
-    torch.library.register_autograd(f"vitkernels::{op.name}", gradient.differentiate, setup_context=gradient.save)
     overload, tensors = op.overload, op.tensors
-    entry, (plain, transformed) = entry_of(overload), _recorders(op, gradient)
+    entry, (plain, transformed, at_one_level) = entry_of(overload), _recorders(op, gradient)
+    if has_below_autograd:
+        _library.impl(op.name, at_one_level, "Autograd")  # type: ignore[no-untyped-call]
+    else:
+        torch.library.register_autograd(f"vitkernels::{op.name}", gradient.differentiate, setup_context=gradient.save)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_tracing():
@@ -120,7 +136,8 @@ def _learns(args: Sequence[Any], places: Sequence[int]) -> bool:
 
 
 def _recorders(op: Operator, gradient: NoGradient) -> Sequence[Call]:
-    """What records a call of ``op``: in the fewest steps, and for the transforms of ``torch.func`` as well.
+    """What records a call of ``op``: in the fewest steps; for all transforms of ``torch.func`` that are at work; and
+    for the one whose turn it is in the dispatcher.
 
     An ``autograd.Function`` finds tensors among its arguments, but not in lists.
     """
@@ -162,7 +179,7 @@ def _recorders(op: Operator, gradient: NoGradient) -> Sequence[Call]:
 
     plain, transformed = recorder(forward=record), recorder(forward=forward, setup_context=setup_context)
     transformed.vmap = staticmethod(batching_rule(op, transformed.apply))
-    applied: list[Call] = [plain.apply, transformed.apply]
+    applied: list[Call] = [plain.apply, transformed.apply, apply_at_one_level(plain)]
     return [partial(_apply_flat, op, apply) for apply in applied] if op.has_lists else applied
 
 

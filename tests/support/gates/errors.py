@@ -41,7 +41,17 @@ ATTENTION_ERRORS = [
     ({"query": tokens(2, 5, 4, 8, dtype=torch.int64), "qk_norm": "l2"}, "query is torch.int64, takes a floating dtype"),
     ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
     ({"bias": tokens(5, 6)}, "bias has shape (5, 6), takes one that broadcasts to (2, 4, 5, 7) = (B, heads, Nq, Nk)"),
-    ({"bias": tokens(5, 7, dtype=torch.bool)}, "bias is torch.bool, takes a floating dtype"),
+    (
+        {"bias": tokens(5, 7, dtype=torch.bool)},
+        "bias is torch.bool, takes a floating dtype (bias=torch.where(bias, 0.0, -torch.inf))",
+    ),
+    (
+        {"multiplier": tokens(5, 7, dtype=torch.bool)},
+        "multiplier is torch.bool, takes a floating dtype (multiplier=multiplier.float())",
+    ),
+    ({"scale": tokens(dtype=torch.bool)}, "scale is torch.bool, takes a floating dtype"),
+    ({"query": tokens(2, 5, 4, 8, dtype=torch.complex64)}, "query is complex64, takes float64, float32, bfloat16"),
+    ({"num_prefix_tokens": "one"}, "num_prefix_tokens is 'one', takes an integer"),
     ({"key_bias": tokens(1, 2, 4, 7)}, "key_bias has shape (1, 2, 4, 7), takes one that broadcasts to (2, 4, 7)"),
     ({"bias_table": tokens(4, 13)}, "key has 7 tokens, takes query's 5 with a table by offset"),
     ({"num_prefix_tokens": 1}, "num_prefix_tokens is 1, takes 0 without a table by offset"),
@@ -82,6 +92,8 @@ VARLEN_ERRORS = [
     ({"cu_seqlens_q": integers(0, 5)}, "cu_seqlens_k has 3 elements, takes as many as cu_seqlens_q (2)"),
     ({"cu_seqlens_k": integers()}, "cu_seqlens_k is empty, takes 0 and the end of each sequence"),
     ({"max_seqlen_q": -1}, "max_seqlen_q is -1, takes 0 to 2147483648"),
+    ({"max_seqlen_q": 5.0}, "max_seqlen_q is 5.0, takes an integer"),
+    ({"max_seqlen_k": True}, "max_seqlen_k is True, takes an integer"),
     (
         {"bias": tokens(2, 4, 3, 7)},
         "bias has shape (2, 4, 3, 7), takes one that broadcasts to (2, 4, 3, 6) = (B, heads, Nq, Nk)",
@@ -131,12 +143,21 @@ MERGE_ERRORS = [
     ({"lses": [tokens(2, 5), tokens(2, 6)]}, "lses has shape (2, 6), takes (2, 5)"),
     ({"lses": [tokens(2, 5, dtype=torch.float64)] * 2}, "lses is float64, takes float32"),
 ]
+WIDE = torch.full((5, 7), 1e39, dtype=torch.float64, device=DEVICE)
+HOLDS = "takes numbers that torch.float32 holds (to 3.403e+38)"
+CONVERTED_ERRORS = [
+    ({"scale": WIDE[0, 0]}, f"scale has 1e+39, {HOLDS}"),
+    ({"bias": -WIDE}, f"bias has -1e+39, {HOLDS}"),
+    ({"key_bias": WIDE[0]}, f"key_bias has 1e+39, {HOLDS}"),
+    ({"multiplier": WIDE}, f"multiplier has 1e+39, {HOLDS}"),
+]
 VALUE_ERRORS = [
     *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in HEAD_MAP_ERRORS),
     *(
         (vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}")
         for wrong, text in HEAD_MAP_ERRORS + OFFSET_ERRORS
     ),
+    *((vk.attention, QKV | wrong, f"vitkernels::attention: {text}") for wrong, text in CONVERTED_ERRORS),
 ]
 ON_MAP = {
     "query": tokens(2, 5, 7, 4, 8), "key": tokens(2, 5, 7, 2, 8), "value": tokens(2, 5, 7, 2, 3),
@@ -299,6 +320,7 @@ COMMON_ERRORS = [
     ({"scale": NESTED}, "scale is a nested tensor, takes a strided one"),
     ({"radius": "1"}, "radius is '1', takes a number"),
     ({"is_causal": "no"}, "is_causal is 'no', takes True or False"),
+    ({"return_lse": "no"}, "return_lse is 'no', takes True or False"),
     ({"is_shared_query": 1}, "is_shared_query is 1, takes True or False"),
 ]
 
