@@ -20,15 +20,19 @@ list(APPEND cpu_op_sources
 list(APPEND cuda_op_sources
   ${engine}/op/arguments_cuda.cpp ${engine}/op/backward_launches_cuda.cpp
   ${engine}/op/dense_cuda.cpp ${engine}/op/dense_launches_cuda.cpp ${engine}/op/merge_attentions_cuda.cpp
-  ${engine}/op/offset_launches_cuda.cpp ${engine}/op/spatial_cuda.cpp ${engine}/op/transposed_cuda.cpp)
+  ${engine}/op/offset_launches_cuda.cpp ${engine}/op/spatial_backward_cuda.cpp
+  ${engine}/op/spatial_cuda.cpp ${engine}/op/spatial_params_cuda.cpp
+  ${engine}/op/transposed_cuda.cpp ${engine}/cuda/spatial_launches.cpp)
 
 list(APPEND cuda_kernel_sources
-  ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu ${engine}/cuda/backward_tables.cu
+  ${engine}/cuda/axes_sum.cu ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu ${engine}/cuda/backward_tables.cu
   ${engine}/cuda/backward_terms.cu ${engine}/cuda/expand_bias.cu ${engine}/cuda/merge_attentions.cu
-  ${engine}/cuda/rel_pos.cu ${engine}/cuda/sum_parts.cu)
+  ${engine}/cuda/rel_pos.cu ${engine}/cuda/spatial_rel_pos.cu ${engine}/cuda/sum_parts.cu)
 
 # Compiled once per dtype: four head dimensions of one are as much as the compiler should have at a time.
-list(APPEND cuda_kernel_sources_by_dtype ${engine}/cuda/backward.cu ${engine}/cuda/forward.cu)
+list(APPEND cuda_kernel_sources_by_dtype
+  ${engine}/cuda/backward.cu ${engine}/cuda/forward.cu ${engine}/cuda/spatial_backward.cu
+  ${engine}/cuda/spatial_forward.cu)
 list(APPEND cuda_kernel_sources_16_bit
   ${engine}/cuda/backward_plain_keys.cu ${engine}/cuda/backward_plain_queries.cu ${engine}/cuda/forward_plain.cu
   ${engine}/cuda/forward_resident.cu ${engine}/cuda/window_backward.cu ${engine}/cuda/window_forward.cu)

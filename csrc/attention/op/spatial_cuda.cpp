@@ -2,7 +2,7 @@
 #include "attention/cuda/windows.h"
 #include "attention/op/arguments_cuda.h"
 #include "attention/op/partial_sums_cuda.h"
-#include "attention/op/spatial_arguments.h"
+#include "attention/op/spatial_backward_cuda.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
@@ -21,30 +21,25 @@ WindowAxis window_axis(const AxisRule& rule) {
   return {.tokens = int(tokens), .size = int(size), .shift = is_full ? 0 : int(rule.shift), .step = int(rule.step)};
 }
 
-// Why no kernel takes a call; null, if one does.
-const char* why_not(const SpatialArguments& args, const WindowAxes& axes) {
+WindowAxes window_axes(const SpatialPattern& pattern) {
+  WindowAxes axes;
+  for (int axis = 0; axis < kMaxAxes; ++axis) axes[axis] = window_axis(pattern.axis[axis]);
+  return axes;
+}
+
+// Whether the kernels of small windows take a call.
+bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
   const auto has = [](const auto& term) { return term.has_value(); };
   int64_t slots = 1;
   double tokens = double(args.batch);
   for (const WindowAxis& axis : axes) slots *= axis.size, tokens *= axis.tokens;
-  if (args.dtype == DType::kFloat32 || args.dtype == DType::kFloat64) return "of other dtypes";
-  if (slots == 0) return "of other patterns";
-  if (slots > kMaxWindowTokens) return "of more tokens";
-  if (tokens > std::numeric_limits<int32_t>::max()) return "of a batch of 2^31 tokens and more";
-  if (std::max(args.head_dim, args.value_dim) > 64 || args.head_dim % 8 != 0 || args.value_dim % 8 != 0) {
-    return "of other head dimensions";
-  }
-  if (args.is_shared_query) return "with a shared query";
-  if (args.score.has_outside) return "with keys outside the map";
-  if (args.pattern.radius > 0) return "with a radius";
-  if (args.score.head_map) return "with a head_map";
-  if (terms.head_scale) return "with a scale of each head";
-  if (terms.key_bias) return "with a key_bias";
-  if (terms.multiplier_table) return "with a multiplier_table";
-  if (std::any_of(terms.rel_pos.begin(), terms.rel_pos.end(), has)) return "with rel_pos";
-  if (!(args.score.scale > 1e-30 && args.score.scale < 1e30)) return "with such a scale";
-  return nullptr;
+  const bool fits = slots > 0 && slots <= kMaxWindowTokens && tokens <= std::numeric_limits<int32_t>::max() &&
+                    std::max(args.head_dim, args.value_dim) <= 64 && args.head_dim % 8 == 0 && args.value_dim % 8 == 0;
+  const bool is_plain = !args.is_shared_query && !args.score.has_outside && args.pattern.radius == 0.0 &&
+                        !args.score.head_map && !terms.head_scale && !terms.key_bias && !terms.multiplier_table &&
+                        std::none_of(terms.rel_pos.begin(), terms.rel_pos.end(), has);
+  return args.dtype != DType::kFloat32 && fits && is_plain && args.score.scale > 1e-30 && args.score.scale < 1e30;
 }
 
 // The map's tokens, row by row: one distance from each to the next.
@@ -71,19 +66,10 @@ struct WindowOperands {
   Tensor query, key, value;
   WindowCudaParams params;
 
-  WindowOperands(const Checker& checker, const SpatialArguments& args)
+  WindowOperands(const SpatialArguments& args, const WindowAxes& axes)
       : query(with_token_rows(args.query, args.axes)),
         key(with_token_rows(args.key, args.axes)),
         value(with_token_rows(args.value, args.axes)) {
-    WindowAxes axes;
-    for (int axis = 0; axis < kMaxAxes; ++axis) axes[axis] = window_axis(args.pattern.axis[axis]);
-    if (const char* reason = why_not(args, axes)) {
-      checker.check(
-          false, "got CUDA tensors, takes tensors on the CPU for attention over maps ", reason,
-          "; on a GPU windows and grids of at most ", kMaxWindowTokens,
-          " tokens that divide the map, in bfloat16 or float16, with a head dimension of at most 64 that is a "
-          "multiple of 8, and with a bias_table");
-    }
     SpatialParams spatial;
     args.fill(spatial);
     params = {.dtype = args.dtype,
@@ -105,62 +91,79 @@ struct WindowOperands {
 };
 
 void spatial_attention(Call& call) {
-  const SpatialArguments args(call.checker, take_spatial(call), device_policy());
+  SpatialCall given = take_spatial(call);
+  const bool allow_tf32 = given.allow_tf32;
+  const SpatialArguments args(call.checker, std::move(given), device_policy());
   const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   const Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
   if (!args.is_empty()) {
-    WindowOperands operands(call.checker, args);
-    operands.params.out = token_rows(out, args.axes);
-    operands.params.lse = static_cast<float*>(lse.mutable_data_ptr());
     const OnDevice device(args.query);
-    check_cuda(call.checker, launch_window_attention(operands.params, device.stream()));
+    if (const WindowAxes axes = window_axes(args.pattern); are_small_windows(args, axes)) {
+      WindowOperands operands(args, axes);
+      operands.params.out = token_rows(out, args.axes);
+      operands.params.lse = static_cast<float*>(lse.mutable_data_ptr());
+      check_cuda(call.checker, launch_window_attention(operands.params, device.stream()));
+    } else {
+      SpatialCudaParams params = spatial_cuda_params(call.checker, args);
+      params.allow_tf32 = allow_tf32;
+      const OptionalTensor relative = launch_spatial_relative_logits(call.checker, args, params, device.stream());
+      params.out = out.mutable_data_ptr();
+      params.lse = static_cast<float*>(lse.mutable_data_ptr());
+      check_cuda(call.checker, launch_spatial_attention(params, device.stream()));
+    }
   }
   call.give(out, "out");
   call.give(lse, "lse");
 }
 
+// The gradients of attention in small windows.
+void launch_window_backward(const Checker& checker, const SpatialArguments& args, const WindowAxes& axes,
+                            const BackwardCall& from, const SpatialGradientTensors& grads) {
+  const WindowOperands operands(args, axes);
+  const Tensor grad_out = with_token_rows(from.grad_out, args.axes);
+  WindowBackwardCudaParams params{.forward = operands.params,
+                                  .grad_out = token_rows(grad_out, args.axes),
+                                  .grad_query = token_rows(grads.query, args.axes),
+                                  .grad_key = token_rows(grads.key, args.axes),
+                                  .grad_value = token_rows(grads.value, args.axes)};
+  if (from.grad_lse) params.grad_lse = static_cast<const float*>(from.grad_lse->const_data_ptr());
+  const OnDevice device(args.query);
+  std::vector<PartialSumsOwner> owners;
+  if (const OptionalTensor& table = grads.terms.bias_table) {
+    const DeviceOffsetGrid& grid = params.forward.grid;
+    const int64_t offsets = int64_t(grid.num_offsets(0)) * grid.num_offsets(1) * grid.num_offsets(2);
+    owners.emplace_back(*table, window_parts(params.forward), args.heads * offsets, PartialSumsOwner::Start::kZero);
+    params.table = owners.back().sums();
+  }
+  check_cuda(checker, launch_window_attention_backward(params, device.stream()));
+  for (const PartialSumsOwner& sums : owners) check_cuda(checker, sums.add(DType::kFloat32, device.stream()));
+}
+
 void spatial_attention_backward(Call& call) {
   SpatialCall forward = take_spatial(call);
+  const bool allow_tf32 = forward.allow_tf32;
   BackwardCall from(call, forward.score);
   const SpatialArguments args(call.checker, std::move(forward), device_policy());
   from.check(call.checker, args.query, args.out_sizes());
   const bool is_empty = args.is_empty();
   const auto gradient_of = [&](const Tensor& t) { return is_empty ? zeros_as(t) : empty_as(t); };
-  const Tensor query = gradient_of(args.query), key = gradient_of(args.key), value = gradient_of(args.value);
-  const ScoreFields<OptionalTensor>& given = args.score.terms;
-  ScoreFields<OptionalTensor> terms;
-  if (from.needed.bias_table) terms.bias_table = zeros_as(*given.bias_table);
-  if (from.needed.head_scale) terms.head_scale = zeros_as(*given.head_scale);
+  SpatialGradientTensors grads{gradient_of(args.query), gradient_of(args.key), gradient_of(args.value), {}};
+  const auto add = [&](const char*, bool is_needed, const OptionalTensor& term, OptionalTensor& grad) {
+    if (is_needed) grad = zeros_as(*term);
+  };
+  for_each_term(add, from.needed, args.score.terms, grads.terms);
   if (!is_empty) {
-    const WindowOperands operands(call.checker, args);
-    call.checker.check(args.kv_heads == args.heads, "key has ", args.kv_heads, " heads, takes query's ", args.heads,
-                       " for gradients on a GPU");
-    const Tensor grad_out = with_token_rows(from.grad_out, args.axes);
-    WindowBackwardCudaParams params{.forward = operands.params,
-                                    .grad_out = token_rows(grad_out, args.axes),
-                                    .grad_query = token_rows(query, args.axes),
-                                    .grad_key = token_rows(key, args.axes),
-                                    .grad_value = token_rows(value, args.axes)};
-    if (from.grad_lse) params.grad_lse = static_cast<const float*>(from.grad_lse->const_data_ptr());
-    const OnDevice device(args.query);
-    const int64_t parts = window_parts(params.forward);
-    std::vector<PartialSumsOwner> owners;
-    const auto sums_of = [&](const OptionalTensor& grad, int64_t of_head, PartialSumsOwner::Start start) {
-      return grad ? owners.emplace_back(*grad, parts, args.heads * of_head, start).sums() : PartialSums{};
-    };
-    const DeviceOffsetGrid& grid = params.forward.grid;
-    const int64_t offsets = int64_t(grid.num_offsets(0)) * grid.num_offsets(1) * grid.num_offsets(2);
-    params.table = sums_of(terms.bias_table, offsets, PartialSumsOwner::Start::kZero);
-    params.head_scale = sums_of(terms.head_scale, 1, PartialSumsOwner::Start::kAnything);
-    check_cuda(call.checker, launch_window_attention_backward(params, device.stream()));
-    for (const PartialSumsOwner& sums : owners) {
-      check_cuda(call.checker, sums.add(DType::kFloat32, device.stream()));
+    const WindowAxes axes = window_axes(args.pattern);
+    if (are_small_windows(args, axes) && args.kv_heads == args.heads) {
+      launch_window_backward(call.checker, args, axes, from, grads);
+    } else {
+      launch_spatial_backward(call.checker, args, from, allow_tf32, grads);
     }
   }
-  call.give(query, "grad_query");
-  call.give(key, "grad_key");
-  call.give(value, "grad_value");
-  give_gradients(call, terms, from.lse);
+  call.give(grads.query, "grad_query");
+  call.give(grads.key, "grad_key");
+  call.give(grads.value, "grad_value");
+  give_gradients(call, grads.terms, from.lse);
 }
 
 }  // namespace

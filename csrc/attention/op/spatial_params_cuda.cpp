@@ -1,0 +1,84 @@
+#include "attention/op/spatial_params_cuda.h"
+
+#include "cuda/device.h"
+
+namespace vitkernels {
+namespace {
+
+DeviceIntegers integers(const OptionalTensor& t) {
+  if (!t) return {};
+  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
+}
+
+// Whether rows begin at multiples of 16 bytes.
+bool is_aligned(const Tensor& t) {
+  const auto bytes = int64_t(t.element_size());
+  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) * bytes % 16 == 0);
+  return aligned && t.size(t.dim() - 1) * bytes % 16 == 0;
+}
+bool is_aligned(const OptionalTensor& t) { return !t || is_aligned(*t); }
+
+// Why no kernel takes a call; null, if one does.
+const char* why_not(const SpatialArguments& args, bool fits) {
+  double tokens = 1.0;
+  for (const AxisRule& rule : args.pattern.axis) tokens *= double(std::max(rule.num_queries, rule.num_keys));
+  if (args.dtype == DType::kFloat64) return "in float64";
+  if (std::max(args.head_dim, args.value_dim) > kMaxCudaHeadDim) return "of a head dimension above 256";
+  if (tokens > std::numeric_limits<int32_t>::max()) return "of 2^31 tokens and more";
+  if (!fits) return "of queries with so many keys";
+  return nullptr;
+}
+
+}  // namespace
+
+SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args) {
+  SpatialParams spatial;
+  args.fill(spatial);
+  const ScoreFields<OptionalTensor>& terms = args.score.terms;
+  SpatialCudaParams params{.dtype = args.dtype,
+                           .batch = args.batch,
+                           .heads = args.heads,
+                           .kv_heads = args.kv_heads,
+                           .head_dim = args.head_dim,
+                           .value_dim = args.value_dim,
+                           .kv_head_of = integers(args.score.head_map),
+                           .radius = args.pattern.radius,
+                           .is_shared_query = args.is_shared_query,
+                           .is_aligned = is_aligned(args.query) && is_aligned(args.key) && is_aligned(args.value) &&
+                                         is_aligned(terms.key_fill) && is_aligned(terms.value_fill),
+                           .score = spatial.score,
+                           .key_bias = spatial.key_bias(),
+                           .query = spatial.query,
+                           .key = spatial.key,
+                           .value = spatial.value,
+                           .key_fill = spatial.key_fill,
+                           .value_fill = spatial.value_fill};
+  const SpatialTile tile = dispatch_spatial_dim(args.head_dim, args.value_dim, [&](auto dim) {
+    return spatial_tile(decltype(dim)::value, args.dtype == DType::kFloat32 ? 4 : 2);
+  });
+  params.cut = SpatialCut(args.pattern, tile, false);
+  if (const char* reason = why_not(args, params.cut.fits)) {
+    checker.check(false, "got CUDA tensors, takes tensors on the CPU for attention over maps ", reason);
+  }
+  return params;
+}
+
+OptionalTensor launch_spatial_relative_logits(const Checker& checker, const SpatialArguments& args,
+                                              SpatialCudaParams& params, cudaStream_t stream) {
+  OffsetTerms& terms = params.score.by_offset;
+  if (!terms.has_rel_pos()) return {};
+  DeviceRelativeLogits& relative = terms.relative;
+  for (int axis = 0; axis < kMaxAxes; ++axis) {
+    relative.first[axis] = relative.width;
+    if (terms.rel_pos[axis].data) relative.width += terms.small.num_offsets(axis);
+  }
+  relative.head_stride = params.num_queries() * relative.width;
+  relative.batch_stride = params.heads * relative.head_stride;
+  const Tensor logits = empty_as(args.query, {args.batch, relative.batch_stride}, ScalarType::Float);
+  relative.data = static_cast<const float*>(logits.const_data_ptr());
+  check_cuda(checker, launch_spatial_relative_logits(params, static_cast<float*>(logits.mutable_data_ptr()), stream));
+  return logits;
+}
+
+}  // namespace vitkernels
