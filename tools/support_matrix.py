@@ -39,8 +39,8 @@ test covers it.
 ## Devices and dtypes
 
 Forward and gradient. On the CPU every operator takes every dtype on every instruction set. Under `torch.autocast`, data
-are cast and nothing else. Kernels for CUDA are tested by an emulator, and on a GPU where there is one. Those of
-`spatial_attention` are for windows and grids of at most 64 tokens in bfloat16 and float16; an error names the rest.
+are cast and nothing else. Kernels for CUDA are tested by an emulator, and on a GPU where there is one. There, head
+dimensions are at most 256, and over maps at most 128 for a gradient.
 
 """
 ARGUMENTS = """

@@ -120,7 +120,7 @@ def test_functions_have_kernels(emulator):
 
 
 def launches_expected(sample):
-    owners = "bqhk" if sample.operator == "attention_transposed" else "bqht"
+    owners = {"attention_transposed": "bqhk", "spatial_attention": "bhzyx"}.get(sample.operator, "bqht")
     return all(n > 0 for letter, n in sample.sizes.items() if letter in owners)
 
 
@@ -204,13 +204,15 @@ def test_core_gate(gate, sample, cuda_kernels):
 
 
 def of_compilers():
-    """A gate and a sample; the sample with most to emulate, for which the compiler does nothing else, is for later."""
+    """A gate and a sample; those with most to emulate, for which the compiler does nothing else, are for later."""
     for gate in (
         registration.opcheck_traced, compilers.recompiles_once_per_change, compilers.dynamic_never_recompiles,
         compilers.exports,
     ):  # fmt: skip
         for sample in chosen(samples.SMALL_SAMPLES, tag="deploy"):
-            is_long = sample.id == "additional" and gate is not registration.opcheck_traced
+            is_long = (sample.id == "additional" and gate is not registration.opcheck_traced) or (
+                sample.id == "windows-shifted" and gate not in (registration.opcheck_traced, compilers.exports)
+            )
             marks = pytest.mark.full if is_long else ()
             yield pytest.param(gate, sample, id=f"{gate.__name__}-{sample}", marks=marks)
 

@@ -7,7 +7,7 @@ import torch
 import vitkernels as vk
 from support.calls import outputs_of
 from support.devices import FUNCTIONS, ON_CPU
-from support.gates.errors import CALLS, ERRORS, PARTS, VALUE_ERRORS, check_text, each_error
+from support.gates.errors import CALLS, CONVERTED_ERRORS, ERRORS, PARTS, VALUE_ERRORS, check_text, each_error
 
 
 @each_error(ERRORS)
@@ -16,7 +16,7 @@ def test_text(function, call, text):
 
 
 @pytest.mark.skipif(not ON_CPU, reason="values inside tensors are read by kernels alone")
-@each_error(VALUE_ERRORS)
+@each_error(VALUE_ERRORS + CONVERTED_ERRORS)
 def test_values(function, call, text):
     check_text(function, call, text)
 

@@ -54,7 +54,7 @@ struct SpatialBackwardKernel {
 
   using Params = SpatialBackwardCudaParams;
 
-  static __device__ void run(const Params& p, Shared& shared) {
+  static __device__ __forceinline__ void run(const Params& p, Shared& shared) {
     if constexpr (kOwnsKeys) {
       SpatialTask task(p.keys, p.forward.kv_heads, blockIdx.x);
       own_keys(p, task, shared);
@@ -243,6 +243,7 @@ struct SpatialBackwardKernel {
     for (int row = 0; row < 16; ++row) {
       const int query = int(threadIdx.x) / kWarpSize * 16 + row;
       if (score.queries.token[query] < 0) continue;
+      CUTE_UNROLL
       for (int axis = 0; axis < kMaxAxes; ++axis) {
         if (!terms.rel_pos[axis].data) continue;
         const int count = p.forward.cut.axis[axis].streamed;

@@ -22,9 +22,10 @@ struct SpatialForwardKernel {
   static constexpr SpatialTile kTile = spatial_tile(kDim, sizeof(Element));
   static constexpr int kQueries = kTile.owned, kKeys = kTile.streamed;
   static constexpr int kWarps = kQueries / 16, kThreads = kWarps * kWarpSize, kStages = 2;
+  static constexpr int kMinBlocks = kDim <= 64 ? 2 : 1;  // of a multiprocessor, which bounds the registers
   using SharedQueries = SharedTile<Element, kQueries, kDim>;
   using SharedKeys = SharedTile<Element, kKeys, kDim>;
-  using Mma = TileMma<Element, kWarps>;
+  using Mma = TileMma<Element, kWarps, std::min(16, kKeys)>;
   using Queries = QueryRows<kQueries>;
   using Keys = KeyRows<kKeys>;
 
@@ -136,7 +137,8 @@ struct SpatialForwardKernel {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) spatial_attention(const __grid_constant__ SpatialCudaParams p) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    spatial_attention(const __grid_constant__ SpatialCudaParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Kernel::run(p, *reinterpret_cast<typename Kernel::Shared*>(shared));
 }

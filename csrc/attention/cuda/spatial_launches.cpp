@@ -44,20 +44,27 @@ struct Estimate {
 
 // The extents of the tiles that need the fewest steps.
 std::array<int, kMaxAxes> tile_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys) {
-  constexpr double kStepsOfTile = 1.5;  // what a tile costs besides its box, in steps
+  // What a tile costs besides its steps, in steps: at its ends, and for the bytes of its box.
+  constexpr double kStepsOfTile = 1.5, kStepsOfBytes = 0.5;
   std::array<int, kMaxAxes> best{1, 1, 1};
   double least = std::numeric_limits<double>::infinity();
   const auto side = [&](int axis) { return SideOfAxis{pattern.axis[axis], owns_keys}; };
   const auto longest = [&](int axis) { return int(std::min<int64_t>(side(axis).longest(), tile.owned)); };
-  for (int i = 1; i <= longest(0); ++i) {
-    for (int j = 1; j <= longest(1) && i * j <= tile.owned; ++j) {
+  // A few dozen choices: the host makes them for every call.
+  const auto next = [&](int axis, int extent) {
+    const int wanted = extent < 8 ? extent + 1 : extent < 16 ? extent + 2 : extent + 8;
+    return extent < longest(axis) ? std::min(wanted, longest(axis)) : wanted;
+  };
+  for (int i = 1; i <= longest(0); i = next(0, i)) {
+    for (int j = 1; j <= longest(1) && i * j <= tile.owned; j = next(1, j)) {
       // The longest on the last axis: neighbouring rows lie in the same sectors.
       const int k = std::min(tile.owned / (i * j), longest(2));
       double tiles = 1.0, streamed = 1.0;
       for (const Estimate& e : {Estimate(side(0), i), Estimate(side(1), j), Estimate(side(2), k)}) {
         tiles *= e.tiles, streamed *= e.streamed;
       }
-      const double cost = tiles * (std::ceil(streamed / tile.streamed) + kStepsOfTile);
+      const double full_steps = streamed / tile.streamed;
+      const double cost = tiles * (std::ceil(full_steps) + kStepsOfTile + kStepsOfBytes * full_steps);
       if (cost < least) least = cost, best = {i, j, k};
     }
   }

@@ -23,8 +23,8 @@ struct SpatialTile {
 constexpr SpatialTile spatial_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
   if (dim <= 64) return {.owned = 64, .streamed = 64};
-  if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 64};
-  return {.owned = is_wide ? 32 : 64, .streamed = 16};
+  if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 32};  // 64 keys spill
+  return is_wide ? SpatialTile{.owned = 32, .streamed = 8} : SpatialTile{.owned = 64, .streamed = 16};
 }
 
 // Calls f(padded head dimension).
@@ -137,7 +137,7 @@ struct SpatialCudaParams {
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   DeviceIntegers kv_head_of;  // [heads], or absent: equal groups
   SpatialCut cut;
-  double radius = 0.0;  // 0: none
+  int64_t radius_squared = -1;  // rounded down, as all distances are whole numbers; -1: none
   bool is_shared_query = false, allow_tf32 = false;
   bool is_aligned = false;  // addresses and lengths of all rows are multiples of 16 bytes
   Score score;

@@ -31,12 +31,32 @@ struct SpatialScore {
   // Products become logits: -inf for keys that the query does not see. `at` gives the (query,key) of each.
   template <class Tile, class Coordinates>
   __device__ void apply(Tile& tile, const Coordinates& at, bool is_whole) const {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(tile); ++i) tile(i) *= scale;
+    const bool is_plain = !multiplier_table && !bias_table && !relative && p.radius_squared < 0;
+    if (is_plain && !p.key_bias.data) {
+      if (!is_whole) hide(tile, at);
+      return;
+    }
     for_each(tile, at, is_whole, [&](float& x, const Query& q, const Key& k) {
-      x *= scale;
       if (multiplier_table) x *= multiplier_table[q.entry - k.entry];
       x += k.bias;
       if (bias_table) x += bias_table[q.entry - k.entry];
       if (relative) x += relative_logit(q.row, k.packed);
+    });
+  }
+
+  // Keys that the query does not see.
+  template <class Tile, class Coordinates>
+  __device__ void hide(Tile& tile, const Coordinates& at) const {
+    struct Bounds {
+      unsigned before_first, last;
+    };
+    const auto bounds = [&](int row) -> Bounds { return {queries.before_first[row], queries.last[row]}; };
+    const auto key = [&](int column) { return keys.packed[column]; };
+    for_each_pair(tile, at, bounds, key, [&](int r, int c, const Bounds& q, unsigned k) {
+      const bool seen = is_seen(packed.guards, q.before_first, q.last, k);
+      tile(r, c) = seen ? tile(r, c) : -std::numeric_limits<float>::infinity();
     });
   }
 
@@ -69,7 +89,7 @@ struct SpatialScore {
     const auto key = [&](int column) -> Key { return {keys.packed[column], keys.entry[column], keys.bias[column]}; };
     for_each_pair(tile, at, query, key, [&](int r, int c, const Query& q, const Key& k) {
       bool seen = is_whole || is_seen(packed.guards, q.before_first, q.last, k.packed);
-      if (p.radius > 0.0) seen = seen && is_near(q.row, k.packed);
+      if (p.radius_squared >= 0) seen = seen && is_near(q.row, k.packed);
       if (seen) {
         f(tile(r, c), q, k);
       } else {
@@ -108,13 +128,13 @@ struct SpatialScore {
 
  private:
   __device__ bool is_near(int row, unsigned key) const {
-    double distance = 0.0;
+    int64_t distance = 0;
     CUTE_UNROLL
     for (int a = 0; a < kMaxAxes; ++a) {
-      const double tokens = double((queries.coord[a][row] - packed.coord(a, key)) * int(p.rule(a).step));
+      const int64_t tokens = int64_t(queries.coord[a][row] - packed.coord(a, key)) * int(p.rule(a).step);
       distance += tokens * tokens;
     }
-    return distance <= p.radius * p.radius;
+    return distance <= p.radius_squared;
   }
 };
 

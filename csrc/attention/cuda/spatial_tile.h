@@ -102,7 +102,7 @@ template <Rows kAre, int kRows>
 __device__ bool find_query(const SpatialCudaParams& p, const SpatialCut& cut, const BoxOfTask (&boxes)[kMaxAxes],
                            int index, int i, QueryRows<kRows>& rows) {
   int at[kMaxAxes];
-  bool exists = find_coordinates<kAre>(cut, index, at), sees_all = p.radius == 0.0;
+  bool exists = find_coordinates<kAre>(cut, index, at), sees_all = p.radius_squared < 0;
   CUTE_UNROLL
   for (int a = 0; a < kMaxAxes; ++a) exists = exists && at[a] < boxes[a].queries;
   unsigned first = 0, last = cut.packed.guards;

@@ -36,7 +36,7 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
     const int begin = group * tasks.windows_of_block, count = min(tasks.num_windows - begin, tasks.windows_of_block);
     Window* const windows = reinterpret_cast<Window*>(reinterpret_cast<char*>(shared) + kTileBytes);
     Tile::prepare(f, tasks, shared, kTileBytes, windows, count, [&](Window& window, int i) {
-      const int batch = window.place(f, tasks, begin + i, head);
+      const int batch = window.find(f, tasks, begin + i, head);
       const TokenTensor* const tensors[] = {&f.query,      &f.key,      &f.value,     &p.grad_out,
                                             &p.grad_query, &p.grad_key, &p.grad_value};
       CUTE_UNROLL
@@ -65,7 +65,7 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
     const Mma mma(false);
     const auto thread = mma.get_slice(threadIdx.x);
     const auto at = Tile::coordinates();  // (rows,columns)
-    const float scale = f.scale_of(head);
+    const float scale = f.scale;
     const Logits bias = Tile::bias_of(f, Tile::slots_of(windows), head, at, scale);  // (MMA,MMA_M,MMA_N)
     unsigned differ[kMaxAxes];
     Tile::find_differing(Tile::slots_of(windows), at, differ);
@@ -73,7 +73,6 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
     Tensor sS = shared_tile<SharedLogits>(shared + kFirstLogits + SharedLogits::kElements);  // (queries,keys)
     Logits grad_bias;                                                                        // (MMA,MMA_M,MMA_N)
     clear(grad_bias);
-    float dots = 0.0f;
 
     for (int i = 0; i < count; ++i) {
       wait_for_copies<0>();
@@ -119,14 +118,12 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
       Tensor grad_query = partition_fragment_C(mma, Shape<Int<kSlots>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
       clear(grad_query);
       multiply_whole_operand<StepOrder::kByColumns>(mma, grad_query, as_operand_a(rS), sK);
-      if (p.head_scale.data) dots += dot(grad_query, sQ);
       __syncthreads();  // P and dS are there, and all reads of keys and values are done
 
       share.store(scaled(grad_query, scale), window.rows[kGradQuery], p.grad_query, tokens, f.head_dim, keys);
       share.store(scaled(sum_over_queries(sS, sQ), scale), window.rows[kGradKey], p.grad_key, tokens, f.head_dim, keys);
       share.store(sum_over_queries(sP, sD), window.rows[kGradValue], p.grad_value, tokens, f.value_dim, values);
     }
-    if (p.head_scale.data) store_dots(p, dots * f.scale, group, head, reinterpret_cast<float*>(shared));
     if (p.table.data) {
       store_table(p, tasks, grad_bias, p.table.part(group) + head * num_entries(f), reinterpret_cast<float*>(shared));
     }
@@ -158,24 +155,6 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
                         local_tile(transposed(sL), Shape<_16, Int<kSlots>>{}, make_coord(warp, 0)), transposed(sT),
                         kSlots);
     return sum;
-  }
-
-  // This thread's share of the sum of dQ Q over a window.
-  template <class Acc, class Shared>
-  static __device__ float dot(const Acc& grad_query, const Shared& sQ) {
-    const auto at = Mma(false).get_slice(threadIdx.x).partition_C(sQ);  // (MMA,MMA_M,MMA_N)
-    float sum = 0.0f;
-    CUTE_UNROLL
-    for (int i = 0; i < size(grad_query); ++i) sum = fmaf(grad_query(i), float(at(i)), sum);
-    return sum;
-  }
-
-  static __device__ void store_dots(const WindowBackwardCudaParams& p, float dots, int group, int head, float* shared) {
-    __syncthreads();  // all reads of the last window are done
-    dots = warp_sum(dots);
-    if (lane_index() == 0) shared[threadIdx.x / kWarpSize] = dots;
-    __syncthreads();
-    if (threadIdx.x == 0) p.head_scale.part(group)[head] = (shared[0] + shared[1]) + (shared[2] + shared[3]);
   }
 
   // A thread owns some offsets between slots, and adds up the pairs of each.

@@ -31,7 +31,7 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
     const int begin = group * tasks.windows_of_block, count = min(tasks.num_windows - begin, tasks.windows_of_block);
     Window* const windows = reinterpret_cast<Window*>(reinterpret_cast<char*>(shared) + kTileBytes);
     Tile::prepare(p, tasks, shared, kTileBytes, windows, count, [&](Window& window, int i) {
-      const int batch = window.place(p, tasks, begin + i, head), kv_head = head / int(p.heads / p.kv_heads);
+      const int batch = window.find(p, tasks, begin + i, head), kv_head = head / int(p.heads / p.kv_heads);
       window.rows[kQuery] = p.query.at<char>(2 * batch, 0, 2 * head);
       window.rows[kKey] = p.key.at<char>(2 * batch, 0, 2 * kv_head);
       window.rows[kValue] = p.value.at<char>(2 * batch, 0, 2 * kv_head);
@@ -58,7 +58,7 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
 
     const Mma mma(false);
     const auto at = Tile::coordinates();  // (rows,columns)
-    const float scale = p.scale_of(head);
+    const float scale = p.scale;
     const Logits bias = Tile::bias_of(p, Tile::slots_of(windows), head, at, scale);  // (MMA,MMA_M,MMA_N)
     unsigned differ[kMaxAxes];
     Tile::find_differing(Tile::slots_of(windows), at, differ);

@@ -59,7 +59,7 @@ struct alignas(16) Window {
   unsigned is_last;    // a bit for each axis with a shift, on which it is the last of its class
 
   // Returns the batch.
-  __device__ int place(const WindowCudaParams& p, const WindowTasks& tasks, int index, int head) {
+  __device__ int find(const WindowCudaParams& p, const WindowTasks& tasks, int index, int head) {
     int at[kMaxAxes];
     CUTE_UNROLL
     for (int a = kMaxAxes - 1; a >= 0; --a) {

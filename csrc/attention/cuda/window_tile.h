@@ -41,12 +41,12 @@ struct WindowTile {
   struct Share {
     WindowSlot slot[kRows];
     bool exists[kRows];
-    int column, place;  // of the first vector, in the tensor and in a tile; the others lie at fixed distances
+    int column, vector;  // of the first vector, in the tensor and in a tile; the others lie at fixed distances
 
     __device__ Share(const WindowCudaParams& p, const WindowTasks& tasks, Element* tile) {
       const int first = int(threadIdx.x) / kWarpSize * 16 + lane_index() / 4;
       column = lane_index() % 4 * kVector;
-      place = int(&shared_tile<SharedTokens>(tile)(first, column) - tile);
+      vector = int(&shared_tile<SharedTokens>(tile)(first, column) - tile);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         int at[kMaxAxes];
@@ -56,11 +56,11 @@ struct WindowTile {
       }
     }
 
-    // Calls f(place in a tile, column from this thread's first on) for each vector of a row.
+    // Calls f(vector in a tile, column from this thread's first on) for each vector of a row.
     template <class Function>
     __device__ void for_each(int r, Function&& f) const {
       CUTE_UNROLL
-      for (int v = 0; v < kVectors; ++v) f((place + r * 8 * kDim) ^ (v * 4 * kVector), v * 4 * kVector);
+      for (int v = 0; v < kVectors; ++v) f((vector + r * 8 * kDim) ^ (v * 4 * kVector), v * 4 * kVector);
     }
 
     // Starts the copy of a window's rows to a tile. `tokens` are those of this thread.
@@ -70,8 +70,8 @@ struct WindowTile {
       for (int r = 0; r < kRows; ++r) {
         if (!exists[r]) continue;
         const Element* const from = row_of<const Element>(rows, tokens[r], t);
-        for_each(r,
-                 [&](int place, int c) { copy_16_bytes(tile + place, from + c, column + c < int(columns) ? 16 : 0); });
+        for_each(
+            r, [&](int vector, int c) { copy_16_bytes(tile + vector, from + c, column + c < int(columns) ? 16 : 0); });
       }
     }
 
@@ -87,9 +87,9 @@ struct WindowTile {
       for (int r = 0; r < kRows; ++r) {
         if (!exists[r]) continue;
         Element* const to = row_of<Element>(rows, tokens[r], t);
-        for_each(r, [&](int place, int c) {
+        for_each(r, [&](int vector, int c) {
           if (column + c >= int(columns)) return;
-          store_16_bytes(to + c, *reinterpret_cast<const uint4*>(tile + place));
+          store_16_bytes(to + c, *reinterpret_cast<const uint4*>(tile + vector));
         });
       }
     }
@@ -103,11 +103,11 @@ struct WindowTile {
   };
 
   // What a block looks up of its head and windows. What no copy writes, slots behind the last, is zeroed.
-  template <class Window, class Place>
+  template <class Window, class Find>
   static __device__ void prepare(const WindowCudaParams& p, const WindowTasks& tasks, Element* tiles, int tile_bytes,
-                                 Window* windows, int count, Place&& place) {
+                                 Window* windows, int count, Find&& find) {
     SlotScore* const slots = slots_of(windows);
-    if (int(threadIdx.x) < count) place(windows[threadIdx.x], int(threadIdx.x));
+    if (int(threadIdx.x) < count) find(windows[threadIdx.x], int(threadIdx.x));
     if (threadIdx.x < kSlots) {
       int at[kMaxAxes];
       tasks.coordinates(p, int(threadIdx.x), at);

@@ -27,23 +27,20 @@ struct WindowCudaParams {
   TokenTensor query, key, value, out;  // tokens of the map, row by row
   float* lse = nullptr;                // [batch, tokens, heads]
   float scale = 1.0f;
-  const float* head_scale = nullptr;  // [heads], or null
-  const float* table = nullptr;       // [heads or 1, offsets], or null
+  const float* table = nullptr;  // [heads or 1, offsets], or null
   int64_t table_head_stride = 0;
   DeviceOffsetGrid grid;  // of the table
 
   VK_HOST_DEVICE int num_tokens() const { return axis[0].tokens * axis[1].tokens * axis[2].tokens; }
   VK_HOST_DEVICE int num_slots() const { return axis[0].size * axis[1].size * axis[2].size; }
   int64_t num_windows() const { return int64_t(num_tokens() / num_slots()) * batch; }
-  VK_HOST_DEVICE float scale_of(int head) const { return head_scale ? scale * head_scale[head] : scale; }
 };
 
 struct WindowBackwardCudaParams {
   WindowCudaParams forward;  // without its results
   TokenTensor grad_out, grad_query, grad_key, grad_value;
   const float* grad_lse = nullptr;  // as lse, or null
-  // A part for each block of a head: [heads, offsets], zero at first, and [heads].
-  PartialSums table, head_scale;
+  PartialSums table;                // a part for each block of a head: [heads, offsets], zero at first
 };
 
 template <DType kDType>

@@ -53,6 +53,7 @@ SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call, con
   check_fill(checker, "key_fill", score.terms.key_fill, head_dim);
   check_fill(checker, "value_fill", score.terms.value_fill, value_dim);
   heads_of = HeadMap(checker, score.head_map, query, heads, kv_heads, policy.read);
+  if (score.head_map) score.head_map = as_contiguous(*score.head_map);
   check_scale(checker, score, query, heads, statistics);
   std::vector<int64_t> of_keys{batch, heads};
   of_keys.insert(of_keys.end(), key_map.begin(), key_map.end());

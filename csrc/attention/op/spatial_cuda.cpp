@@ -82,7 +82,6 @@ struct WindowOperands {
               .key = token_rows(key, args.axes),
               .value = token_rows(value, args.axes),
               .scale = spatial.score.scale.as<float>(),
-              .head_scale = static_cast<const float*>(spatial.score.head_scale),
               .table = static_cast<const float*>(spatial.score.by_offset.bias.data),
               .table_head_stride = spatial.score.by_offset.bias.head_stride,
               .grid = spatial.score.by_offset.small};

@@ -1,5 +1,7 @@
 #include "attention/op/spatial_params_cuda.h"
 
+#include <cmath>
+
 #include "cuda/device.h"
 
 namespace vitkernels {
@@ -18,6 +20,11 @@ bool is_aligned(const Tensor& t) {
   return aligned && t.size(t.dim() - 1) * bytes % 16 == 0;
 }
 bool is_aligned(const OptionalTensor& t) { return !t || is_aligned(*t); }
+
+// Rounded down; -1 without a radius.
+int64_t squared(double radius) {
+  return radius > 0 ? int64_t(std::min(std::floor(radius * radius), double(int64_t(1) << 62))) : -1;
+}
 
 // Why no kernel takes a call; null, if one does.
 const char* why_not(const SpatialArguments& args, bool fits) {
@@ -43,7 +50,7 @@ SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArgum
                            .head_dim = args.head_dim,
                            .value_dim = args.value_dim,
                            .kv_head_of = integers(args.score.head_map),
-                           .radius = args.pattern.radius,
+                           .radius_squared = squared(args.pattern.radius),
                            .is_shared_query = args.is_shared_query,
                            .is_aligned = is_aligned(args.query) && is_aligned(args.key) && is_aligned(args.value) &&
                                          is_aligned(terms.key_fill) && is_aligned(terms.value_fill),

@@ -15,15 +15,9 @@ _DTYPES = {
 }
 
 
-def _why_not(operator: str, device: str) -> str | None:
-    if operator == "spatial_attention" and device == "cuda":
-        return "kernels for windows and grids of at most 64 tokens only"
-    return why_no_kernel(operator, device)
-
-
 #: Operator -> device type -> dtypes that have kernels for whatever a module asks; a device without them is absent.
 KERNEL_DTYPES = {
-    operator: {device: dtypes for device, dtypes in _DTYPES.items() if _why_not(operator, device) is None}
+    operator: {device: dtypes for device, dtypes in _DTYPES.items() if why_no_kernel(operator, device) is None}
     for operator in ("attention", "spatial_attention")
 }
 
@@ -35,7 +29,7 @@ def conditions(module: nn.Module, dropout: float, operator: str = "attention") -
     device = "cpu" if parameter is None else parameter.device.type
     dtypes = KERNEL_DTYPES[operator]
     if device not in dtypes:
-        found.append(f"stock path on {device}: {_why_not(operator, device)}")
+        found.append(f"stock path on {device}: {why_no_kernel(operator, device)}")
     elif parameter is not None and parameter.dtype not in dtypes[device]:
         found.append(f"stock path in {str(parameter.dtype).removeprefix('torch.')} on {device}: no kernels for it")
     if dropout > 0.0:
