@@ -20,6 +20,7 @@ __all__ = [
     "entry_of",
     "has_batch_levels",
     "has_below_autograd",
+    "has_dispatch_modes",
     "has_kernel",
     "is_batching",
     "is_tracing",
@@ -69,8 +70,19 @@ is_transformed: Callable[[], bool] = (
 )
 
 
+#: Whether PyTorch's operators are watched or replaced: by a tracer, by tensors without data.
+_count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def has_dispatch_modes() -> bool:
+    return _count_modes() > 0
+
+
 def apply_at_one_level(function: Any) -> Callable[..., Any]:
-    """``function.apply`` for a kernel of an operator, which the dispatcher calls once for each transform at work."""
+    """``function.apply`` for a kernel of an operator, which the dispatcher calls once for each transform at work.
+
+    Without the private part, ``torch.func`` takes functions of this package, but not the operators themselves.
+    """
     functorch = getattr(torch._C, "_functorch", None)
     allowed = getattr(functorch, "get_single_level_autograd_function_allowed", None)
     allow = getattr(functorch, "set_single_level_autograd_function_allowed", None)

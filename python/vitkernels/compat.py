@@ -12,8 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from vitkernels._torch_private import sizes_are_tensors
 from vitkernels.functional import attention, attention_varlen, merge_attentions
-from vitkernels.functional.arguments import check_flag, check_tensors
+from vitkernels.functional.arguments import check_flag, check_stored, check_tensors
 from vitkernels.functional.words import Words
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "scaled_dot_product_attention"]
@@ -30,6 +31,8 @@ def _says(operator: str, **arguments: str) -> Callable[[Callable[_Arguments, _Re
 
         @wraps(function)
         def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+            if torch.compiler.is_compiling():  # which cannot trace the words, and would hide the error behind them
+                return function(*args, **kwargs)
             try:
                 return function(*args, **kwargs)
             except RuntimeError as error:
@@ -80,11 +83,14 @@ def scaled_dot_product_attention(
     if dropout_p != 0.0:
         _refuse(name, "dropout_p", str(dropout_p), "0")
     check_flag("attention", "is_causal", is_causal)
+    check_flag("attention", "enable_gqa", enable_gqa)
     check_tensors("attention", query=query, key=key, value=value)
-    _check_shapes(query, key, value, enable_gqa)
+    if not sizes_are_tensors():
+        _check_shapes(query, key, value, enable_gqa)
+    rank, bias = query.dim(), attn_mask
+    batch = _batch_of(query, key)
     if attn_mask is not None:
         _check_mask(query, key, attn_mask, is_causal)
-    rank, batch, bias = query.dim(), query.shape[:-3], attn_mask
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.where(bias, 0.0, -torch.inf)
@@ -92,7 +98,12 @@ def scaled_dot_product_attention(
             bias = _with_four_axes(bias.expand(*batch, *bias.shape[-3:]))
     q, k, v = (_with_four_axes(t).transpose(1, 2) for t in (query, key, value))
     out = attention(q, k, v, bias=bias, is_causal=is_causal, scale=scale).transpose(1, 2)
-    return out if rank == 4 else out.reshape(*query.shape[:-2], *out.shape[2:])
+    return out if rank == 4 else out.reshape(*batch, *query.shape[-3:-2], *out.shape[2:])
+
+
+def _batch_of(query: Tensor, key: Tensor) -> torch.Size:
+    """That of the keys, where they share one query."""
+    return key.shape[:-3] if query.shape[:-3].numel() == 1 else query.shape[:-3]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -119,13 +130,15 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 def _check_mask(query: Tensor, key: Tensor, mask: Tensor, is_causal: bool) -> None:
     check_tensors("attention", attn_mask=mask)
+    check_stored("attention", attn_mask=mask)
     if is_causal:
         raise RuntimeError("vitkernels::attention: is_causal is True, takes False with an attn_mask")
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+    is_cast = query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type)
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not (is_cast and mask.is_floating_point()):
         raise RuntimeError(f"vitkernels::attention: attn_mask is {mask.dtype}, takes bool, float32 or query's dtype")
-    sizes = (*query.shape[:-1], key.size(-2))
+    sizes = (*_batch_of(query, key), *query.shape[-3:-1], key.size(-2))
     fits = 2 <= mask.dim() <= len(sizes) and all(
-        n in (1, own) for n, own in zip(mask.shape[::-1], sizes[::-1], strict=False)
+        n in (own, 1) for n, own in zip(mask.shape[::-1], sizes[::-1], strict=False)
     )
     if not fits:
         _fail("attn_mask", mask, f"two dimensions or more that broadcast to {sizes}")
@@ -183,6 +196,9 @@ def flash_attn_func(
     """
     _check_options("flash_attn_func", dropout_p, window_size, softcap, alibi_slopes)
     check_tensors("attention", query=q, key=k, value=v)
+    _check_flags("attention", causal, return_attn_probs)
+    if causal and k.dim() == v.dim() == 4 and v.size(1) != k.size(1):
+        _fail("value", v, f"key's number of tokens ({k.size(1)})")
     offset = k.size(1) - q.size(1) if q.dim() == 4 and k.dim() == 4 else 0
     options: dict[str, Any] = {"scale": softmax_scale, "return_lse": True}
     if not causal or offset == 0:
@@ -253,6 +269,8 @@ def flash_attn_varlen_func(
     if block_table is not None:
         _refuse(name, "block_table", "a tensor", "None")
     check_tensors("attention_varlen", query=q, key=k, value=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _check_flags("attention_varlen", causal, return_attn_probs)
+    check_stored("attention_varlen", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if causal and cu_seqlens_q is not cu_seqlens_k and not torch.equal(cu_seqlens_q, cu_seqlens_k):
         _refuse(name, "causal", "True", "False where cu_seqlens_q and cu_seqlens_k differ")
     out, lse = attention_varlen(
@@ -273,6 +291,11 @@ def _check_options(
         _refuse(name, "softcap", str(softcap), "0")
     if alibi_slopes is not None:
         _refuse(name, "alibi_slopes", "a tensor", "None")
+
+
+def _check_flags(operator: str, causal: object, return_attn_probs: object) -> None:
+    check_flag(operator, "is_causal", causal)
+    check_flag(operator, "return_attn_probs", return_attn_probs)
 
 
 def _refuse(function: str, argument: str, value: str, takes: str) -> None:

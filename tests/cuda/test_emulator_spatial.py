@@ -45,6 +45,29 @@ def test_256_columns(dtype, cuda_kernels):
     assert (found.double() - expected).abs().max() <= 2 * rounding * call[2].abs().max()
 
 
+@pytest.mark.parametrize("rule", [vk.Block(4), vk.Neighborhood(3)], ids=str)
+def test_rows_at_any_address(rule, cuda_kernels):
+    """A part of another tensor may be contiguous and begin at an odd address: PyTorch makes such gradients."""
+
+    def shifted(t):
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    results = []
+    for change in (shifted, lambda t: t):
+        call = [change(t).requires_grad_() for t in operands(size=(8, 8))]
+        out = vk.spatial_attention(*call, [rule] * 2)
+        results.append((out, *torch.autograd.grad(out, call, change(operands(size=(8, 8))[2]))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0.05)
+
+
+def test_a_head_without_keys(cuda_kernels):
+    call = operands(size=(8, 8), h=2)
+    out, lse = vk.spatial_attention(*call, [vk.Neighborhood(3)] * 2, head_map=torch.tensor([7, 1]), return_lse=True)
+    assert torch.equal(out[..., 0, :], torch.zeros_like(out[..., 0, :])) and lse[..., 0].isneginf().all()
+    assert out[..., 1, :].any()
+
+
 def test_what_has_no_kernels(cuda_kernels):
     wide = [t.requires_grad_() for t in operands(size=(4, 4), d=130)]
     with pytest.raises(RuntimeError, match=r"_backward: got CUDA tensors, .* of a head dimension above 128"):

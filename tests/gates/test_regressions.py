@@ -250,3 +250,19 @@ def test_scale_beyond_the_kernels_numbers(sample):
     args = [1e39 if a.name == "scale" else arg for a, arg in zip(op._schema.arguments, args, strict=True)]
     with pytest.raises(RuntimeError, match=r"scale is 1e\+39, takes a finite number in float32"):
         op(*args)
+
+
+def test_float64_terms_are_not_looked_at_by_tracers():
+    q, bias = torch.randn(2, 4, 1, 8), torch.zeros(4, 4, dtype=torch.float64)
+    graph = torch.fx.experimental.proxy_tensor.make_fx(lambda q, b: vk.attention(q, q, q, bias=b))(q, bias)
+    assert not any("isinf" in str(node.target) for node in graph.graph.nodes)
+    with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
+        fake, wide = mode.from_tensor(q), mode.from_tensor(bias)
+        assert vk.attention(fake, fake, fake, bias=wide).shape == q.shape
+
+
+def test_float64_masks_of_the_lowest_number_remove_keys():
+    q = torch.randn(1, 3, 2, 8)
+    mask = torch.zeros(3, 3, dtype=torch.float64)
+    mask[:, 2] = torch.finfo(torch.float64).min
+    torch.testing.assert_close(vk.attention(q, q, q, bias=mask), vk.attention(q, q[:, :2], q[:, :2]))

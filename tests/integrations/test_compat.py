@@ -176,3 +176,57 @@ def test_flash_attention_is_told_in_its_words():
         RuntimeError, match=r"vitkernels\.compat\.flash_attn_varlen_func: max_seqlen_q is -1, takes 0 to"
     ):
         flash_attn_varlen_func(q[0], k[0], v[0], offsets, offsets, -1, 5)
+
+
+def test_what_pytorch_takes_is_taken():
+    q, single, five = torch.randn(2, 4, 9, 8), torch.randn(1, 4, 9, 8), torch.randn(2, 3, 4, 9, 8)
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    for call in (
+        (single, q, q, torch.randn(2, 1, 9, 9)), (torch.randn(1, 1, 4, 9, 8), five, five),
+        (torch.randn(1, 1, 4, 9, 8), five, five, torch.randn(2, 3, 1, 1, 9)),
+    ):  # fmt: skip
+        torch.testing.assert_close(scaled_dot_product_attention(*call), theirs(*call))
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = torch.randn(9, 9).bfloat16()
+        found, expected = (f(q, q, q, mask) for f in (scaled_dot_product_attention, theirs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
+
+
+def test_sizes_that_depend_on_data_export():
+    class Masked(torch.nn.Module):
+        def forward(self, q, keep):
+            q = q[:, :, keep.nonzero()[:, 0]]
+            n = q.shape[2]
+            return scaled_dot_product_attention(q, q, q, q.new_zeros(n, n))
+
+    q, keep = torch.randn(2, 4, 9, 8), torch.arange(9) % 2 == 0
+    program = torch.export.export(Masked(), (q, keep), strict=False)
+    torch.testing.assert_close(program.module()(q, keep), Masked()(q, keep))
+
+
+def test_compiled_errors_say_what_is_wrong():
+    q, mask = torch.randn(2, 4, 9, 8), torch.zeros(3, 9)
+    with pytest.raises(Exception, match=r"attn_mask has shape|takes two dimensions or more that broadcast"):
+        torch.compile(scaled_dot_product_attention, fullgraph=True, backend="eager")(q, q, q, mask)
+
+
+def test_flags_and_freed_storages_of_compat():
+    q, k, v = (t.float() for t in tensors(5, 9))
+    offsets, freed = torch.tensor([0, 5]), torch.tensor([0, 5])
+    freed.untyped_storage().resize_(0)
+    mask = torch.ones(5, 9, dtype=torch.bool)
+    mask.untyped_storage().resize_(0)
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    packed = (q[0], k[0, :5], v[0, :5])
+    for text, call in {
+        "flash_attn_func: causal is 'no', takes": lambda: flash_attn_func(q, k, v, causal="no"),
+        "flash_attn_func: return_attn_probs is 1, takes": lambda: flash_attn_func(q, k, v, return_attn_probs=1),
+        "flash_attn_func: v has shape (2, 8, 2, 16), takes k's": lambda: flash_attn_func(q, k, v[:, 1:], causal=True),
+        "enable_gqa is 'no', takes": lambda: scaled_dot_product_attention(*heads, enable_gqa="no"),
+        "attn_mask of shape (5, 9) has a storage": lambda: scaled_dot_product_attention(*heads, mask, enable_gqa=True),
+        "cu_seqlens_q of shape (2,) has a storage": lambda: flash_attn_varlen_func(
+            *packed, freed, offsets, 5, 5, causal=True
+        ),
+    }.items():
+        with pytest.raises(RuntimeError, match=re.escape(text)):
+            call()

@@ -124,7 +124,13 @@ def spoil_rank(rng: random.Random, target: Target, call: Call) -> Call:
 
 def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
-    others = {n for other in slots(call) if other.tensor is not slot.tensor for n in other.tensor.shape}
+    # A size of a table is that of another tensor by chance alone.
+    others = {
+        n
+        for other in slots(call)
+        if other.tensor is not slot.tensor and not other.argument.endswith("_table")
+        for n in other.tensor.shape
+    }
     dims = range(slot.tensor.dim())
     if slot.argument == "query" and target.name.endswith("spatial_attention"):
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries

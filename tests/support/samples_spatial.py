@@ -125,6 +125,8 @@ SPATIAL_SAMPLES = [
     spatial("windows-causal", [block(7, 3, causal=True), block(5)], (14, 13), bias="1"),
     spatial("windows-of-classes", [block(3, 1, step=2), block(4, step=3)], (14, 13), bias="h"),
     spatial("windows-large", [block(23), block(21)], (25, 22), bias="h", h=2),
+    spatial("blocks-fill", [block(4), block(5, 2)], (9, 7), bias="h", outside=FILL),
+    spatial("classes-without-keys", [sliding(3, 2)], (1,), ratio=4, finer="query", outside=FILL),
     spatial("blocks-of-one", [block(1)] * 2, (5, 6)),
     spatial("grid", [full(2), full(3)], (14, 15), bias="h", wider=5, tags="core"),
     spatial("stripes", [full(), block(2)], (17, 9), bias="1", wider=2, tags="core"),

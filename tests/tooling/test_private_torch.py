@@ -105,6 +105,7 @@ INTERFACES = {
     "_are_functorch_transforms_active": "torch._C",
     "_dispatch_has_kernel_for_dispatch_key": "torch._C",
     "_functorch": "torch._C",
+    "_len_torch_dispatch_stack": "torch._C",
     "get_single_level_autograd_function_allowed": "torch._C._functorch",
     "set_single_level_autograd_function_allowed": "torch._C._functorch",
     "_is_tracing": "torch._C",

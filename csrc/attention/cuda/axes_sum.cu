@@ -40,10 +40,10 @@ __global__ void __launch_bounds__(kThreads) sum_axes(const __grid_constant__ Axe
   const int lane = int(threadIdx.x) % kLanes;
   if (i >= count.kept) return;
   const float* const first = s.data + offset_of(s, false, i);
-  float sum = 0.0f;
+  double sum = 0.0;
   for (int64_t j = lane; j < count.summed; j += kLanes) sum += first[offset_of(s, true, j)];
   if constexpr (kLanes > 1) sum = warp_sum(sum);
-  if (lane == 0) static_cast<Element*>(s.out)[i] = Element(sum);
+  if (lane == 0) static_cast<Element*>(s.out)[i] = Element(float(sum));
 }
 
 }  // namespace

@@ -72,14 +72,15 @@ struct SpatialForwardKernel {
       commit_copies();
     };
     Tensor sQ = shared_tile<SharedQueries>(shared.queries);  // (queries,dim)
-    start_rows<kThreads>(sQ, p.query.at<const Element>(task.batch, Coord{}, task.head), shared.query_rows.query,
-                         static_cast<const Element*>(nullptr), dim, p.is_aligned);
-
     const int inner = cut.axis[1].streamed * cut.axis[2].streamed;
     const int count = own_kv_head < 0 ? 0 : boxes[0].keys * inner, tiles = cuda::ceil_div(count, kKeys);
     // Rows of a smaller box have gaps.
     sees_all = sees_all && boxes[1].keys == cut.axis[1].streamed && boxes[2].keys == cut.axis[2].streamed;
-    if (tiles > 0) start(0);
+    if (tiles > 0) {
+      start_rows<kThreads>(sQ, p.query.at<const Element>(task.batch, Coord{}, task.head), shared.query_rows.query,
+                           static_cast<const Element*>(nullptr), dim, p.is_aligned);
+      start(0);
+    }
     if (tiles > 1) find_keys(1);
 
     const Mma mma(p.allow_tf32);
@@ -110,7 +111,6 @@ struct SpatialForwardKernel {
       });
       multiply_operand(mma, out, as_operand_a(convert<Element>(logits)), sV, value_dim);
     }
-    if (tiles == 0) wait_for_copies<0>();
     softmax.total();
     store(p, task, shared, mma, out, softmax);
   }

@@ -13,9 +13,9 @@ struct SideOfAxis {
 
   int64_t num_tokens() const { return owns_keys ? rule.num_keys : rule.num_queries; }
   int64_t of_class() const { return std::max<int64_t>((num_tokens() + rule.step - 1) / rule.step, 1); }
-  // Tokens of a block that nothing outside it has to do with, 0 if there are none.
+  // Tokens of a block that nothing outside it has to do with, 0 if there are none: keys outside the map are of no block.
   int64_t block() const {
-    if (rule.rule != Rule::kBlock || (owns_keys && rule.halo > 0)) return 0;
+    if (rule.rule != Rule::kBlock || (owns_keys && (rule.halo > 0 || rule.has_outside))) return 0;
     return std::min(owns_keys ? rule.key_size : rule.size, of_class());
   }
   int64_t longest() const { return block() > 0 ? block() : of_class(); }
@@ -43,14 +43,14 @@ struct Estimate {
 };
 
 // The extents of the tiles that need the fewest steps.
-std::array<int, kMaxAxes> tile_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys) {
+std::array<int, kMaxAxes> cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys) {
   // What a tile costs besides its steps, in steps: at its ends, and for the bytes of its box.
   constexpr double kStepsOfTile = 1.5, kStepsOfBytes = 0.5;
   std::array<int, kMaxAxes> best{1, 1, 1};
   double least = std::numeric_limits<double>::infinity();
   const auto side = [&](int axis) { return SideOfAxis{pattern.axis[axis], owns_keys}; };
   const auto longest = [&](int axis) { return int(std::min<int64_t>(side(axis).longest(), tile.owned)); };
-  // A few dozen choices: the host makes them for every call.
+  // About a hundred choices at most: the host makes them for every call.
   const auto next = [&](int axis, int extent) {
     const int wanted = extent < 8 ? extent + 1 : extent < 16 ? extent + 2 : extent + 8;
     return extent < longest(axis) ? std::min(wanted, longest(axis)) : wanted;
@@ -76,7 +76,9 @@ std::array<int, kMaxAxes> tile_extents(const SpatialPattern& pattern, SpatialTil
 AxisCut::AxisCut(const AxisRule& rule, int extent, bool owns_keys)
     : rule(rule), owns_keys(owns_keys), extent(extent), by_extent(extent) {
   const SideOfAxis side{rule, owns_keys};
-  classes = int(std::max<int64_t>(std::min(rule.step, side.num_tokens()), 1));
+  // Where keys outside the map are owned, also those of classes that have no others.
+  const int64_t tokens = owns_keys && rule.has_outside ? std::max(rule.num_queries, rule.num_keys) : side.num_tokens();
+  classes = int(std::max<int64_t>(std::min(rule.step, tokens), 1));
   const int64_t block = side.block();
   tiles_of_block = int((block + extent - 1) / extent);
   for (int r = 0; r < classes; ++r) {
@@ -109,15 +111,17 @@ bool PackedCoords::fit(const std::array<int, kMaxAxes>& sizes) {
 }
 
 SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys) {
-  const std::array<int, kMaxAxes> extents = tile_extents(pattern, tile, owns_keys);
+  const std::array<int, kMaxAxes> extents = cheapest_extents(pattern, tile, owns_keys);
   std::array<int, kMaxAxes> keys;
-  double streamed = 1.0;
+  double streamed = 1.0, tiles = 1.0;
   for (int a = 0; a < kMaxAxes; ++a) {
     axis[a] = AxisCut(pattern.axis[a], extents[a], owns_keys);
     keys[a] = owns_keys ? axis[a].extent : axis[a].streamed;
     streamed *= double(axis[a].streamed);
+    tiles *= double(axis[a].num_tiles());
   }
-  fits = packed.fit(keys) && streamed < double(std::numeric_limits<int32_t>::max() - tile.streamed);
+  constexpr double kMost = double(std::numeric_limits<int32_t>::max());
+  fits = packed.fit(keys) && streamed < kMost - tile.streamed && tiles < kMost;
 }
 
 cudaError_t launch_spatial_attention(const SpatialCudaParams& params, cudaStream_t stream) {

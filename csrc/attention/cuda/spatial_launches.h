@@ -56,7 +56,7 @@ struct AxisCut {
   AxisCut() = default;
   AxisCut(const AxisRule& rule, int extent, bool owns_keys = false);
 
-  VK_HOST_DEVICE int num_tiles() const { return classes * tiles; }
+  VK_HOST_DEVICE int64_t num_tiles() const { return int64_t(classes) * tiles; }
 
   VK_HOST_DEVICE AxisBox box(int index) const {
     const int residue = index / tiles, tile = index - residue * tiles;
@@ -127,9 +127,7 @@ struct SpatialCut {
   SpatialCut() = default;
   SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys);
 
-  VK_HOST_DEVICE int64_t num_tiles() const {
-    return int64_t(axis[0].num_tiles()) * axis[1].num_tiles() * axis[2].num_tiles();
-  }
+  VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].num_tiles() * axis[1].num_tiles() * axis[2].num_tiles(); }
 };
 
 struct SpatialCudaParams {
@@ -139,7 +137,7 @@ struct SpatialCudaParams {
   SpatialCut cut;
   int64_t radius_squared = -1;  // rounded down, as all distances are whole numbers; -1: none
   bool is_shared_query = false, allow_tf32 = false;
-  bool is_aligned = false;  // addresses and lengths of all rows are multiples of 16 bytes
+  bool is_aligned = false;  // addresses and lengths of all rows that are copied are multiples of 16 bytes
   Score score;
   MapTensor key_bias, query, key, value;
   const void *key_fill = nullptr, *value_fill = nullptr;  // [kv_heads, dim]: keys outside the map; null: zeros

@@ -127,11 +127,14 @@ struct SpatialScore {
   }
 
  private:
+  static constexpr int64_t kFarAway = int64_t(1) << 30;  // the square of the distance fits into 64 bits
+
   __device__ bool is_near(int row, unsigned key) const {
     int64_t distance = 0;
     CUTE_UNROLL
     for (int a = 0; a < kMaxAxes; ++a) {
-      const int64_t tokens = int64_t(queries.coord[a][row] - packed.coord(a, key)) * int(p.rule(a).step);
+      const int64_t away = int64_t(queries.coord[a][row] - packed.coord(a, key)) * int(p.rule(a).step);
+      const int64_t tokens = min(max(away, -kFarAway), kFarAway);
       distance += tokens * tokens;
     }
     return distance <= p.radius_squared;

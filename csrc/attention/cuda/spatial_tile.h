@@ -112,15 +112,16 @@ __device__ bool find_query(const SpatialCudaParams& p, const SpatialCut& cut, co
     const BoxOfTask& box = boxes[a];
     const AxisRule rule = cut.axis[a].rule.of_class(box.residue);
     const int u = box.first_query + (exists ? at[a] : 0);
-    const Range keys = intersect(relative_to(rule.keys(u), box.first_key), {0, box.keys});
-    const bool is_empty = !exists || keys.empty();
+    Range keys{0, 0};
+    if (exists) keys = intersect(relative_to(rule.keys(u), box.first_key), {0, box.keys});
+    const bool is_empty = keys.empty();
     const int most = cut.axis[a].owns_keys ? cut.axis[a].extent : cut.axis[a].streamed;
     first += cut.packed.field(a, is_empty ? most : int(keys.begin));
     last += cut.packed.field(a, is_empty ? 0 : int(keys.end) - 1);
     sees_all = sees_all && keys.begin == 0 && keys.end == box.keys;
     const int of_map = box.token(u);
     token = token * int(cut.axis[a].rule.num_queries) + of_map;
-    rows.coord[a][i] = int(rule.num_keys > 0 ? rule.coord(u) : 0) - box.first_key;
+    rows.coord[a][i] = int(exists ? rule.coord(u) : 0) - box.first_key;
     own[a] = box.window > 0 ? of_map % box.window : of_map;
   }
   rows.before_first[i] = first - cut.packed.guards, rows.last[i] = last;

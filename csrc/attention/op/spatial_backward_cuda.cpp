@@ -16,15 +16,21 @@ class SpatialBackward {
  public:
   SpatialBackward(const Checker& checker, const SpatialArguments& args, const BackwardCall& from, bool allow_tf32,
                   const SpatialGradientTensors& grads)
-      : checker_(checker), args_(args), grads_(grads), device_(args.query), grad_out_(as_contiguous(from.grad_out)) {
-    params_.forward = spatial_cuda_params(checker, args);
+      : checker_(checker),
+        args_(args),
+        grads_(grads),
+        device_(args.query),
+        tile_(spatial_backward_tile(args.dtype == DType::kFloat32 ? 4 : 2)),
+        grad_out_(as_contiguous(from.grad_out)) {
+    params_.forward = spatial_cuda_params(checker, args, tile_);
+    params_.forward.is_aligned = params_.forward.is_aligned && has_aligned_rows(grad_out_);
     params_.forward.allow_tf32 = allow_tf32;
     checker.check(std::max(args.head_dim, args.value_dim) <= kMaxSpatialBackwardDim,
                   "got CUDA tensors, takes tensors on the CPU for gradients over maps of a head dimension above ",
                   kMaxSpatialBackwardDim);
     params_.grad_out = grad_out_.const_data_ptr();
     params_.lse = static_cast<const float*>(from.lse.const_data_ptr());
-    cut();
+    cut_keys();
     relative_ = launch_spatial_relative_logits(checker, args, params_.forward, device_.stream());
     find_delta(from);
   }
@@ -43,16 +49,14 @@ class SpatialBackward {
     return empty_as(args_.query, sizes, ScalarType::Float);
   }
 
-  // Tiles of the backward are smaller than those of the forward.
-  void cut() {
-    const SpatialTile tile = spatial_backward_tile(args_.dtype == DType::kFloat32 ? 4 : 2);
+  void cut_keys() {
     SpatialPattern pattern = args_.pattern;
-    params_.forward.cut = SpatialCut(pattern, tile, false);
     if (!grads_.terms.key_fill && !grads_.terms.value_fill) {
       for (AxisRule& rule : pattern.axis) rule.has_outside = false;
     }
-    params_.keys = SpatialCut(pattern, tile, true);
-    checker_.check(params_.keys.fits && params_.forward.cut.fits,
+    params_.keys = SpatialCut(pattern, tile_, true);
+    const double tasks = double(args_.batch) * double(args_.kv_heads) * double(params_.keys.num_tiles());
+    checker_.check(params_.keys.fits && tasks < double(std::numeric_limits<int32_t>::max()),
                    "got CUDA tensors, takes tensors on the CPU for gradients of queries with so many keys");
   }
 
@@ -80,11 +84,13 @@ class SpatialBackward {
     return int64_t(grid.num_offsets(0)) * grid.num_offsets(1) * grid.num_offsets(2);
   }
 
+  int64_t num_warps() const { return tile_.owned / 16; }
+
   // Blocks take several tiles each where they sum tables, whose parts are memory.
   int64_t blocks_of_head() const {
     const int64_t tiles = args_.batch * params_.forward.cut.num_tiles();
     if (!grads_.terms.bias_table && !grads_.terms.multiplier_table) return tiles;
-    const int64_t of_block = 4 * args_.heads * num_offsets() * int64_t(sizeof(float));
+    const int64_t of_block = num_warps() * args_.heads * num_offsets() * int64_t(sizeof(float));
     const int64_t wanted = std::max<int64_t>(4 * kBlocksOfLargeGpu / args_.heads, 1);
     return std::max<int64_t>(std::min({tiles, wanted, kTableBytes / of_block}), 1);
   }
@@ -93,9 +99,8 @@ class SpatialBackward {
     params_.blocks_of_head = blocks_of_head();
     const auto table = [&](const OptionalTensor& grad) {
       if (!grad) return PartialSums{};
-      const int64_t warps = spatial_backward_tile(args_.dtype == DType::kFloat32 ? 4 : 2).owned / 16;
       return owners
-          .emplace_back(*grad, params_.blocks_of_head * warps, args_.heads * num_offsets(),
+          .emplace_back(*grad, params_.blocks_of_head * num_warps(), args_.heads * num_offsets(),
                         PartialSumsOwner::Start::kZero)
           .sums();
     };
@@ -203,6 +208,7 @@ class SpatialBackward {
   const SpatialArguments& args_;
   const SpatialGradientTensors& grads_;
   OnDevice device_;
+  SpatialTile tile_;
   Tensor grad_out_;
   OptionalTensor delta_, dots_, relative_, relative_grad_, float_grad_query_, key_bias_;
   SpatialBackwardCudaParams params_;

@@ -1,4 +1,5 @@
-// The operators vitkernels::spatial_attention and vitkernels::spatial_attention_backward on a GPU: windows and grids.
+// The operators vitkernels::spatial_attention and vitkernels::spatial_attention_backward on a GPU: small windows, which
+// have kernels of their own, and everything else.
 #include "attention/cuda/windows.h"
 #include "attention/op/arguments_cuda.h"
 #include "attention/op/partial_sums_cuda.h"
@@ -27,6 +28,11 @@ WindowAxes window_axes(const SpatialPattern& pattern) {
   return axes;
 }
 
+// Whether rows, or a copy of them, begin at multiples of 16 bytes: what is contiguous already is not copied.
+bool can_be_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 || !t.is_contiguous();
+}
+
 // Whether the kernels of small windows take a call.
 bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
@@ -39,7 +45,9 @@ bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const bool is_plain = !args.is_shared_query && !args.score.has_outside && args.pattern.radius == 0.0 &&
                         !args.score.head_map && !terms.head_scale && !terms.key_bias && !terms.multiplier_table &&
                         std::none_of(terms.rel_pos.begin(), terms.rel_pos.end(), has);
-  return args.dtype != DType::kFloat32 && fits && is_plain && args.score.scale > 1e-30 && args.score.scale < 1e30;
+  const bool are_aligned = can_be_aligned(args.query) && can_be_aligned(args.key) && can_be_aligned(args.value);
+  return args.dtype != DType::kFloat32 && are_aligned && fits && is_plain && args.score.scale > 1e-30 &&
+         args.score.scale < 1e30;
 }
 
 // The map's tokens, row by row: one distance from each to the next.
@@ -103,7 +111,7 @@ void spatial_attention(Call& call) {
       operands.params.lse = static_cast<float*>(lse.mutable_data_ptr());
       check_cuda(call.checker, launch_window_attention(operands.params, device.stream()));
     } else {
-      SpatialCudaParams params = spatial_cuda_params(call.checker, args);
+      SpatialCudaParams params = spatial_cuda_params(call.checker, args, spatial_forward_tile(args));
       params.allow_tf32 = allow_tf32;
       const OptionalTensor relative = launch_spatial_relative_logits(call.checker, args, params, device.stream());
       params.out = out.mutable_data_ptr();
@@ -153,7 +161,7 @@ void spatial_attention_backward(Call& call) {
   for_each_term(add, from.needed, args.score.terms, grads.terms);
   if (!is_empty) {
     const WindowAxes axes = window_axes(args.pattern);
-    if (are_small_windows(args, axes) && args.kv_heads == args.heads) {
+    if (are_small_windows(args, axes) && args.kv_heads == args.heads && can_be_aligned(from.grad_out)) {
       launch_window_backward(call.checker, args, axes, from, grads);
     } else {
       launch_spatial_backward(call.checker, args, from, allow_tf32, grads);

@@ -12,14 +12,7 @@ DeviceIntegers integers(const OptionalTensor& t) {
   return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
 }
 
-// Whether rows begin at multiples of 16 bytes.
-bool is_aligned(const Tensor& t) {
-  const auto bytes = int64_t(t.element_size());
-  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) * bytes % 16 == 0);
-  return aligned && t.size(t.dim() - 1) * bytes % 16 == 0;
-}
-bool is_aligned(const OptionalTensor& t) { return !t || is_aligned(*t); }
+bool is_aligned_fill(const OptionalTensor& fill) { return !fill || has_aligned_rows(*fill); }
 
 // Rounded down; -1 without a radius.
 int64_t squared(double radius) {
@@ -27,19 +20,35 @@ int64_t squared(double radius) {
 }
 
 // Why no kernel takes a call; null, if one does.
-const char* why_not(const SpatialArguments& args, bool fits) {
+const char* why_not(const SpatialArguments& args, bool fits, int64_t num_tiles) {
+  constexpr double kMost = double(std::numeric_limits<int32_t>::max());
   double tokens = 1.0;
   for (const AxisRule& rule : args.pattern.axis) tokens *= double(std::max(rule.num_queries, rule.num_keys));
   if (args.dtype == DType::kFloat64) return "in float64";
   if (std::max(args.head_dim, args.value_dim) > kMaxCudaHeadDim) return "of a head dimension above 256";
-  if (tokens > std::numeric_limits<int32_t>::max()) return "of 2^31 tokens and more";
+  if (tokens > kMost) return "of 2^31 tokens and more";
   if (!fits) return "of queries with so many keys";
+  if (double(args.batch) * double(args.heads) * double(num_tiles) > kMost) return "of so many queries";
   return nullptr;
 }
 
 }  // namespace
 
-SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args) {
+bool has_aligned_rows(const Tensor& t) {
+  const auto bytes = int64_t(t.element_size());
+  bool is_aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i)
+    is_aligned = is_aligned && (t.size(i) == 1 || t.stride(i) * bytes % 16 == 0);
+  return is_aligned && t.size(t.dim() - 1) * bytes % 16 == 0;
+}
+
+SpatialTile spatial_forward_tile(const SpatialArguments& args) {
+  return dispatch_spatial_dim(args.head_dim, args.value_dim, [&](auto dim) {
+    return spatial_tile(decltype(dim)::value, args.dtype == DType::kFloat32 ? 4 : 2);
+  });
+}
+
+SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args, SpatialTile tile) {
   SpatialParams spatial;
   args.fill(spatial);
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
@@ -52,8 +61,9 @@ SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArgum
                            .kv_head_of = integers(args.score.head_map),
                            .radius_squared = squared(args.pattern.radius),
                            .is_shared_query = args.is_shared_query,
-                           .is_aligned = is_aligned(args.query) && is_aligned(args.key) && is_aligned(args.value) &&
-                                         is_aligned(terms.key_fill) && is_aligned(terms.value_fill),
+                           .is_aligned = has_aligned_rows(args.query) && has_aligned_rows(args.key) &&
+                                         has_aligned_rows(args.value) && is_aligned_fill(terms.key_fill) &&
+                                         is_aligned_fill(terms.value_fill),
                            .score = spatial.score,
                            .key_bias = spatial.key_bias(),
                            .query = spatial.query,
@@ -61,11 +71,8 @@ SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArgum
                            .value = spatial.value,
                            .key_fill = spatial.key_fill,
                            .value_fill = spatial.value_fill};
-  const SpatialTile tile = dispatch_spatial_dim(args.head_dim, args.value_dim, [&](auto dim) {
-    return spatial_tile(decltype(dim)::value, args.dtype == DType::kFloat32 ? 4 : 2);
-  });
   params.cut = SpatialCut(args.pattern, tile, false);
-  if (const char* reason = why_not(args, params.cut.fits)) {
+  if (const char* reason = why_not(args, params.cut.fits, params.cut.num_tiles())) {
     checker.check(false, "got CUDA tensors, takes tensors on the CPU for attention over maps ", reason);
   }
   return params;

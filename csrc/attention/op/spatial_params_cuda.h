@@ -6,8 +6,13 @@
 
 namespace vitkernels {
 
-// Without results. Raises on what the kernels do not compute.
-SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args);
+// Whether rows begin at multiples of 16 bytes and are whole numbers of them.
+bool has_aligned_rows(const Tensor& t);
+
+// Of tiles of queries, without results. Raises on what the kernels do not compute.
+SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args, SpatialTile tile);
+// The forward's.
+SpatialTile spatial_forward_tile(const SpatialArguments& args);
 
 // Computes the relative logits, if there are any, which the params then point to; the result owns them.
 OptionalTensor launch_spatial_relative_logits(const Checker& checker, const SpatialArguments& args,

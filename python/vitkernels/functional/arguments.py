@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitkernels._torch_private import is_transformed, sizes_are_tensors
+from vitkernels._torch_private import has_dispatch_modes, is_transformed, sizes_are_tensors
 from vitkernels.ops.attention import SCORE_DTYPES, statistics_dtype
 
 __all__ = [
@@ -50,7 +50,9 @@ def check_tensors(op: str, **arguments: object) -> None:
 def is_readable(t: Tensor) -> bool:
     """Whether a check may read ``t`` or its storage: nothing is traced or transformed, and no GPU is waited for."""
     is_plain = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
-    return is_plain and not (torch.compiler.is_compiling() or sizes_are_tensors() or is_transformed())
+    return is_plain and not (
+        torch.compiler.is_compiling() or sizes_are_tensors() or is_transformed() or has_dispatch_modes()
+    )
 
 
 def check_stored(op: str, **arguments: Tensor) -> None:
@@ -58,8 +60,10 @@ def check_stored(op: str, **arguments: Tensor) -> None:
     for name, t in arguments.items():
         if not is_readable(t) or t.numel() == 0:
             continue
-        last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        stored, needed = t.untyped_storage().nbytes(), (last + 1) * t.element_size()
+        count = t.numel()
+        if not t.is_contiguous():
+            count = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        stored, needed = t.untyped_storage().nbytes(), (t.storage_offset() + count) * t.element_size()
         if stored < needed:
             raise RuntimeError(
                 f"vitkernels::{op}: {name} of shape {tuple(t.shape)} has a storage of {stored} bytes, takes {needed}: "
@@ -80,14 +84,18 @@ def check_floating(op: str, name: str, term: Tensor) -> None:
 
 
 def converted(op: str, name: str, term: Tensor, dtype: torch.dtype) -> Tensor:
-    """``term`` in ``dtype``. Raises on numbers that it does not hold, where they can be looked at."""
+    """``term`` in ``dtype``. Raises on numbers that it does not hold, where they can be looked at.
+
+    A large negative number that is added to logits removes a key: it may become minus infinity.
+    """
     check_floating(op, name, term)
-    if term.dtype == dtype:
+    if term.dtype == dtype or dtype not in SCORE_DTYPES:  # the operator refuses that of its query
         return term
     check_stored(op, **{name: term})
     result, largest = term.to(dtype), torch.finfo(dtype).max
     if torch.finfo(term.dtype).max > largest and is_readable(term):
-        lost = term[result.isinf() & ~term.isinf()]
+        term, is_lost = term.detach(), result.detach().isinf() & ~term.detach().isinf()
+        lost = term[is_lost & (term > 0) if name in _ADDED else is_lost]
         if lost.numel() > 0:
             takes = f"numbers that {dtype} holds (to {largest:.4g})"
             raise RuntimeError(f"vitkernels::{op}: {name} has {float(lost[0]):.4g}, takes {takes}")
@@ -119,11 +127,16 @@ def number(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
 
 def whole_number(op: str, name: str, value: Any) -> Any:
     """``value`` as the operator takes a size, which checks its range: an ``int`` or ``SymInt``."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+    if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        is_flag = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+        index = None if is_flag else operator.index(value)
+    except TypeError:
+        index = None
+    if index is None or not -(2**63) <= index < 2**63:
         raise RuntimeError(f"vitkernels::{op}: {name} is {value!r}, takes an integer")
-    return operator.index(value)
+    return index
 
 
 def integers(op: str, name: str, option: Any, num_axes: int, at_least: int = 1) -> list[int]:

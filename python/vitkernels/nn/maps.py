@@ -69,7 +69,8 @@ def check_map(
     """Raise unless ``x`` has this layout, and, where PyTorch's convolutions see it, a map of one token or more."""
     if x.dim() != layout.count(",") + 1:
         raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes {layout}")
-    if is_convolved and x.numel() == 0 and x.size(0) > 0:
+    names = layout.strip("()").split(", ")
+    if is_convolved and any(name in ("height", "width") and n == 0 for name, n in zip(names, x.shape, strict=True)):
         raise RuntimeError(
             f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes a map of one token or more"
         )

@@ -101,8 +101,15 @@ def register_autograd(op: Operator, gradient: NoGradient, cast: Cast | None = No
     """
     overload, tensors = op.overload, op.tensors
     entry, (plain, transformed, at_one_level) = entry_of(overload), _recorders(op, gradient)
+
+    def of_dispatcher(*args: Any) -> Any:
+        if is_transformed() or (torch.is_grad_enabled() and _learns(args, tensors)):
+            return at_one_level(*args)
+        with below_autograd():
+            return entry(*args)
+
     if has_below_autograd:
-        _library.impl(op.name, at_one_level, "Autograd")  # type: ignore[no-untyped-call]
+        _library.impl(op.name, of_dispatcher, "Autograd")  # type: ignore[no-untyped-call]
     else:
         torch.library.register_autograd(f"vitkernels::{op.name}", gradient.differentiate, setup_context=gradient.save)
 

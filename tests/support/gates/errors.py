@@ -149,7 +149,7 @@ HOLDS = "takes numbers that torch.float32 holds (to 3.403e+38)"
 CONVERTED_ERRORS = [
     (vk.attention, QKV | {name: wrong}, f"vitkernels::attention: {name} has {number}, {HOLDS}")
     for name, wrong, number in (
-        ("scale", WIDE[0, 0], "1e+39"), ("bias", -WIDE, "-1e+39"), ("key_bias", WIDE[0], "1e+39"),
+        ("scale", WIDE[0, 0], "1e+39"), ("bias", WIDE, "1e+39"), ("key_bias", WIDE[0], "1e+39"),
         ("multiplier", WIDE, "1e+39"),
     )
 ]  # fmt: skip
@@ -181,6 +181,10 @@ SPATIAL_ERRORS = [
     ({"axes": (vk.Full(), vk.Neighborhood(3, 4))}, "axes gives axis 1 the stride 4, takes 1 to 3"),
     ({"radius": 0.0}, "radius is 0.0, takes a positive number or None"),
     ({"outside": "one"}, "outside is 'one', takes None, 'zero' or (key_fill, value_fill)"),
+    (
+        {"query": tokens(2, 5, 7, 4, 8, dtype=torch.int8), "outside": (tokens(2, 8), tokens(2, 3))},
+        "query is int8, takes",
+    ),
     ({"outside": (tokens(2, 8), tokens(2, 4))}, "outside[1] has shape (2, 4), takes (2, 3)"),
     ({"outside": (tokens(2, 8, dtype=torch.int64), tokens(2, 3))}, "outside[0] is torch.int64, takes a floating dtype"),
     ({"key_bias": tokens(7, 5)}, "key_bias has shape (7, 5), takes one that broadcasts to (2, 4, 5, 7)"),
