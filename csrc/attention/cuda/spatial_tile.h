@@ -121,7 +121,8 @@ __device__ bool find_query(const SpatialCudaParams& p, const SpatialCut& cut, co
     sees_all = sees_all && keys.begin == 0 && keys.end == box.keys;
     const int of_map = box.token(u);
     token = token * int(cut.axis[a].rule.num_queries) + of_map;
-    rows.coord[a][i] = int(exists ? rule.coord(u) : 0) - box.first_key;
+    // Of a row that does not exist, those of the first: a tile that needs no mask reads its terms.
+    rows.coord[a][i] = int(rule.num_queries > 0 && rule.num_keys > 0 ? rule.coord(u) : 0) - box.first_key;
     own[a] = box.window > 0 ? of_map % box.window : of_map;
   }
   rows.before_first[i] = first - cut.packed.guards, rows.last[i] = last;

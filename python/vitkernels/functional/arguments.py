@@ -127,14 +127,14 @@ def number(op: str, name: str, value: Any, dtype: torch.dtype) -> float:
 
 def whole_number(op: str, name: str, value: Any) -> Any:
     """``value`` as the operator takes a size, which checks its range: an ``int`` or ``SymInt``."""
-    if isinstance(value, torch.SymInt):
-        return value
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # the compiler would take a number that is looked at for a constant
     try:
         is_flag = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
         index = None if is_flag else operator.index(value)
     except TypeError:
         index = None
-    if index is None or not -(2**63) <= index < 2**63:
+    if index is None:
         raise RuntimeError(f"vitkernels::{op}: {name} is {value!r}, takes an integer")
     return index
 
