@@ -30,7 +30,7 @@ from tools import pipe_model, sass
 ARCHITECTURES = ("80", "90")
 LOOP_ARCHITECTURE = "90"  # which the model of pipe_model.py is of
 MAX_INSTANTIATIONS = 12  # of a kernel: {float16, bfloat16, float32} x {32, 64, 128, 256}
-MAX_ATTENTION = 48  # of all attention kernels of a direction that are compiled for each head dimension
+MAX_ATTENTION = 48  # of all attention kernels of a direction, by dtype and head dimension
 
 # The layout of a fat binary: a header, then entries of which each has a header of its own.
 _FAT_MAGIC, _FAT_HEADER = 0xBA55ED50, struct.Struct("<IHHQ")
@@ -94,8 +94,10 @@ class Kernel:
 
     @property
     def is_attention(self) -> bool:
-        """Whether compiled for each head dimension: that costs compile time and library size, and has a budget."""
-        return self.name.startswith("attention") and re.search(r"\b(32|64|128|256)\b", self.arguments) is not None
+        """Whether a kernel of a whole tile, most of them compiled for each head dimension: that costs compile time and
+        library size, and has a budget."""
+        of_tiles = re.search(r"\b(32|64|128|256)\b|Kernel<", self.arguments)
+        return of_tiles is not None and re.search("(^|_)attention", self.name) is not None
 
     @property
     def is_forward(self) -> bool:
@@ -222,7 +224,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
     found += [f"{k} has {k.stack} bytes of stack on sm_{k.architecture}" for k in stacks]
     counts = Counter((k.family, k.architecture) for k in kernels)
     for (family, architecture), count in counts.items():
-        if family.startswith("attention") and count > MAX_INSTANTIATIONS:
+        if re.search("(^|_)attention", family) and count > MAX_INSTANTIATIONS:
             found.append(f"{family} has {count} instantiations on sm_{architecture}, takes {MAX_INSTANTIATIONS}")
     for (direction, arch), count in attention_counts(kernels).items():
         if count > MAX_ATTENTION:
@@ -252,7 +254,7 @@ def summary(kernels: list[Kernel]) -> list[str]:
     lines.append(f"Instantiations (of an attention kernel at most {MAX_INSTANTIATIONS}): {listed}.")
     totals = attention_counts([k for k in kernels if k.architecture == kernels[0].architecture])
     budget = ", ".join(f"{direction} {count} of {MAX_ATTENTION}" for (direction, _), count in totals.items())
-    lines.append(f"Attention kernels compiled for each head dimension, all families together: {budget}.")
+    lines.append(f"Attention kernels by dtype and head dimension, all families together: {budget}.")
     return lines
 
 

@@ -35,4 +35,4 @@ list(APPEND cuda_kernel_sources_by_dtype
   ${engine}/cuda/spatial_forward.cu)
 list(APPEND cuda_kernel_sources_16_bit
   ${engine}/cuda/backward_plain_keys.cu ${engine}/cuda/backward_plain_queries.cu ${engine}/cuda/forward_plain.cu
-  ${engine}/cuda/forward_resident.cu ${engine}/cuda/window_backward.cu ${engine}/cuda/window_forward.cu)
+  ${engine}/cuda/forward_resident.cu ${engine}/cuda/spatial_forward_plain.cu ${engine}/cuda/window_backward.cu ${engine}/cuda/window_forward.cu)

@@ -212,6 +212,21 @@ __device__ __forceinline__ void multiply_whole_tile(const Mma& mma, Acc& acc, co
   multiply_whole_tile(mma, acc, acc, sA, sB);
 }
 
+// The same over the first `depth` columns, rounded up to whole steps.
+template <class Mma, class Acc, class TileA, class TileB>
+__device__ __forceinline__ void multiply_first_columns(const Mma& mma, Acc& acc, const TileA& sA, const TileB& sB,
+                                                       int depth) {
+  constexpr int kDepth = kDepthOfStep<typename TileA::value_type>;
+  constexpr int kRows = decltype(cute::size<0>(sA))::value, kColumns = decltype(cute::size<0>(sB))::value;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<1>(sA) / kDepth; ++k) {
+    if (k * kDepth >= depth) break;
+    multiply_whole_tile(
+        mma, acc, cute::local_tile(sA, cute::Shape<cute::Int<kRows>, cute::Int<kDepth>>{}, cute::make_coord(0, k)),
+        cute::local_tile(sB, cute::Shape<cute::Int<kColumns>, cute::Int<kDepth>>{}, cute::make_coord(0, k)));
+  }
+}
+
 // acc += a b^T, a in registers (operand A).
 template <class Mma, class Acc, class OperandA, class TileB>
 __device__ __forceinline__ void multiply_held_tile(const Mma& mma, Acc& acc, const OperandA& rA, const TileB& sB) {

@@ -183,7 +183,7 @@ GENERAL = {
 @pytest.mark.parametrize("name", GENERAL)
 def test_other_calls_take_the_general_kernels(name, cuda_kernels):
     GENERAL[name]()
-    assert kernels_of(cuda_kernels)[-1] == "spatial_attention"
+    assert kernels_of(cuda_kernels)[-1].startswith("spatial_attention")
 
 
 def test_empty_batch(cuda_kernels):

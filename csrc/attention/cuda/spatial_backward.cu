@@ -267,7 +267,7 @@ struct SpatialBackwardKernel {
     const int warp = int(threadIdx.x) / kWarpSize;
     const auto& rows = share_rows(shared, grads, at);
     const DeviceOffsetGrid& grid = p.forward.score.by_offset.small;
-    const int entries = grid.num_offsets(0) * grid.num_offsets(1) * grid.num_offsets(2);
+    const int entries = num_table_entries(grid);
     const int head = int(blockIdx.x % unsigned(p.forward.heads));
     float* const table = sums.part(block * kWarps + warp) + int64_t(head) * entries + grid.center();
     for (int row = 0; row < 16; ++row) {

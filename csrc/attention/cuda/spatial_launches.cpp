@@ -42,12 +42,16 @@ struct Estimate {
   }
 };
 
-// The extents of the tiles that need the fewest steps.
-std::array<int, kMaxAxes> cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys) {
+struct Extents {
+  std::array<int, kMaxAxes> at{1, 1, 1};
+  double cost = std::numeric_limits<double>::infinity();
+};
+
+// The extents of the tiles that need the fewest steps. At most so many coordinates on axes where tokens differ.
+Extents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, int max_columns) {
   // What a tile costs besides its steps, in steps: at its ends, and for the bytes of its box.
   constexpr double kStepsOfTile = 1.5, kStepsOfBytes = 0.5;
-  std::array<int, kMaxAxes> best{1, 1, 1};
-  double least = std::numeric_limits<double>::infinity();
+  Extents best;
   const auto side = [&](int axis) { return SideOfAxis{pattern.axis[axis], owns_keys}; };
   const auto longest = [&](int axis) { return int(std::min<int64_t>(side(axis).longest(), tile.owned)); };
   // About a hundred choices at most: the host makes them for every call.
@@ -55,17 +59,25 @@ std::array<int, kMaxAxes> cheapest_extents(const SpatialPattern& pattern, Spatia
     const int wanted = extent < 8 ? extent + 1 : extent < 16 ? extent + 2 : extent + 8;
     return extent < longest(axis) ? std::min(wanted, longest(axis)) : wanted;
   };
+  const auto columns = [&](int axis, int extent) {
+    const AxisRule& rule = pattern.axis[axis];
+    const bool differ = rule.is_causal || (rule.rule != Rule::kFull && side(axis).block() == 0);
+    return differ && extent > 1 ? extent : 0;
+  };
   for (int i = 1; i <= longest(0); i = next(0, i)) {
     for (int j = 1; j <= longest(1) && i * j <= tile.owned; j = next(1, j)) {
       // The longest on the last axis: neighbouring rows lie in the same sectors.
-      const int k = std::min(tile.owned / (i * j), longest(2));
+      int k = std::min(tile.owned / (i * j), longest(2));
+      const int left = max_columns - columns(0, i) - columns(1, j);
+      if (left < 0) continue;
+      if (columns(2, k) > left) k = std::max(left, 1);
       double tiles = 1.0, streamed = 1.0;
       for (const Estimate& e : {Estimate(side(0), i), Estimate(side(1), j), Estimate(side(2), k)}) {
         tiles *= e.tiles, streamed *= e.streamed;
       }
       const double full_steps = streamed / tile.streamed;
       const double cost = tiles * (std::ceil(full_steps) + kStepsOfTile + kStepsOfBytes * full_steps);
-      if (cost < least) least = cost, best = {i, j, k};
+      if (cost < best.cost) best = {{i, j, k}, cost};
     }
   }
   return best;
@@ -110,8 +122,19 @@ bool PackedCoords::fit(const std::array<int, kMaxAxes>& sizes) {
   return true;
 }
 
-SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys) {
-  const std::array<int, kMaxAxes> extents = cheapest_extents(pattern, tile, owns_keys);
+MaskColumns::MaskColumns(const AxisCut (&axes)[kMaxAxes]) {
+  for (int a = 0; a < kMaxAxes; ++a) {
+    if (!axes[a].differ()) continue;
+    first[a] = num_columns, count[a] = axes[a].extent;
+    first_row[a] = num_rows, rows[a] = axes[a].streamed;
+    num_columns += count[a], num_rows += rows[a];
+  }
+}
+
+SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, Masks masks) {
+  const int max_columns = masks == Masks::kWanted ? MaskColumns::kMost - 1 : std::numeric_limits<int>::max();
+  const auto [extents, least] = cheapest_extents(pattern, tile, owns_keys, max_columns);
+  cost = least;
   std::array<int, kMaxAxes> keys;
   double streamed = 1.0, tiles = 1.0;
   for (int a = 0; a < kMaxAxes; ++a) {
@@ -121,10 +144,15 @@ SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool own
     tiles *= double(axis[a].num_tiles());
   }
   constexpr double kMost = double(std::numeric_limits<int32_t>::max());
+  mask = MaskColumns(axis);
   fits = packed.fit(keys) && streamed < kMost - tile.streamed && tiles < kMost;
 }
 
 cudaError_t launch_spatial_attention(const SpatialCudaParams& params, cudaStream_t stream) {
+  if (params.path == SpatialPath::kPlain) {
+    if (params.dtype == DType::kBFloat16) return SpatialPlainLaunches<DType::kBFloat16>::forward(params, stream);
+    return SpatialPlainLaunches<DType::kFloat16>::forward(params, stream);
+  }
   if (params.dtype == DType::kFloat32) return SpatialLaunches<DType::kFloat32>::forward(params, stream);
   if (params.dtype == DType::kBFloat16) return SpatialLaunches<DType::kBFloat16>::forward(params, stream);
   return SpatialLaunches<DType::kFloat16>::forward(params, stream);

@@ -27,13 +27,25 @@ constexpr SpatialTile spatial_tile(int dim, int element_bytes) {
   return is_wide ? SpatialTile{.owned = 32, .streamed = 8} : SpatialTile{.owned = 64, .streamed = 16};
 }
 
-// Calls f(padded head dimension).
+// Calls f(padded head dimension). Heads of 32 share the kernels of 64, whose loops follow the dimension.
 template <class Function>
 auto dispatch_spatial_dim(int64_t head_dim, int64_t value_dim, Function&& f) {
   const int64_t dim = std::max(head_dim, value_dim);
-  if (dim <= 32) return f(std::integral_constant<int, 32>{});
   if (dim <= 64) return f(std::integral_constant<int, 64>{});
   return dim <= 128 ? f(std::integral_constant<int, 128>{}) : f(std::integral_constant<int, 256>{});
+}
+
+// Of spatial_forward_plain.cu, for 16-bit elements. Instructions of the main loop for each matrix instruction, those of
+// the mask included, sm_90, at 32, 64 and 128 columns: 6.3, 4.6, 3.5; with a table 9.1, 6.3, 4.5. Rejected: comparisons
+// instead of products for the mask (21 at 32 columns, with sixteen queries a warp), a test of whether a warp sees a tile
+// on either side of the barrier (32 instructions that clear accumulators). Not measured on a GPU yet.
+constexpr SpatialTile spatial_plain_tile(int dim) { return {.owned = 128, .streamed = dim <= 64 ? 64 : 32}; }
+inline constexpr int kMaxSpatialPlainDim = 128;
+template <class Function>
+auto dispatch_spatial_plain_dim(int64_t head_dim, int64_t value_dim, Function&& f) {
+  const int64_t dim = std::max(head_dim, value_dim);
+  if (dim <= 32) return f(std::integral_constant<int, 32>{});
+  return dim <= 64 ? f(std::integral_constant<int, 64>{}) : f(std::integral_constant<int, 128>{});
 }
 
 // A tile on one axis, and the box of tokens of the other side that it has to do with. All count tokens of the tile's
@@ -57,6 +69,9 @@ struct AxisCut {
   AxisCut(const AxisRule& rule, int extent, bool owns_keys = false);
 
   VK_HOST_DEVICE int64_t num_tiles() const { return int64_t(classes) * tiles; }
+
+  // Whether the tokens of a tile have to do with different tokens of its box.
+  bool differ() const { return extent > 1 && (rule.is_causal || (rule.rule != Rule::kFull && tiles_of_block == 0)); }
 
   VK_HOST_DEVICE AxisBox box(int index) const {
     const int residue = index / tiles, tile = index - residue * tiles;
@@ -118,16 +133,45 @@ struct PackedCoords {
   VK_HOST_DEVICE unsigned nowhere() const { return (1u << bits[kMaxAxes - 1]) - 1; }
 };
 
+// The columns of a pattern's matrices (pattern_mask.h): those of each axis on which tokens of a tile differ, and the
+// rows of the table of its coordinates in the box. Column and row 0 are of no axis.
+struct MaskColumns {
+  static constexpr int kMost = 32, kMostRows = 128;
+
+  int first[kMaxAxes] = {}, count[kMaxAxes] = {}, first_row[kMaxAxes] = {}, rows[kMaxAxes] = {};
+  int num_columns = 1, num_rows = 1;
+
+  MaskColumns() = default;
+  explicit MaskColumns(const AxisCut (&axes)[kMaxAxes]);
+
+  bool fit() const { return num_columns <= kMost && num_rows <= kMostRows; }
+};
+
 // Tiles of one side of the map.
 struct SpatialCut {
   AxisCut axis[kMaxAxes];
   PackedCoords packed;
+  MaskColumns mask;
   bool fits = false;  // into the types that kernels count in
+  double cost = 0.0;  // roughly, in steps of a block
 
   SpatialCut() = default;
-  SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys);
+  // The extents of tiles are what costs least, of those whose columns are few enough if a mask is `wanted`.
+  enum class Masks { kNone, kWanted };
+  SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, Masks masks = Masks::kNone);
 
   VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].num_tiles() * axis[1].num_tiles() * axis[2].num_tiles(); }
+};
+
+// Entries of a table by offset.
+VK_HOST_DEVICE int num_table_entries(const DeviceOffsetGrid& grid) {
+  return grid.num_offsets(0) * grid.num_offsets(1) * grid.num_offsets(2);
+}
+
+// Which kernel runs a forward (spatial_path.h).
+enum class SpatialPath {
+  kGeneral,  // spatial_forward.cu: everything
+  kPlain,    // spatial_forward_plain.cu: 16-bit elements, and a score with a scale only
 };
 
 struct SpatialCudaParams {
@@ -137,6 +181,8 @@ struct SpatialCudaParams {
   SpatialCut cut;
   int64_t radius_squared = -1;  // rounded down, as all distances are whole numbers; -1: none
   bool is_shared_query = false, allow_tf32 = false;
+  bool has_outside = false;  // there are keys outside the map
+  SpatialPath path = SpatialPath::kGeneral;
   bool is_aligned = false;  // addresses and lengths of all rows that are copied are multiples of 16 bytes
   Score score;
   MapTensor key_bias, query, key, value;
@@ -185,6 +231,12 @@ template <DType kDType>
 struct SpatialLaunches {
   static cudaError_t forward(const SpatialCudaParams& params, cudaStream_t stream);
   static cudaError_t backward(const SpatialBackwardCudaParams& params, Side owner, cudaStream_t stream);
+};
+
+// The fast path of 16-bit dtypes (spatial_path.h).
+template <DType kDType>
+struct SpatialPlainLaunches {
+  static cudaError_t forward(const SpatialCudaParams& params, cudaStream_t stream);
 };
 
 cudaError_t launch_spatial_attention(const SpatialCudaParams& params, cudaStream_t stream);

@@ -19,13 +19,14 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
   using Tile = WindowTile<T, kDim>;
   using Tile::kRows, Tile::kSlots, Tile::kThreads;
   using typename Tile::Logits, typename Tile::Mma, typename Tile::Share, typename Tile::SharedTokens,
-      typename Tile::Softmax;
+      typename Tile::Softmax, typename Tile::Sums;
   enum Operand { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kOperands };
   using Window = cuda::Window<kOperands>;
   using SharedLogits = SharedTile<Element, kSlots, kSlots>;  // (queries,keys)
-  static constexpr int kStages = 2, kMinBlocks = kDim <= 32 ? 3 : 2;
-  static constexpr int kStageElements = 4 * SharedTokens::kElements, kFirstLogits = kStages * kStageElements;
-  static constexpr int kTileBytes = (kFirstLogits + 2 * SharedLogits::kElements) * int(sizeof(Element));
+  static constexpr int kStages = 2, kMinBlocks = 2;          // with three, heads of 32 spill
+  static constexpr int kTensorBytes = SharedTokens::kElements * int(sizeof(Element));
+  static constexpr int kLogitBytes = SharedLogits::kElements * int(sizeof(Element));
+  static constexpr int kStageBytes = 4 * kTensorBytes, kTileBytes = kStages * kStageBytes + 2 * kLogitBytes;
   static constexpr int kSharedBytes = kTileBytes + Tile::template kTaskBytes<Window>;
   static_assert(kSlots * kSlots * int(sizeof(float)) <= kTileBytes, "the bias' gradient, at the end");
 
@@ -42,60 +43,62 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
       CUTE_UNROLL
       for (int t = 0; t < kOperands; ++t) window.rows[t] = tensors[t]->template at<char>(2 * batch, 0, 2 * head);
     });
-    const Share share(f, tasks, shared);
-    const auto tokens_of = [&](const Window& window, int(&tokens)[kRows]) {
-      CUTE_UNROLL
-      for (int r = 0; r < kRows; ++r) tokens[r] = window.token_of(f, share.slot[r]);
-    };
-    const auto start = [&](int i) {
+    const Share share(f, tasks);
+    const int head_dim = int(f.head_dim), value_dim = int(f.value_dim);
+    const unsigned tiles = cast_smem_ptr_to_uint(shared);
+    const auto start = [&](int i, unsigned stage) {
       if (i < count) {
-        Element* const stage = shared + i % kStages * kStageElements;
         const Window& window = windows[i];
+        char* rows[kGradOut + 1];
+        window.find_rows(rows);
         int tokens[kRows];
-        tokens_of(window, tokens);
-        share.start(window.rows[kQuery], f.query, tokens, f.head_dim, stage);
-        share.start(window.rows[kKey], f.key, tokens, f.head_dim, stage + SharedTokens::kElements);
-        share.start(window.rows[kValue], f.value, tokens, f.value_dim, stage + 2 * SharedTokens::kElements);
-        share.start(window.rows[kGradOut], p.grad_out, tokens, f.value_dim, stage + 3 * SharedTokens::kElements);
+        window.find_tokens(f, share.slot, tokens);
+        CUTE_UNROLL
+        for (int t = kQuery; t <= kGradOut; ++t) {
+          share.start(rows[t], tasks.row_bytes[t], tokens, t <= kKey ? head_dim : value_dim, stage + t * kTensorBytes);
+        }
       }
       commit_copies();
     };
-    start(0);
+    start(0, tiles);
 
-    const Mma mma(false);
-    const auto thread = mma.get_slice(threadIdx.x);
     const auto at = Tile::coordinates();  // (rows,columns)
     const float scale = f.scale;
     const Logits bias = Tile::bias_of(f, Tile::slots_of(windows), head, at, scale);  // (MMA,MMA_M,MMA_N)
     unsigned differ[kMaxAxes];
     Tile::find_differing(Tile::slots_of(windows), at, differ);
-    Tensor sP = shared_tile<SharedLogits>(shared + kFirstLogits);                            // (queries,keys)
-    Tensor sS = shared_tile<SharedLogits>(shared + kFirstLogits + SharedLogits::kElements);  // (queries,keys)
-    Logits grad_bias;                                                                        // (MMA,MMA_M,MMA_N)
+    const unsigned shared_probs = tiles + kStages * kStageBytes, shared_grads = shared_probs + kLogitBytes;
+    const unsigned first_pair =
+        bytes_to<SharedLogits>(int(threadIdx.x) / kWarpSize * 16 + lane_index() / 4, lane_index() % 4 * 2);
+    Logits grad_bias, zeros;  // (MMA,MMA_M,MMA_N)
     clear(grad_bias);
+    clear(zeros);
 
     for (int i = 0; i < count; ++i) {
       wait_for_copies<0>();
       __syncthreads();  // this window has arrived, and all reads of the one before are done
-      start(i + 1);
-      Element* const stage = shared + i % kStages * kStageElements;
-      Element* const keys = stage + SharedTokens::kElements;
-      Element* const values = stage + 2 * SharedTokens::kElements;
-      Tensor sQ = shared_tile<SharedTokens>(stage);                                // (slots,dim)
-      Tensor sK = shared_tile<SharedTokens>(keys);                                 // (slots,dim)
-      Tensor sV = shared_tile<SharedTokens>(values);                               // (slots,dim)
-      Tensor sD = shared_tile<SharedTokens>(stage + 3 * SharedTokens::kElements);  // (slots,dim)
+      const unsigned stage = tiles + i % kStages * kStageBytes;
+      start(i + 1, tiles + (i + 1) % kStages * kStageBytes);
+      const unsigned queries = stage, keys = stage + kKey * kTensorBytes, values = stage + kValue * kTensorBytes;
+      const unsigned grad_outs = stage + kGradOut * kTensorBytes;
       const Window& window = windows[i];
       int tokens[kRows];
-      tokens_of(window, tokens);
+      window.find_tokens(f, share.slot, tokens);
 
       Logits probs, grads;                                            // (MMA,MMA_M,MMA_N)
       Tensor prob_rows = by_rows(probs), grad_rows = by_rows(grads);  // (rows,columns)
-      multiply_whole_tile(mma, probs, bias, sQ, sK);
+      Tile::multiply_rows(probs, bias, queries, keys);
       if (window.is_last) Tile::hide(prob_rows, differ, window.is_last);
       const Softmax softmax = Tile::exponentiate(prob_rows, scale);
-      clear(grads);
-      multiply_whole_tile(mma, grads, sD, sV);
+      Tile::multiply_rows(grads, zeros, grad_outs, values);
+      float grad_lse[kRows] = {};
+      if (p.grad_lse) {
+        rarely();
+        CUTE_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          if (share.exists[r]) grad_lse[r] = p.grad_lse[window.statistics + int64_t(tokens[r]) * tasks.heads];
+        }
+      }
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const float factor = Softmax::factor_of(softmax.sum[r]);
@@ -106,23 +109,27 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
           delta = fmaf(prob_rows(r, c), grad_rows(r, c), delta);
         }
         delta = combine_quad(delta, [](float a, float b) { return a + b; });
-        if (p.grad_lse && share.exists[r]) delta -= p.grad_lse[window.statistics + int64_t(tokens[r]) * tasks.heads];
+        delta -= grad_lse[r];
+        // Times the scale, as queries and keys want it.
+        delta *= -scale;
         CUTE_UNROLL
-        for (int c = 0; c < size<1>(prob_rows); ++c) grad_rows(r, c) = prob_rows(r, c) * (grad_rows(r, c) - delta);
+        for (int c = 0; c < size<1>(prob_rows); ++c) {
+          grad_rows(r, c) = prob_rows(r, c) * fmaf(grad_rows(r, c), scale, delta);
+        }
       }
       CUTE_UNROLL
       for (int j = 0; j < size(grads); ++j) grad_bias(j) += grads(j);
       const auto rP = convert<Element>(probs), rS = convert<Element>(grads);  // (MMA,MMA_M,MMA_N)
-      cute::copy(AutoVectorizingCopy{}, rP, thread.partition_C(sP));
-      cute::copy(AutoVectorizingCopy{}, rS, thread.partition_C(sS));
-      Tensor grad_query = partition_fragment_C(mma, Shape<Int<kSlots>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
-      clear(grad_query);
-      multiply_whole_operand<StepOrder::kByColumns>(mma, grad_query, as_operand_a(rS), sK);
+      store_logits(rP, shared_probs + first_pair);
+      store_logits(rS, shared_grads + first_pair);
+      const Sums grad_query = Tile::multiply_values(rS, keys);  // (MMA,MMA_M,MMA_N)
       __syncthreads();  // P and dS are there, and all reads of keys and values are done
 
-      share.store(scaled(grad_query, scale), window.rows[kGradQuery], p.grad_query, tokens, f.head_dim, keys);
-      share.store(scaled(sum_over_queries(sS, sQ), scale), window.rows[kGradKey], p.grad_key, tokens, f.head_dim, keys);
-      share.store(sum_over_queries(sP, sD), window.rows[kGradValue], p.grad_value, tokens, f.value_dim, values);
+      share.store(grad_query, window.rows[kGradQuery], tasks.row_bytes[kGradQuery], tokens, head_dim, keys);
+      share.store(sum_over_queries(shared_grads, queries), window.rows[kGradKey], tasks.row_bytes[kGradKey], tokens,
+                  head_dim, keys);
+      share.store(sum_over_queries(shared_probs, grad_outs), window.rows[kGradValue], tasks.row_bytes[kGradValue],
+                  tokens, value_dim, values);
     }
     if (p.table.data) {
       store_table(p, tasks, grad_bias, p.table.part(group) + head * num_entries(f), reinterpret_cast<float*>(shared));
@@ -133,28 +140,25 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
     return f.grid.num_offsets(0) * f.grid.num_offsets(1) * f.grid.num_offsets(2);
   }
 
-  template <class Acc>
-  static __device__ Acc& scaled(Acc& acc, float factor) {
+  // Rounded logits (queries,keys) of the warp's rows. `first` is where the thread's first pair lies.
+  template <class Rounded>
+  static __device__ __forceinline__ void store_logits(const Rounded& rounded, unsigned first) {
+    const Tensor pairs = recast<const uint32_t>(rounded);  // (MMA,MMA_M,MMA_N)
     CUTE_UNROLL
-    for (int i = 0; i < size(acc); ++i) acc(i) *= factor;
-    return acc;
-  }
-  template <class Acc>
-  static __device__ Acc scaled(Acc&& acc, float factor) {
-    return scaled(acc, factor);
+    for (int n = 0; n < size<2>(pairs); ++n) {
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        store_shared((first ^ unsigned(n * 16)) + unsigned(r * 8 * kRowBytes<SharedLogits>), pairs(r, 0, n));
+      }
+    }
   }
 
   // Of a warp's slots as keys: the product of the transposed logits' (queries,keys) with the tokens of the queries.
-  template <class Logits, class Tokens>
-  static __device__ __forceinline__ auto sum_over_queries(const Logits& sL, const Tokens& sT) {
-    const TileMma<Element, 1> mma(false);
-    Tensor sum = partition_fragment_C(mma, Shape<_16, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
-    clear(sum);
-    const int warp = int(threadIdx.x) / kWarpSize;
-    multiply_transposed(mma, lane_index(), sum,
-                        local_tile(transposed(sL), Shape<_16, Int<kSlots>>{}, make_coord(warp, 0)), transposed(sT),
-                        kSlots);
-    return sum;
+  static __device__ __forceinline__ Sums sum_over_queries(unsigned logits, unsigned queries) {
+    const FragmentAddress<SharedLogits, MatrixOrder::kByColumns> a(0, int(threadIdx.x) / kWarpSize * 16);
+    const FragmentAddress<SharedTokens, MatrixOrder::kByRows> b;
+    return Tile::sum_of_products([&](auto& to, int k) { load_transposed_matrices(to, a(logits, k, 0)); },
+                                 [&](auto& to, int j, int k) { load_transposed_matrices(to, b(queries, k, j)); });
   }
 
   // A thread owns some offsets between slots, and adds up the pairs of each.
@@ -179,7 +183,7 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
           }
         }
       }
-      table[f.grid.entry({{z, y, x}}) + f.grid.center()] = sum;
+      table[f.grid.entry({{z, y, x}}) + f.grid.center()] = sum * (1.0f / f.scale);
     }
   }
 };
@@ -198,7 +202,8 @@ template <DType kDType>
 cudaError_t WindowLaunches<kDType>::backward(const WindowBackwardCudaParams& p, cudaStream_t stream) {
   const auto launch = [&]<int kDim>(Int<kDim>) {
     using Kernel = WindowBackwardKernel<ElementOf<kDType>, kDim>;
-    const WindowTasks tasks(p.forward);
+    const WindowCudaParams& f = p.forward;
+    const WindowTasks tasks(f, {&f.query, &f.key, &f.value, &p.grad_out, &p.grad_query, &p.grad_key, &p.grad_value});
     return launch_tasks(window_attention_backward<Kernel>, p.forward.heads * window_parts(p.forward), Kernel::kThreads,
                         Kernel::kSharedBytes, stream, p, tasks);
   };

@@ -22,8 +22,8 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
   enum Operand { kQuery, kKey, kValue, kOut, kOperands };
   using Window = cuda::Window<kOperands>;
   static constexpr int kStages = 3, kMinBlocks = kDim <= 32 ? 4 : 2;
-  static constexpr int kStageElements = 3 * SharedTokens::kElements;
-  static constexpr int kTileBytes = kStages * kStageElements * int(sizeof(Element));
+  static constexpr int kTensorBytes = SharedTokens::kElements * int(sizeof(Element));
+  static constexpr int kStageBytes = 3 * kTensorBytes, kTileBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kTileBytes + Tile::template kTaskBytes<Window>;
 
   static __device__ __forceinline__ void run(const WindowCudaParams& p, const WindowTasks& tasks, Element* shared) {
@@ -37,54 +37,46 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
       window.rows[kValue] = p.value.at<char>(2 * batch, 0, 2 * kv_head);
       window.rows[kOut] = p.out.at<char>(2 * batch, 0, 2 * head);
     });
-    const Share share(p, tasks, shared);
-    const auto tokens_of = [&](const Window& window, int(&tokens)[kRows]) {
-      CUTE_UNROLL
-      for (int r = 0; r < kRows; ++r) tokens[r] = window.token_of(p, share.slot[r]);
-    };
-    const auto start = [&](int i, Element* stage) {
+    const Share share(p, tasks);
+    const int head_dim = int(p.head_dim), value_dim = int(p.value_dim);
+    const auto start = [&](int i, unsigned stage) {
       if (i < count) {
         const Window& window = windows[i];
+        char* rows[kOperands];
+        window.find_rows(rows);
         int tokens[kRows];
-        tokens_of(window, tokens);
-        share.start(window.rows[kQuery], p.query, tokens, p.head_dim, stage);
-        share.start(window.rows[kKey], p.key, tokens, p.head_dim, stage + SharedTokens::kElements);
-        share.start(window.rows[kValue], p.value, tokens, p.value_dim, stage + 2 * SharedTokens::kElements);
+        window.find_tokens(p, share.slot, tokens);
+        share.start(rows[kQuery], tasks.row_bytes[kQuery], tokens, head_dim, stage);
+        share.start(rows[kKey], tasks.row_bytes[kKey], tokens, head_dim, stage + kTensorBytes);
+        share.start(rows[kValue], tasks.row_bytes[kValue], tokens, value_dim, stage + 2 * kTensorBytes);
       }
       commit_copies();
     };
+    const unsigned tiles = cast_smem_ptr_to_uint(shared);
     CUTE_UNROLL
-    for (int i = 0; i < kStages - 1; ++i) start(i, shared + i * kStageElements);
+    for (int i = 0; i < kStages - 1; ++i) start(i, tiles + i * kStageBytes);
 
-    const Mma mma(false);
     const auto at = Tile::coordinates();  // (rows,columns)
     const float scale = p.scale;
     const Logits bias = Tile::bias_of(p, Tile::slots_of(windows), head, at, scale);  // (MMA,MMA_M,MMA_N)
     unsigned differ[kMaxAxes];
     Tile::find_differing(Tile::slots_of(windows), at, differ);
 
-    int stage_index = 0;
+    unsigned stage = tiles, next = tiles + (kStages - 1) * kStageBytes;
     for (int i = 0; i < count; ++i) {
       wait_for_copies<kStages - 2>();
       __syncthreads();  // this window has arrived, and all reads of the one before are done
-      Element* const stage = shared + stage_index * kStageElements;
-      start(i + kStages - 1, stage_index == 0 ? stage + (kStages - 1) * kStageElements : stage - kStageElements);
-      stage_index = stage_index == kStages - 1 ? 0 : stage_index + 1;
-      Tensor sQ = shared_tile<SharedTokens>(stage);                                // (slots,dim)
-      Tensor sK = shared_tile<SharedTokens>(stage + SharedTokens::kElements);      // (slots,dim)
-      Tensor sV = shared_tile<SharedTokens>(stage + 2 * SharedTokens::kElements);  // (slots,dim)
-      Logits logits;                                                               // (MMA,MMA_M,MMA_N)
-      Tensor numbers = by_rows(logits);                                            // (rows,columns)
-      multiply_whole_tile(mma, logits, bias, sQ, sK);
+      start(i + kStages - 1, next);
+      Logits logits;                     // (MMA,MMA_M,MMA_N)
+      Tensor numbers = by_rows(logits);  // (rows,columns)
+      Tile::multiply_rows(logits, bias, stage, stage + kTensorBytes);
       const Window& window = windows[i];
       if (window.is_last) Tile::hide(numbers, differ, window.is_last);
       const Softmax softmax = Tile::exponentiate(numbers, scale);
-      Tensor out = partition_fragment_C(mma, Shape<Int<kSlots>, Int<kDim>>{});  // (MMA,MMA_M,MMA_N)
-      clear(out);
-      multiply_whole_operand<StepOrder::kByColumns>(mma, out, as_operand_a(convert<Element>(logits)), sV);
-      Tensor out_rows = by_rows(out);  // (rows,columns)
+      auto out = Tile::multiply_values(convert<Element>(logits), stage + 2 * kTensorBytes);  // (MMA,MMA_M,MMA_N)
+      Tensor out_rows = by_rows(out);                                                        // (rows,columns)
       int tokens[kRows];
-      tokens_of(window, tokens);
+      window.find_tokens(p, share.slot, tokens);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const float factor = Softmax::factor_of(softmax.sum[r]);
@@ -94,7 +86,9 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
         if (share.exists[r] && share.column == 0) *lse = Softmax::lse_of(softmax.max[r], softmax.sum[r]);
       }
       // Only this warp has read its queries.
-      share.store(out, window.rows[kOut], p.out, tokens, p.value_dim, stage);
+      share.store(out, window.rows[kOut], tasks.row_bytes[kOut], tokens, value_dim, stage);
+      next = stage;
+      stage = stage == tiles + (kStages - 1) * kStageBytes ? tiles : stage + kStageBytes;
     }
   }
 };
@@ -112,7 +106,7 @@ template <DType kDType>
 cudaError_t WindowLaunches<kDType>::forward(const WindowCudaParams& p, cudaStream_t stream) {
   const auto launch = [&]<int kDim>(Int<kDim>) {
     using Kernel = WindowForwardKernel<ElementOf<kDType>, kDim>;
-    const WindowTasks tasks(p);
+    const WindowTasks tasks(p, {&p.query, &p.key, &p.value, &p.out});
     return launch_tasks(window_attention<Kernel>, p.heads * window_parts(p), Kernel::kThreads, Kernel::kSharedBytes,
                         stream, p, tasks);
   };

@@ -1,22 +1,29 @@
 // The windows that a block walks through, and their slots: the places of tokens in a window, in row-major order.
 #pragma once
 
+#include <algorithm>
 #include <cute/tensor.hpp>
+#include <initializer_list>
 
 #include "attention/cuda/windows.h"
 #include "common/divisor.h"
-#include "cuda/launch.h"
+#include "cuda/fast_softmax.h"
 
 namespace vitkernels::cuda {
 
 // Which windows a block takes, of which head. Heads vary fastest, since their rows lie beside each other.
 struct WindowTasks {
+  static constexpr int kMaxTensors = 7;
+
   int heads, num_windows, windows_of_block;
+  unsigned row_bytes[kMaxTensors] = {};  // of each tensor, from a token to the next
   Divisor by_heads, by_windows[kMaxAxes], by_class[kMaxAxes], by_size[kMaxAxes];
 
-  explicit WindowTasks(const WindowCudaParams& p)
+  WindowTasks(const WindowCudaParams& p, std::initializer_list<const TokenTensor*> tensors)
       : heads(int(p.heads)), num_windows(int(p.num_windows())), windows_of_block(int(vitkernels::windows_of_block(p))) {
     by_heads = Divisor(heads);
+    std::transform(tensors.begin(), tensors.end(), row_bytes,
+                   [](const TokenTensor* t) { return unsigned(t->token_stride) * 2; });
     for (int a = 0; a < kMaxAxes; ++a) {
       by_windows[a] = Divisor(p.axis[a].num_windows());
       by_class[a] = Divisor(p.axis[a].num_of_class());
@@ -79,18 +86,37 @@ struct alignas(16) Window {
     return index;
   }
 
-  // The token of a slot, on the map.
-  __device__ int token_of(const WindowCudaParams& p, const WindowSlot& slot) const {
-    int result = token + slot.token;
-    if (is_last) {
-      int tokens = 1;
+  // Where the rows of the first kCount tensors begin, two a load. Read before a copy starts: one that follows a load
+  // from shared memory waits for it.
+  template <int kCount>
+  __device__ void find_rows(char* (&found)[kCount]) const {
+    static_assert(kCount % 2 == 0);
+    CUTE_UNROLL
+    for (int t = 0; t < kCount; t += 2) {
+      asm volatile("ld.shared.v2.b64 {%0, %1}, [%2];"
+                   : "=l"(found[t]), "=l"(found[t + 1])
+                   : "r"(cute::cast_smem_ptr_to_uint(&rows[t]))
+                   : "memory");
+    }
+  }
+
+  // The tokens of some slots, on the map.
+  template <int kSlots>
+  __device__ void find_tokens(const WindowCudaParams& p, const WindowSlot (&slots)[kSlots],
+                              int (&tokens)[kSlots]) const {
+    CUTE_UNROLL
+    for (int i = 0; i < kSlots; ++i) tokens[i] = token + slots[i].token;
+    if (is_last == 0) return;
+    rarely();
+    int size = 1;
+    CUTE_UNROLL
+    for (int a = kMaxAxes - 1; a >= 0; --a) {
+      size *= p.axis[a].tokens;
       CUTE_UNROLL
-      for (int a = kMaxAxes - 1; a >= 0; --a) {
-        tokens *= p.axis[a].tokens;
-        if ((is_last & slot.wraps) >> a & 1) result -= tokens;
+      for (int i = 0; i < kSlots; ++i) {
+        if ((is_last & slots[i].wraps) >> a & 1) tokens[i] -= size;
       }
     }
-    return result;
   }
 };
 

@@ -6,12 +6,31 @@
 #include "cuda/fast_softmax.h"
 #include "cuda/fragments.h"
 #include "cuda/mma.h"
+#include "cuda/shared_fragments.h"
 
 namespace vitkernels::cuda {
 
-// To global memory, which the compiler cannot see that a pointer from shared memory points to.
-__device__ inline void store_16_bytes(void* to, uint4 x) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+// Of addresses in global and shared memory, which the compiler cannot tell from others.
+// Without a branch, behind which the compiler would take the lanes of a warp for diverged.
+__device__ inline void store_16_bytes_if(bool exists, void* to, uint4 x) {
+  asm volatile(
+      "{ .reg .pred exists; setp.ne.s32 exists, %5, 0; @exists st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(to),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(int(exists))
+      : "memory");
+}
+__device__ inline uint4 load_shared_16_bytes(unsigned address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+__device__ inline void store_shared(unsigned address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ inline void copy_16_bytes(unsigned shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Four warps, of which each has sixteen slots as queries, and their whole rows of logits.
@@ -25,6 +44,8 @@ struct WindowTile {
   static constexpr int kRows = 2, kVector = 8, kVectors = kDim / kVector / 4;  // of a thread
   using Softmax = FastSoftmax<kRows>;
   using Logits = decltype(cute::partition_fragment_C(Mma(false), LogitShape{}));  // (MMA,MMA_M,MMA_N)
+  using Sums = decltype(cute::partition_fragment_C(
+      Mma(false), cute::Shape<cute::Int<kSlots>, cute::Int<kDim>>{}));  // (MMA,MMA_M,MMA_N)
 
   // Of a slot: its entry in the table, but for a constant, and WindowSlot::wraps.
   struct SlotScore {
@@ -41,12 +62,15 @@ struct WindowTile {
   struct Share {
     WindowSlot slot[kRows];
     bool exists[kRows];
-    int column, vector;  // of the first vector, in the tensor and in a tile; the others lie at fixed distances
+    int column;       // of the first vector
+    unsigned vector;  // where it lies in a tile, in bytes; the others lie at fixed distances
+    unsigned pair;    // where the thread's first accumulators do
 
-    __device__ Share(const WindowCudaParams& p, const WindowTasks& tasks, Element* tile) {
+    __device__ Share(const WindowCudaParams& p, const WindowTasks& tasks) {
       const int first = int(threadIdx.x) / kWarpSize * 16 + lane_index() / 4;
       column = lane_index() % 4 * kVector;
-      vector = int(&shared_tile<SharedTokens>(tile)(first, column) - tile);
+      vector = bytes_to<SharedTokens>(first, column);
+      pair = bytes_to<SharedTokens>(first, lane_index() % 4 * 2);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
         int at[kMaxAxes];
@@ -56,51 +80,86 @@ struct WindowTile {
       }
     }
 
-    // Calls f(vector in a tile, column from this thread's first on) for each vector of a row.
-    template <class Function>
-    __device__ void for_each(int r, Function&& f) const {
-      CUTE_UNROLL
-      for (int v = 0; v < kVectors; ++v) f((vector + r * 8 * kDim) ^ (v * 4 * kVector), v * 4 * kVector);
-    }
-
     // Starts the copy of a window's rows to a tile. `tokens` are those of this thread.
-    __device__ void start(const char* rows, const TokenTensor& t, const int (&tokens)[kRows], int64_t columns,
-                          Element* tile) const {
+    __device__ void start(char* rows, unsigned row_bytes, const int (&tokens)[kRows], int columns,
+                          unsigned tile) const {
+      char* const first = from_column(rows);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        if (!exists[r]) continue;
-        const Element* const from = row_of<const Element>(rows, tokens[r], t);
-        for_each(
-            r, [&](int vector, int c) { copy_16_bytes(tile + vector, from + c, column + c < int(columns) ? 16 : 0); });
+        CUTE_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          copy_16_bytes(vector_of(tile, r, v), first + uint64_t(unsigned(tokens[r])) * row_bytes + v * kBytesToNext,
+                        has_vector(r, v, columns) ? 16 : 0);
+        }
       }
     }
 
     // Rounds the accumulators of a tile and stores its rows, through `tile`, of which a warp uses its own rows.
     template <class Acc>
-    __device__ void store(const Acc& acc, char* rows, const TokenTensor& t, const int (&tokens)[kRows], int64_t columns,
-                          Element* tile) const {
-      cute::Tensor sT = shared_tile<SharedTokens>(tile);  // (slots,dim)
-      __syncwarp();
-      cute::copy(cute::AutoVectorizingCopy{}, convert<Element>(acc), Mma(false).get_slice(threadIdx.x).partition_C(sT));
+    __device__ void store(const Acc& acc, char* rows, unsigned row_bytes, const int (&tokens)[kRows], int columns,
+                          unsigned tile) const {
+      const auto rounded = convert<Element>(acc);                        // (MMA,MMA_M,MMA_N)
+      const cute::Tensor pairs = cute::recast<const uint32_t>(rounded);  // (MMA,MMA_M,MMA_N)
       __syncwarp();
       CUTE_UNROLL
+      for (int n = 0; n < cute::size<2>(pairs); ++n) {
+        CUTE_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          store_shared(((tile + pair) ^ unsigned(n * 16)) + unsigned(r * 8 * kRowBytes<SharedTokens>), pairs(r, 0, n));
+        }
+      }
+      __syncwarp();
+      char* const first = from_column(rows);
+      CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        if (!exists[r]) continue;
-        Element* const to = row_of<Element>(rows, tokens[r], t);
-        for_each(r, [&](int vector, int c) {
-          if (column + c >= int(columns)) return;
-          store_16_bytes(to + c, *reinterpret_cast<const uint4*>(tile + vector));
-        });
+        char* const to = first + uint64_t(unsigned(tokens[r])) * row_bytes;
+        CUTE_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          store_16_bytes_if(has_vector(r, v, columns), to + v * kBytesToNext,
+                            load_shared_16_bytes(vector_of(tile, r, v)));
+        }
       }
     }
 
    private:
-    template <class E>
-    __device__ E* row_of(const char* rows, int token, const TokenTensor& t) const {
-      const unsigned bytes = unsigned(t.token_stride) * unsigned(sizeof(Element));
-      return reinterpret_cast<E*>(reinterpret_cast<uintptr_t>(rows) + uint64_t(unsigned(token)) * bytes) + column;
+    static constexpr int kBytesToNext = 4 * kVector * int(sizeof(Element));
+
+    __device__ bool has_vector(int r, int v, int columns) const {
+      return exists[r] && column + v * 4 * kVector < columns;
+    }
+    __device__ unsigned vector_of(unsigned tile, int r, int v) const {
+      return ((tile + vector) ^ unsigned(v * kBytesToNext)) + unsigned(r * 8 * kRowBytes<SharedTokens>);
+    }
+    // The rest of an address is a product, which one instruction adds.
+    __device__ char* from_column(char* rows) const {
+      return computed_here(rows + unsigned(column) * unsigned(sizeof(Element)));
     }
   };
+
+  // logits = first + products of the warp's rows of a tile and all rows of another.
+  static __device__ __forceinline__ void multiply_rows(Logits& logits, const Logits& first, unsigned queries,
+                                                       unsigned keys) {
+    const FragmentAddress<SharedTokens, MatrixOrder::kByRows> a(int(threadIdx.x) / kWarpSize * 16);
+    const FragmentAddress<SharedTokens, MatrixOrder::kByColumns> b;
+    multiply_fragments<Element, kDim / 16>(
+        logits, first, [&](auto& to, int k) { load_matrices(to, a(queries, 0, k)); },
+        [&](auto& to, int j, int k) { load_matrices(to, b(keys, j, k)); });
+  }
+  // Of the warp's rows of rounded logits (queries,keys), the product with tokens of the keys.
+  template <class Rounded>
+  static __device__ __forceinline__ Sums multiply_values(const Rounded& rounded, unsigned values) {
+    const FragmentAddress<SharedTokens, MatrixOrder::kByRows> b;
+    return sum_of_products([&](auto& to, int k) { operand_a_of(to, rounded, k); },
+                           [&](auto& to, int j, int k) { load_transposed_matrices(to, b(values, k, j)); });
+  }
+
+  template <class ReadA, class ReadB>
+  static __device__ __forceinline__ Sums sum_of_products(ReadA&& read_a, ReadB&& read_b) {
+    Sums sums, zeros;
+    cute::clear(zeros);
+    multiply_fragments<Element, kSlots / 16>(sums, zeros, read_a, read_b);
+    return sums;
+  }
 
   // What a block looks up of its head and windows. What no copy writes, slots behind the last, is zeroed.
   template <class Window, class Find>

@@ -8,8 +8,8 @@ namespace vitkernels {
 
 // At most this many tokens have the kernels here.
 inline constexpr int kMaxWindowTokens = 64;
-// From a token to the next, in elements: distances in bytes have 32 bits.
-inline constexpr int64_t kMaxWindowStride = int64_t(1) << 30;
+// From the first token of a map past its last one, in elements: distances in bytes have 32 bits.
+inline constexpr int64_t kMaxWindowDistance = (int64_t(1) << 31) - 1;
 
 // One axis of a map that windows divide. With a step s, the tokens r, r + s, r + 2 s, ... are neighbours in class r.
 // With a shift, the last window of a class ends with the tokens before the first one, and these do not see the others.

@@ -79,10 +79,7 @@ class SpatialBackward {
     params_.delta = p.delta;
   }
 
-  int64_t num_offsets() const {
-    const DeviceOffsetGrid& grid = params_.forward.score.by_offset.small;
-    return int64_t(grid.num_offsets(0)) * grid.num_offsets(1) * grid.num_offsets(2);
-  }
+  int64_t num_offsets() const { return num_table_entries(params_.forward.score.by_offset.small); }
 
   int64_t num_warps() const { return tile_.owned / 16; }
 

@@ -1,5 +1,6 @@
 // The operators vitkernels::spatial_attention and vitkernels::spatial_attention_backward on a GPU: small windows, which
 // have kernels of their own, and everything else.
+#include "attention/cuda/spatial_path.h"
 #include "attention/cuda/windows.h"
 #include "attention/op/arguments_cuda.h"
 #include "attention/op/partial_sums_cuda.h"
@@ -38,9 +39,11 @@ bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
   const auto has = [](const auto& term) { return term.has_value(); };
   int64_t slots = 1;
-  double tokens = double(args.batch);
+  double tokens = 1.0;
   for (const WindowAxis& axis : axes) slots *= axis.size, tokens *= axis.tokens;
-  const bool fits = slots > 0 && slots <= kMaxWindowTokens && tokens <= std::numeric_limits<int32_t>::max() &&
+  const double row = double(args.heads) * double(std::max(args.head_dim, args.value_dim));  // of a copy
+  const bool fits = slots > 0 && slots <= kMaxWindowTokens && tokens * row <= double(kMaxWindowDistance) &&
+                    tokens * double(args.batch) <= std::numeric_limits<int32_t>::max() &&
                     std::max(args.head_dim, args.value_dim) <= 64 && args.head_dim % 8 == 0 && args.value_dim % 8 == 0;
   const bool is_plain = !args.is_shared_query && !args.score.has_outside && args.pattern.radius == 0.0 &&
                         !args.score.head_map && !terms.head_scale && !terms.key_bias && !terms.multiplier_table &&
@@ -63,7 +66,8 @@ TokenTensor token_rows(const Tensor& t, int axes) {
     is_aligned = is_aligned && (next == 0 || t.stride(1 + axis) == next);
     next = t.stride(1 + axis) * t.size(1 + axis);
   }
-  rows.is_aligned = is_aligned && rows.token_stride % 8 == 0 && rows.token_stride < kMaxWindowStride;
+  const bool is_near = double(next) <= double(kMaxWindowDistance);
+  rows.is_aligned = is_aligned && rows.token_stride % 8 == 0 && is_near;
   return rows;
 }
 
@@ -113,6 +117,7 @@ void spatial_attention(Call& call) {
     } else {
       SpatialCudaParams params = spatial_cuda_params(call.checker, args, spatial_forward_tile(args));
       params.allow_tf32 = allow_tf32;
+      choose_path(params, args.pattern);
       const OptionalTensor relative = launch_spatial_relative_logits(call.checker, args, params, device.stream());
       params.out = out.mutable_data_ptr();
       params.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -137,8 +142,7 @@ void launch_window_backward(const Checker& checker, const SpatialArguments& args
   const OnDevice device(args.query);
   std::vector<PartialSumsOwner> owners;
   if (const OptionalTensor& table = grads.terms.bias_table) {
-    const DeviceOffsetGrid& grid = params.forward.grid;
-    const int64_t offsets = int64_t(grid.num_offsets(0)) * grid.num_offsets(1) * grid.num_offsets(2);
+    const int64_t offsets = num_table_entries(params.forward.grid);
     owners.emplace_back(*table, window_parts(params.forward), args.heads * offsets, PartialSumsOwner::Start::kZero);
     params.table = owners.back().sums();
   }

@@ -71,6 +71,7 @@ SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArgum
                            .value = spatial.value,
                            .key_fill = spatial.key_fill,
                            .value_fill = spatial.value_fill};
+  for (const AxisRule& rule : args.pattern.axis) params.has_outside = params.has_outside || rule.has_outside;
   params.cut = SpatialCut(args.pattern, tile, false);
   if (const char* reason = why_not(args, params.cut.fits, params.cut.num_tiles())) {
     checker.check(false, "got CUDA tensors, takes tensors on the CPU for attention over maps ", reason);
