@@ -22,7 +22,7 @@ list(APPEND cuda_op_sources
   ${engine}/op/dense_cuda.cpp ${engine}/op/dense_launches_cuda.cpp ${engine}/op/merge_attentions_cuda.cpp
   ${engine}/op/offset_launches_cuda.cpp ${engine}/op/spatial_backward_cuda.cpp
   ${engine}/op/spatial_cuda.cpp ${engine}/op/spatial_params_cuda.cpp
-  ${engine}/op/transposed_cuda.cpp ${engine}/cuda/spatial_launches.cpp)
+  ${engine}/op/transposed_cuda.cpp ${engine}/cuda/spatial_launches.cpp ${engine}/cuda/window_launches.cpp)
 
 list(APPEND cuda_kernel_sources
   ${engine}/cuda/axes_sum.cu ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu ${engine}/cuda/backward_tables.cu

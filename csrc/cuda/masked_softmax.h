@@ -5,7 +5,8 @@
 
 namespace vitkernels::cuda {
 
-// What is added to a masked number, and what no other reaches. A few of them, and one number, do not overflow.
+// What is added to a masked number, and what no other reaches: logits are smaller than 2^124. A few of them, and one
+// number, do not overflow.
 inline constexpr float kMask = -0x1p125f, kNothing = kMask / 2;
 
 // As FastOnlineSoftmax. A row has no reference before it has seen a number that is not masked: its exponentials are zero

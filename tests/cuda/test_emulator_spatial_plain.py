@@ -106,6 +106,22 @@ def test_tables_that_hide_keys(cuda_kernels):
     assert set(kernels_of(cuda_kernels)) == {PLAIN}
 
 
+def test_tables_of_any_size(cuda_kernels):
+    """Pairs that the pattern hides may read any entry."""
+    call = operands((12, 20), h=1)
+    bias = table(call, 1)
+    bias[:, :9] = bias[:, -9:] = bias[..., :15] = bias[..., -15:] = 3e38
+    check(call, [Near(3)] * 2, bias_table=bias)
+    assert kernels_of(cuda_kernels) == [PLAIN]
+
+
+def test_axes_of_one_token(cuda_kernels):
+    """Their stride says nothing, also where there are keys outside the map."""
+    call = [tokens(2, 200, 2, 32, seed=i).unsqueeze(-1).movedim(-1, 1) for i in range(3)]
+    check(call, [vk.Sliding(5)] * 2, outside="zero")
+    assert kernels_of(cuda_kernels) == [PLAIN]
+
+
 def test_any_strides(cuda_kernels):
     packed = tokens(2, 9, 14, 3, 2, 32)
     check(packed.unbind(3), [Near(3)] * 2)

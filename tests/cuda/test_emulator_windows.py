@@ -131,6 +131,42 @@ def test_any_strides(cuda_kernels):
     check([t[..., 1:25] for t in operands()], "window", 7)
     check([t.transpose(1, 2) for t in operands(size=(7, 21))], "window", 7, 2)
     check([t[:1].expand(3, -1, -1, -1, -1) for t in operands()], "window", 7)
+    check([t[:, :, :1].expand(-1, -1, 14, -1, -1) for t in operands()], "window", 7)
+    check([t[:, :1].expand(-1, 14, -1, -1, -1) for t in operands()], "window", 7)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_expanded_gradients(axis, cuda_kernels):
+    """As autograd makes them of a sum over an axis."""
+    call = [t.requires_grad_() for t in operands(size=(2, 7, 7))]
+    out = vk.spatial_attention(*call, [vk.Full(), *[vk.Block(7)] * 2])
+    weights = tokens(*out.sum(axis).shape, dtype=out.dtype, seed=3)
+    found = torch.autograd.grad((out.sum(axis) * weights).sum(), call, retain_graph=True)
+    expected = torch.autograd.grad(out, call, weights.unsqueeze(axis).expand_as(out).contiguous())
+    assert all(torch.equal(*both) for both in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_small_gradients(dtype, cuda_kernels):
+    """Those of logits have few bits in float16, whatever becomes of them later."""
+    call = [t.requires_grad_() for t in operands(dtype=dtype)]
+    wide = [t.detach().double().requires_grad_() for t in call]
+    axes = [vk.Block(7)] * 2
+    for scale, size in ((None, 1e-4), (1e-3, 1e-2)):
+        grad_out = (tokens(1, 14, 14, 2, 32, seed=3) * size).to(dtype)
+        found = torch.autograd.grad(vk.spatial_attention(*call, axes, scale=scale), call, grad_out)
+        loss = reference.spatial_attention(*wide, axes, scale=scale)
+        for one, other in zip(found, torch.autograd.grad(loss, wide, grad_out.double()), strict=True):
+            assert (one.double() - other).abs().max() <= 4 * ROUNDING[dtype] * other.abs().max()
+
+
+def test_lowest_tables(cuda_kernels):
+    """A table of the lowest number hides nothing: there is no other."""
+    query, key, value = operands()
+    lowest = torch.full((2, 13, 13), torch.finfo(torch.float32).min)
+    even = vk.window_attention(query * 0, key, value, 7)
+    torch.testing.assert_close(vk.window_attention(query, key, value, 7, bias_table=lowest), even, rtol=0, atol=0.02)
+    assert set(kernels_of(cuda_kernels)) == {"window_attention"}
 
 
 def test_padding_is_never_read(cuda_kernels):

@@ -179,14 +179,15 @@ struct SpatialPlainForwardKernel {
     return int(offset_of(t, token) / kVector);
   }
 
-  // Numbers that no mask could be told from are raised; -inf hides a key.
+  // What a mask could not be told from, or could not hide, is taken for less; -inf hides a key.
   static __device__ void read_table(const SpatialCudaParams& p, int64_t head, Shared& shared) {
     const OffsetTerms& terms = p.score.by_offset;
     if (!terms.bias.data) return;
     const float* const table = static_cast<const float*>(terms.bias.data) + head * terms.bias.head_stride;
     for (int i = int(threadIdx.x); i < num_table_entries(terms.small); i += kThreads) {
       const float x = table[i];
-      shared.table[i] = x < kNothing / 2 && x >= std::numeric_limits<float>::lowest() ? kNothing / 2 : x;
+      const bool is_finite = fabsf(x) <= std::numeric_limits<float>::max();
+      shared.table[i] = is_finite ? fminf(fmaxf(x, kNothing / 2), -kNothing / 2) : x;
     }
   }
 

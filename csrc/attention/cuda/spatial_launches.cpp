@@ -47,8 +47,8 @@ struct Extents {
   double cost = std::numeric_limits<double>::infinity();
 };
 
-// The extents of the tiles that need the fewest steps. At most so many coordinates on axes where tokens differ.
-Extents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, int max_columns) {
+// The extents of the tiles that need the fewest steps. With a mask, of those whose coordinates are few enough.
+Extents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, bool has_mask) {
   // What a tile costs besides its steps, in steps: at its ends, and for the bytes of its box.
   constexpr double kStepsOfTile = 1.5, kStepsOfBytes = 0.5;
   Extents best;
@@ -59,25 +59,29 @@ Extents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool o
     const int wanted = extent < 8 ? extent + 1 : extent < 16 ? extent + 2 : extent + 8;
     return extent < longest(axis) ? std::min(wanted, longest(axis)) : wanted;
   };
-  const auto columns = [&](int axis, int extent) {
+  const auto differ = [&](int axis, int extent) {
     const AxisRule& rule = pattern.axis[axis];
-    const bool differ = rule.is_causal || (rule.rule != Rule::kFull && side(axis).block() == 0);
-    return differ && extent > 1 ? extent : 0;
+    return extent > 1 && (rule.is_causal || (rule.rule != Rule::kFull && side(axis).block() == 0));
   };
+  const auto columns = [&](int axis, int extent) { return has_mask && differ(axis, extent) ? extent : 0; };
   for (int i = 1; i <= longest(0); i = next(0, i)) {
     for (int j = 1; j <= longest(1) && i * j <= tile.owned; j = next(1, j)) {
       // The longest on the last axis: neighbouring rows lie in the same sectors.
       int k = std::min(tile.owned / (i * j), longest(2));
-      const int left = max_columns - columns(0, i) - columns(1, j);
+      const int left = MaskColumns::kMost - 1 - columns(0, i) - columns(1, j);
       if (left < 0) continue;
       if (columns(2, k) > left) k = std::max(left, 1);
-      double tiles = 1.0, streamed = 1.0;
-      for (const Estimate& e : {Estimate(side(0), i), Estimate(side(1), j), Estimate(side(2), k)}) {
+      double tiles = 1.0, streamed = 1.0, rows = 1.0;  // rows: of the mask's table
+      const std::array<int, kMaxAxes> extents{i, j, k};
+      for (int axis = 0; axis < kMaxAxes; ++axis) {
+        const Estimate e(side(axis), extents[axis]);
         tiles *= e.tiles, streamed *= e.streamed;
+        if (has_mask && differ(axis, extents[axis])) rows += std::ceil(e.streamed);
       }
+      if (rows > MaskColumns::kMostRows) continue;
       const double full_steps = streamed / tile.streamed;
       const double cost = tiles * (std::ceil(full_steps) + kStepsOfTile + kStepsOfBytes * full_steps);
-      if (cost < best.cost) best = {{i, j, k}, cost};
+      if (cost < best.cost) best = {extents, cost};
     }
   }
   return best;
@@ -132,8 +136,7 @@ MaskColumns::MaskColumns(const AxisCut (&axes)[kMaxAxes]) {
 }
 
 SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, Masks masks) {
-  const int max_columns = masks == Masks::kWanted ? MaskColumns::kMost - 1 : std::numeric_limits<int>::max();
-  const auto [extents, least] = cheapest_extents(pattern, tile, owns_keys, max_columns);
+  const auto [extents, least] = cheapest_extents(pattern, tile, owns_keys, masks == Masks::kWanted);
   cost = least;
   std::array<int, kMaxAxes> keys;
   double streamed = 1.0, tiles = 1.0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "attention/cuda/spatial_launches.h"
@@ -43,7 +44,9 @@ inline void choose_path(SpatialCudaParams& p, const SpatialPattern& pattern) {
   const SpatialTile tile = dispatch_spatial_plain_dim(
       p.head_dim, p.value_dim, [](auto padded) { return spatial_plain_tile(decltype(padded)::value); });
   const SpatialCut cut(pattern, tile, false, SpatialCut::Masks::kWanted);
+  const double blocks = double(p.batch) * double(p.heads) * double(cut.num_tiles());
   if (!cut.fits || !cut.mask.fit() || kPlainStep * cut.cost > p.cut.cost) return;
+  if (blocks > double(std::numeric_limits<int32_t>::max())) return;
   p.cut = cut, p.path = SpatialPath::kPlain;
 }
 

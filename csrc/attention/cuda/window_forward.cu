@@ -30,7 +30,7 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
     const int group = tasks.by_heads.divide(int(blockIdx.x)), head = int(blockIdx.x) - group * tasks.heads;
     const int begin = group * tasks.windows_of_block, count = min(tasks.num_windows - begin, tasks.windows_of_block);
     Window* const windows = reinterpret_cast<Window*>(reinterpret_cast<char*>(shared) + kTileBytes);
-    Tile::prepare(p, tasks, shared, kTileBytes, windows, count, [&](Window& window, int i) {
+    Tile::prepare(p, tasks, windows, count, [&](Window& window, int i) {
       const int batch = window.find(p, tasks, begin + i, head), kv_head = head / int(p.heads / p.kv_heads);
       window.rows[kQuery] = p.query.at<char>(2 * batch, 0, 2 * head);
       window.rows[kKey] = p.key.at<char>(2 * batch, 0, 2 * kv_head);

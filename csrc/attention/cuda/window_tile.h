@@ -10,7 +10,6 @@
 
 namespace vitkernels::cuda {
 
-// Of addresses in global and shared memory, which the compiler cannot tell from others.
 // Without a branch, behind which the compiler would take the lanes of a warp for diverged.
 __device__ inline void store_16_bytes_if(bool exists, void* to, uint4 x) {
   asm volatile(
@@ -161,10 +160,10 @@ struct WindowTile {
     return sums;
   }
 
-  // What a block looks up of its head and windows. What no copy writes, slots behind the last, is zeroed.
+  // What a block looks up of its head and windows.
   template <class Window, class Find>
-  static __device__ void prepare(const WindowCudaParams& p, const WindowTasks& tasks, Element* tiles, int tile_bytes,
-                                 Window* windows, int count, Find&& find) {
+  static __device__ void prepare(const WindowCudaParams& p, const WindowTasks& tasks, Window* windows, int count,
+                                 Find&& find) {
     SlotScore* const slots = slots_of(windows);
     if (int(threadIdx.x) < count) find(windows[threadIdx.x], int(threadIdx.x));
     if (threadIdx.x < kSlots) {
@@ -172,7 +171,6 @@ struct WindowTile {
       tasks.coordinates(p, int(threadIdx.x), at);
       slots[threadIdx.x] = {p.grid.entry({{at[0], at[1], at[2]}}), WindowSlot(p, at).wraps};
     }
-    for (int i = threadIdx.x; i < tile_bytes / 16; i += kThreads) reinterpret_cast<uint4*>(tiles)[i] = uint4{};
     __syncthreads();
   }
   template <class Window>
@@ -198,10 +196,17 @@ struct WindowTile {
         const int key = cute::get<1>(at(r, c));
         const bool exists = key < p.num_slots();
         rows(r, c) = exists ? 0.0f : -std::numeric_limits<float>::infinity();
-        if (table && exists) rows(r, c) = table[slots[query].entry - slots[key].entry] * inverse;
+        if (table && exists) rows(r, c) = unscaled(table[slots[query].entry - slots[key].entry], inverse);
       }
     }
     return bias;
+  }
+
+  // The product of an entry and a factor, which keeps finite ones finite: the lowest of all may be a mask.
+  static __device__ float unscaled(float entry, float inverse) {
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    const float x = entry * inverse;
+    return fabsf(entry) <= kLargest ? fminf(fmaxf(x, -kLargest), kLargest) : x;
   }
 
   // For each axis, a bit for each of the thread's logits: whether one of query and key lies behind the shift.

@@ -8,8 +8,8 @@ namespace vitkernels {
 
 // At most this many tokens have the kernels here.
 inline constexpr int kMaxWindowTokens = 64;
-// From the first token of a map past its last one, in elements: distances in bytes have 32 bits.
-inline constexpr int64_t kMaxWindowDistance = (int64_t(1) << 31) - 1;
+// From a token to the next, in elements: distances in bytes have 32 bits.
+inline constexpr int64_t kMaxWindowStride = int64_t(1) << 30;
 
 // One axis of a map that windows divide. With a step s, the tokens r, r + s, r + 2 s, ... are neighbours in class r.
 // With a shift, the last window of a class ends with the tokens before the first one, and these do not see the others.
@@ -60,13 +60,7 @@ inline int64_t window_parts(const WindowCudaParams& p) {
   return (p.num_windows() + windows_of_block(p) - 1) / windows_of_block(p);
 }
 
-inline cudaError_t launch_window_attention(const WindowCudaParams& params, cudaStream_t stream) {
-  return params.dtype == DType::kBFloat16 ? WindowLaunches<DType::kBFloat16>::forward(params, stream)
-                                          : WindowLaunches<DType::kFloat16>::forward(params, stream);
-}
-inline cudaError_t launch_window_attention_backward(const WindowBackwardCudaParams& params, cudaStream_t stream) {
-  return params.forward.dtype == DType::kBFloat16 ? WindowLaunches<DType::kBFloat16>::backward(params, stream)
-                                                  : WindowLaunches<DType::kFloat16>::backward(params, stream);
-}
+cudaError_t launch_window_attention(const WindowCudaParams& params, cudaStream_t stream);
+cudaError_t launch_window_attention_backward(const WindowBackwardCudaParams& params, cudaStream_t stream);
 
 }  // namespace vitkernels

@@ -19,7 +19,10 @@ std::vector<int64_t> map_sizes(const Tensor& t) {
 
 MapTensor map_tensor(const Tensor& t, int axes) {
   MapTensor result{const_cast<void*>(t.const_data_ptr()), t.stride(0), {}, t.stride(1 + axes)};
-  for (int axis = 0; axis < axes; ++axis) result.axis_stride[kMaxAxes - axes + axis] = t.stride(1 + axis);
+  // The stride of one token says nothing, and kernels count tokens outside the map, too.
+  for (int axis = 0; axis < axes; ++axis) {
+    result.axis_stride[kMaxAxes - axes + axis] = t.size(1 + axis) == 1 ? 0 : t.stride(1 + axis);
+  }
   return result;
 }
 

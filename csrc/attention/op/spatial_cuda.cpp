@@ -39,11 +39,9 @@ bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
   const auto has = [](const auto& term) { return term.has_value(); };
   int64_t slots = 1;
-  double tokens = 1.0;
+  double tokens = double(args.batch);
   for (const WindowAxis& axis : axes) slots *= axis.size, tokens *= axis.tokens;
-  const double row = double(args.heads) * double(std::max(args.head_dim, args.value_dim));  // of a copy
-  const bool fits = slots > 0 && slots <= kMaxWindowTokens && tokens * row <= double(kMaxWindowDistance) &&
-                    tokens * double(args.batch) <= std::numeric_limits<int32_t>::max() &&
+  const bool fits = slots > 0 && slots <= kMaxWindowTokens && tokens <= std::numeric_limits<int32_t>::max() &&
                     std::max(args.head_dim, args.value_dim) <= 64 && args.head_dim % 8 == 0 && args.value_dim % 8 == 0;
   const bool is_plain = !args.is_shared_query && !args.score.has_outside && args.pattern.radius == 0.0 &&
                         !args.score.head_map && !terms.head_scale && !terms.key_bias && !terms.multiplier_table &&
@@ -59,15 +57,16 @@ TokenTensor token_rows(const Tensor& t, int axes) {
   TokenTensor rows{map.data, map.batch_stride, 0, map.head_stride, false};
   bool is_aligned =
       reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && map.batch_stride % 8 == 0 && map.head_stride % 8 == 0;
+  bool is_last = true;  // of the axes that have a stride
   int64_t next = 0;
   for (int axis = axes - 1; axis >= 0; --axis) {
     if (t.size(1 + axis) == 1) continue;
-    if (next == 0) rows.token_stride = t.stride(1 + axis);
-    is_aligned = is_aligned && (next == 0 || t.stride(1 + axis) == next);
+    if (is_last) rows.token_stride = t.stride(1 + axis);
+    is_aligned = is_aligned && (is_last || t.stride(1 + axis) == next);
     next = t.stride(1 + axis) * t.size(1 + axis);
+    is_last = false;
   }
-  const bool is_near = double(next) <= double(kMaxWindowDistance);
-  rows.is_aligned = is_aligned && rows.token_stride % 8 == 0 && is_near;
+  rows.is_aligned = is_aligned && rows.token_stride % 8 == 0 && rows.token_stride < kMaxWindowStride;
   return rows;
 }
 

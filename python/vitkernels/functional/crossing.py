@@ -43,7 +43,7 @@ def cross_shaped_window_attention(
     Returns:
         ``(B, height, width, heads, dv)`` in the dtype of ``query``.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
@@ -115,7 +115,7 @@ def criss_cross_attention(
         ``(B, height, width, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also
         ``lse (B, height, width, heads)``.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.

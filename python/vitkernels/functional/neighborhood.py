@@ -116,7 +116,7 @@ def na2d(
         ``(B, height, width, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also
         ``lse (B, height, width, heads)``, see :func:`vitkernels.spatial_attention`.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.

@@ -114,7 +114,7 @@ def spatial_attention(
         ``out (B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)`` in
         float32 (float64 for float64), differentiable. A query that sees no key gets ``out = 0`` and ``lse = -inf``.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device, size or rule, naming the argument and what it takes.

@@ -82,7 +82,7 @@ def window_attention(
     Returns:
         ``(B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)``.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
@@ -154,7 +154,7 @@ def grid_attention(
     Returns:
         ``(B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)``.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
@@ -224,7 +224,7 @@ def halo_attention(
     Returns:
         ``(B, *map, heads, dv)`` in the dtype of ``query``; with ``return_lse`` also ``lse (B, *map, heads)``.
 
-    A NaN or infinity in a key or value may reach queries that do not see it: they share a tile.
+    A NaN or infinity in a key, a value or a table may reach queries that do not see it: they share a tile.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
