@@ -25,8 +25,8 @@ list(APPEND cuda_op_sources
   ${engine}/op/transposed_cuda.cpp ${engine}/cuda/spatial_launches.cpp ${engine}/cuda/window_launches.cpp)
 
 list(APPEND cuda_kernel_sources
-  ${engine}/cuda/axes_sum.cu ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu ${engine}/cuda/backward_tables.cu
-  ${engine}/cuda/backward_terms.cu ${engine}/cuda/expand_bias.cu ${engine}/cuda/merge_attentions.cu
+  ${engine}/cuda/axes_sum.cu ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu
+  ${engine}/cuda/backward_tables.cu ${engine}/cuda/backward_terms.cu ${engine}/cuda/expand_bias.cu ${engine}/cuda/merge_attentions.cu
   ${engine}/cuda/rel_pos.cu ${engine}/cuda/spatial_rel_pos.cu ${engine}/cuda/sum_parts.cu)
 
 # Compiled once per dtype: four head dimensions of one are as much as the compiler should have at a time.
@@ -35,4 +35,5 @@ list(APPEND cuda_kernel_sources_by_dtype
   ${engine}/cuda/spatial_forward.cu)
 list(APPEND cuda_kernel_sources_16_bit
   ${engine}/cuda/backward_plain_keys.cu ${engine}/cuda/backward_plain_queries.cu ${engine}/cuda/forward_plain.cu
-  ${engine}/cuda/forward_resident.cu ${engine}/cuda/spatial_forward_plain.cu ${engine}/cuda/window_backward.cu ${engine}/cuda/window_forward.cu)
+  ${engine}/cuda/forward_resident.cu ${engine}/cuda/spatial_forward_plain.cu ${engine}/cuda/window_backward.cu
+  ${engine}/cuda/window_forward.cu)

@@ -87,6 +87,16 @@ struct FastSoftmax {
     }
   }
 
+  // The same once `max` is known.
+  template <class Numbers>
+  __device__ void exponentiate_from_max(Numbers& numbers) {
+    find_offsets([&](int r, float x) {
+      CUTE_UNROLL
+      for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) -= x;
+    });
+    exponentiate(numbers);
+  }
+
   // Maxima become logits: numbers times `scale`.
   __device__ void total(float scale) {
     CUTE_UNROLL
@@ -136,11 +146,7 @@ struct FastOnlineSoftmax : FastSoftmax<kRows> {
         rescale(r, factor);
       }
     }
-    Base::find_offsets([&](int r, float x) {
-      CUTE_UNROLL
-      for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) -= x;
-    });
-    Base::exponentiate(numbers);
+    Base::exponentiate_from_max(numbers);
   }
 };
 

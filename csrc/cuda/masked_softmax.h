@@ -15,7 +15,7 @@ template <int kRows>
 struct MaskedOnlineSoftmax : FastSoftmax<kRows> {
   using Base = FastSoftmax<kRows>;
   using Base::kMinusInfinity, Base::max, Base::sum, Base::unit;
-  static constexpr float kSlack = 8.0f;
+  static constexpr float kSlack = FastOnlineSoftmax<kRows>::kSlack;
 
   float limit[kRows];  // a larger maximum becomes the reference
 
@@ -47,11 +47,7 @@ struct MaskedOnlineSoftmax : FastSoftmax<kRows> {
         rescale(r, factor);
       }
     }
-    Base::find_offsets([&](int r, float x) {
-      CUTE_UNROLL
-      for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) -= x;
-    });
-    Base::exponentiate(numbers);
+    Base::exponentiate_from_max(numbers);
   }
 
   // As FastSoftmax.

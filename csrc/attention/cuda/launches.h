@@ -7,6 +7,11 @@
 
 namespace vitkernels {
 
+// Entries of a table by offset.
+VK_HOST_DEVICE int num_table_entries(const DeviceOffsetGrid& grid) {
+  return grid.num_offsets(0) * grid.num_offsets(1) * grid.num_offsets(2);
+}
+
 // Each part takes four pointers of the kernel's arguments, which are limited to 4 KB.
 inline constexpr int64_t kMaxMergeParts = 64;
 

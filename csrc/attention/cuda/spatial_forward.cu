@@ -3,9 +3,8 @@
 // A block takes a tile of queries of one head, sixteen a warp, and walks through the box of their keys. Tokens come
 // straight from the map: a thread finds a row of the tile after the next, whose copy overlaps the products of this one.
 
-#include "attention/cuda/forward_store.h"
 #include "attention/cuda/spatial_score.h"
-#include "attention/cuda/tile_sizes.h"
+#include "attention/cuda/spatial_store.h"
 #include "cuda/fragments.h"
 #include "cuda/mma.h"
 #include "cuda/online_softmax.h"
@@ -112,27 +111,7 @@ struct SpatialForwardKernel {
       multiply_operand(mma, out, as_operand_a(convert<Element>(logits)), sV, value_dim);
     }
     softmax.total();
-    store(p, task, shared, mma, out, softmax);
-  }
-
-  template <class Out, class Softmax>
-  static __device__ void store(const SpatialCudaParams& p, const SpatialTask& task, Shared& shared, const Mma& mma,
-                               Out& out, const Softmax& softmax) {
-    const Queries& rows = shared.query_rows;
-    const auto thread = mma.get_slice(threadIdx.x);
-    Tensor sO = shared_tile<SharedQueries>(shared.queries);                                            // (queries,dim)
-    Tensor cO = by_rows(thread.partition_C(make_identity_tensor(Shape<Int<kQueries>, Int<kDim>>{})));  // (rows,columns)
-    Tensor out_rows = by_rows(out);                                                                    // (rows,columns)
-    const int64_t first = task.batch * p.num_queries();
-    finish_rows(out_rows, cO, softmax, [&](int row, float max, float sum) {
-      if (rows.token[row] < 0) return;
-      p.lse[(first + rows.token[row]) * p.heads + task.head] = Softmax::lse_of(max, sum);
-    });
-    __syncthreads();  // all reads of the queries are done
-    cute::copy(AutoVectorizingCopy{}, convert<Element>(out), thread.partition_C(sO));
-    __syncthreads();
-    Element* const target = static_cast<Element*>(p.out) + (first * p.heads + task.head) * p.value_dim;
-    store_rows<kThreads>(sO, rows.token, target, p.heads * p.value_dim, int(p.value_dim));
+    store_map<kThreads>(p, task, shared.query_rows.token, mma, out, softmax, sQ);
   }
 };
 

@@ -5,9 +5,9 @@
 // matrix instructions (pattern_mask.h). A warp skips tiles of keys that none of its queries sees.
 
 #include "attention/cuda/box_stream.h"
-#include "attention/cuda/forward_store.h"
 #include "attention/cuda/pattern_mask.h"
 #include "attention/cuda/spatial_path.h"
+#include "attention/cuda/spatial_store.h"
 
 namespace vitkernels {
 namespace {
@@ -140,7 +140,7 @@ struct SpatialPlainForwardKernel {
       }
       wait_for_copies<0>();
       softmax.total(kHasTable ? 1.0f : scale);
-      store(p, shared, mma, out, softmax);
+      store_map<kThreads>(p, SpatialTask(cut, p.heads, block_index()), shared.query_token, mma, out, softmax, sQ);
     };
     p.score.by_offset.bias.data ? walk(std::true_type{}) : walk(std::false_type{});
   }
@@ -240,26 +240,6 @@ struct SpatialPlainForwardKernel {
       seen.y = max(seen.y, __shfl_xor_sync(kAllLanes, seen.y, distance));
     }
     return seen;
-  }
-
-  template <class Out, class Softmax>
-  static __device__ void store(const SpatialCudaParams& p, Shared& shared, const Mma& mma, Out& out,
-                               const Softmax& softmax) {
-    const SpatialTask task(p.cut, p.heads, block_index());
-    const auto thread = mma.get_slice(threadIdx.x);
-    auto sO = shared_tile<SharedQueries>(shared.queries);                                            // (queries,dim)
-    auto cO = by_rows(thread.partition_C(make_identity_tensor(Shape<Int<kQueries>, Int<kDim>>{})));  // (rows,columns)
-    auto out_rows = by_rows(out);                                                                    // (rows,columns)
-    const int64_t first = task.batch * p.num_queries();
-    finish_rows(out_rows, cO, softmax, [&](int row, float max, float sum) {
-      const int token = shared.query_token[row];
-      if (token >= 0) p.lse[(first + token) * p.heads + task.head] = Softmax::lse_of(max, sum);
-    });
-    __syncthreads();  // all reads of the queries are done
-    cute::copy(AutoVectorizingCopy{}, convert<Element>(out), thread.partition_C(sO));
-    __syncthreads();
-    Element* const target = static_cast<Element*>(p.out) + (first * p.heads + task.head) * p.value_dim;
-    store_rows<kThreads>(sO, shared.query_token, target, p.heads * p.value_dim, int(p.value_dim));
   }
 
   static constexpr int kVector = 16 / int(sizeof(Element));

@@ -42,16 +42,12 @@ struct Estimate {
   }
 };
 
-struct Extents {
-  std::array<int, kMaxAxes> at{1, 1, 1};
-  double cost = std::numeric_limits<double>::infinity();
-};
+}  // namespace
 
-// The extents of the tiles that need the fewest steps. With a mask, of those whose coordinates are few enough.
-Extents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, bool has_mask) {
+TileExtents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, bool has_mask) {
   // What a tile costs besides its steps, in steps: at its ends, and for the bytes of its box.
   constexpr double kStepsOfTile = 1.5, kStepsOfBytes = 0.5;
-  Extents best;
+  TileExtents best;
   const auto side = [&](int axis) { return SideOfAxis{pattern.axis[axis], owns_keys}; };
   const auto longest = [&](int axis) { return int(std::min<int64_t>(side(axis).longest(), tile.owned)); };
   // About a hundred choices at most: the host makes them for every call.
@@ -86,8 +82,6 @@ Extents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool o
   }
   return best;
 }
-
-}  // namespace
 
 AxisCut::AxisCut(const AxisRule& rule, int extent, bool owns_keys)
     : rule(rule), owns_keys(owns_keys), extent(extent), by_extent(extent) {
@@ -135,13 +129,11 @@ MaskColumns::MaskColumns(const AxisCut (&axes)[kMaxAxes]) {
   }
 }
 
-SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, Masks masks) {
-  const auto [extents, least] = cheapest_extents(pattern, tile, owns_keys, masks == Masks::kWanted);
-  cost = least;
+SpatialCut::SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, const TileExtents& extents) {
   std::array<int, kMaxAxes> keys;
   double streamed = 1.0, tiles = 1.0;
   for (int a = 0; a < kMaxAxes; ++a) {
-    axis[a] = AxisCut(pattern.axis[a], extents[a], owns_keys);
+    axis[a] = AxisCut(pattern.axis[a], extents.at[a], owns_keys);
     keys[a] = owns_keys ? axis[a].extent : axis[a].streamed;
     streamed *= double(axis[a].streamed);
     tiles *= double(axis[a].num_tiles());

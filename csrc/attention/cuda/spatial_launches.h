@@ -7,6 +7,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 #include <type_traits>
 
 #include "attention/cuda/launches.h"
@@ -147,26 +148,28 @@ struct MaskColumns {
   bool fit() const { return num_columns <= kMost && num_rows <= kMostRows; }
 };
 
+// The extents of the tiles of one side of a map that cost least, and what that is, roughly, in steps of a block. With a
+// mask, of the tiles whose columns are few enough.
+struct TileExtents {
+  std::array<int, kMaxAxes> at{1, 1, 1};
+  double cost = std::numeric_limits<double>::infinity();
+};
+TileExtents cheapest_extents(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, bool has_mask = false);
+
 // Tiles of one side of the map.
 struct SpatialCut {
   AxisCut axis[kMaxAxes];
   PackedCoords packed;
   MaskColumns mask;
   bool fits = false;  // into the types that kernels count in
-  double cost = 0.0;  // roughly, in steps of a block
 
   SpatialCut() = default;
-  // The extents of tiles are what costs least, of those whose columns are few enough if a mask is `wanted`.
-  enum class Masks { kNone, kWanted };
-  SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, Masks masks = Masks::kNone);
+  SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys)
+      : SpatialCut(pattern, tile, owns_keys, cheapest_extents(pattern, tile, owns_keys)) {}
+  SpatialCut(const SpatialPattern& pattern, SpatialTile tile, bool owns_keys, const TileExtents& extents);
 
   VK_HOST_DEVICE int64_t num_tiles() const { return axis[0].num_tiles() * axis[1].num_tiles() * axis[2].num_tiles(); }
 };
-
-// Entries of a table by offset.
-VK_HOST_DEVICE int num_table_entries(const DeviceOffsetGrid& grid) {
-  return grid.num_offsets(0) * grid.num_offsets(1) * grid.num_offsets(2);
-}
 
 // Which kernel runs a forward (spatial_path.h).
 enum class SpatialPath {

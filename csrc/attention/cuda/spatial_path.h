@@ -34,20 +34,30 @@ inline bool has_plain_score(const SpatialCudaParams& p) {
   return scale > 1e-30f && scale < 1e30f;
 }
 
-// Gives a call that the fast path takes, and is faster there, its tiles.
-inline void choose_path(SpatialCudaParams& p, const SpatialPattern& pattern) {
-  // What a step costs of one of spatial_forward.cu, by their instructions.
+inline bool has_plain_operands(const SpatialCudaParams& p, const SpatialPattern& pattern) {
+  return p.dtype != DType::kFloat32 && p.is_aligned && std::max(p.head_dim, p.value_dim) <= kMaxSpatialPlainDim &&
+         has_near_rows(p.query, pattern) && has_near_rows(p.key, pattern) && has_near_rows(p.value, pattern);
+}
+
+// Cuts the map for the kernel that takes a forward; `tile` is the general one's.
+inline void choose_path(SpatialCudaParams& p, const SpatialPattern& pattern, SpatialTile tile) {
+  // What a step costs of one of spatial_forward.cu, roughly, by their instructions.
   constexpr double kPlainStep = 0.8;
-  const int64_t dim = std::max(p.head_dim, p.value_dim);
-  if (p.dtype == DType::kFloat32 || !p.is_aligned || dim > kMaxSpatialPlainDim || !has_plain_score(p)) return;
-  if (!has_near_rows(p.query, pattern) || !has_near_rows(p.key, pattern) || !has_near_rows(p.value, pattern)) return;
-  const SpatialTile tile = dispatch_spatial_plain_dim(
-      p.head_dim, p.value_dim, [](auto padded) { return spatial_plain_tile(decltype(padded)::value); });
-  const SpatialCut cut(pattern, tile, false, SpatialCut::Masks::kWanted);
-  const double blocks = double(p.batch) * double(p.heads) * double(cut.num_tiles());
-  if (!cut.fits || !cut.mask.fit() || kPlainStep * cut.cost > p.cut.cost) return;
-  if (blocks > double(std::numeric_limits<int32_t>::max())) return;
-  p.cut = cut, p.path = SpatialPath::kPlain;
+  const TileExtents extents = cheapest_extents(pattern, tile, false);
+  if (has_plain_operands(p, pattern) && has_plain_score(p)) {
+    const SpatialTile plain_tile = dispatch_spatial_plain_dim(
+        p.head_dim, p.value_dim, [](auto padded) { return spatial_plain_tile(decltype(padded)::value); });
+    const TileExtents plain = cheapest_extents(pattern, plain_tile, false, true);
+    if (kPlainStep * plain.cost <= extents.cost) {
+      p.cut = SpatialCut(pattern, plain_tile, false, plain);
+      const double blocks = double(p.batch) * double(p.heads) * double(p.cut.num_tiles());
+      if (p.cut.fits && p.cut.mask.fit() && blocks <= double(std::numeric_limits<int32_t>::max())) {
+        p.path = SpatialPath::kPlain;
+        return;
+      }
+    }
+  }
+  p.cut = SpatialCut(pattern, tile, false, extents);
 }
 
 }  // namespace vitkernels

@@ -21,7 +21,6 @@ struct ForwardTileShape {
 // GPUs. Not measured on a GPU yet.
 constexpr ForwardTileShape forward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
-  if (dim <= 32) return {.queries = 128, .keys = 64, .warps = 8};                 // 16 KB, 32 KB; 128 keys spill
   if (dim <= 64) return {.queries = 128, .keys = 64, .warps = 8};                 // 32 KB, 64 KB
   if (dim <= 128) return {.queries = 64, .keys = is_wide ? 32 : 64, .warps = 4};  // 48 KB, 64 KB
   return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB
@@ -59,13 +58,11 @@ struct BackwardTileShape {
 };
 
 // As forward_tile. The worst case is float above 128 columns: two warps a block, which takes all shared memory, and
-// eight streamed tokens a tile. Some kernels spill, up to 224 bytes (docs/cuda_report.md). Rejected: sixteen streamed
-// tokens at 128 columns of 16 bits (no spills, but twice the barriers); two blocks a multiprocessor instead of three at
-// 32 columns (no spills, but 184 registers instead of 168); recomputing the task for the stores (more spills). Not
-// measured on a GPU yet.
+// eight streamed tokens a tile. Some kernels spill (docs/cuda_report.md). Rejected: sixteen streamed tokens at 128 columns
+// of 16 bits (no spills, but twice the barriers); recomputing the task for the stores (more spills). Not measured on a
+// GPU yet.
 constexpr BackwardTileShape backward_tile(int dim, int element_bytes) {
   const bool is_wide = element_bytes == 4;
-  if (dim <= 32) return {.owned = 64, .streamed = 32, .warps = 4, .columns = 32, .min_blocks = 3};  // 16 KB, 32 KB
   if (dim <= 64)
     return {.owned = 64, .streamed = 32, .warps = 4, .columns = 64, .min_blocks = is_wide ? 2 : 1};  // 32 KB, 64 KB
   if (dim <= 128) return {.owned = 64, .streamed = is_wide ? 16 : 32, .warps = 4, .columns = 128};   // 64 KB, 96 KB

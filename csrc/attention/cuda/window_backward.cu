@@ -136,12 +136,9 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
                   tokens, value_dim, values);
     }
     if (p.table.data) {
-      store_table(p, tasks, grad_bias, p.table.part(group) + head * num_entries(f), reinterpret_cast<float*>(shared));
+      store_table(p, tasks, grad_bias, p.table.part(group) + head * num_table_entries(f.grid),
+                  reinterpret_cast<float*>(shared));
     }
-  }
-
-  static __device__ int num_entries(const WindowCudaParams& f) {
-    return f.grid.num_offsets(0) * f.grid.num_offsets(1) * f.grid.num_offsets(2);
   }
 
   static __device__ Sums scaled(Sums sums, float factor) {

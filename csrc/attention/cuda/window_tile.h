@@ -247,11 +247,7 @@ struct WindowTile {
     Softmax softmax(scale * kLog2e);
     Softmax::raise(softmax.max, numbers);
     Softmax::combine(softmax.max);
-    softmax.find_offsets([&](int r, float x) {
-      CUTE_UNROLL
-      for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) -= x;
-    });
-    softmax.exponentiate(numbers);
+    softmax.exponentiate_from_max(numbers);
     softmax.total(scale);
     return softmax;
   }

@@ -1,6 +1,5 @@
 // The operators vitkernels::spatial_attention and vitkernels::spatial_attention_backward on a GPU: small windows, which
 // have kernels of their own, and everything else.
-#include "attention/cuda/spatial_path.h"
 #include "attention/cuda/windows.h"
 #include "attention/op/arguments_cuda.h"
 #include "attention/op/partial_sums_cuda.h"
@@ -114,9 +113,8 @@ void spatial_attention(Call& call) {
       operands.params.lse = static_cast<float*>(lse.mutable_data_ptr());
       check_cuda(call.checker, launch_window_attention(operands.params, device.stream()));
     } else {
-      SpatialCudaParams params = spatial_cuda_params(call.checker, args, spatial_forward_tile(args));
+      SpatialCudaParams params = spatial_forward_params(call.checker, args);
       params.allow_tf32 = allow_tf32;
-      choose_path(params, args.pattern);
       const OptionalTensor relative = launch_spatial_relative_logits(call.checker, args, params, device.stream());
       params.out = out.mutable_data_ptr();
       params.lse = static_cast<float*>(lse.mutable_data_ptr());

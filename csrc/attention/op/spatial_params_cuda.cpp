@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "attention/cuda/spatial_path.h"
 #include "cuda/device.h"
 
 namespace vitkernels {
@@ -42,13 +43,10 @@ bool has_aligned_rows(const Tensor& t) {
   return is_aligned && t.size(t.dim() - 1) * bytes % 16 == 0;
 }
 
-SpatialTile spatial_forward_tile(const SpatialArguments& args) {
-  return dispatch_spatial_dim(args.head_dim, args.value_dim, [&](auto dim) {
-    return spatial_tile(decltype(dim)::value, args.dtype == DType::kFloat32 ? 4 : 2);
-  });
-}
+namespace {
 
-SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args, SpatialTile tile) {
+// Without a cut.
+SpatialCudaParams uncut_params(const SpatialArguments& args) {
   SpatialParams spatial;
   args.fill(spatial);
   const ScoreFields<OptionalTensor>& terms = args.score.terms;
@@ -72,10 +70,31 @@ SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArgum
                            .key_fill = spatial.key_fill,
                            .value_fill = spatial.value_fill};
   for (const AxisRule& rule : args.pattern.axis) params.has_outside = params.has_outside || rule.has_outside;
-  params.cut = SpatialCut(args.pattern, tile, false);
+  return params;
+}
+
+void check_cut(const Checker& checker, const SpatialArguments& args, const SpatialCudaParams& params) {
   if (const char* reason = why_not(args, params.cut.fits, params.cut.num_tiles())) {
     checker.check(false, "got CUDA tensors, takes tensors on the CPU for attention over maps ", reason);
   }
+}
+
+}  // namespace
+
+SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args, SpatialTile tile) {
+  SpatialCudaParams params = uncut_params(args);
+  params.cut = SpatialCut(args.pattern, tile, false);
+  check_cut(checker, args, params);
+  return params;
+}
+
+SpatialCudaParams spatial_forward_params(const Checker& checker, const SpatialArguments& args) {
+  SpatialCudaParams params = uncut_params(args);
+  const SpatialTile tile = dispatch_spatial_dim(args.head_dim, args.value_dim, [&](auto dim) {
+    return spatial_tile(decltype(dim)::value, args.dtype == DType::kFloat32 ? 4 : 2);
+  });
+  choose_path(params, args.pattern, tile);
+  check_cut(checker, args, params);
   return params;
 }
 

@@ -11,8 +11,8 @@ bool has_aligned_rows(const Tensor& t);
 
 // Of tiles of queries, without results. Raises on what the kernels do not compute.
 SpatialCudaParams spatial_cuda_params(const Checker& checker, const SpatialArguments& args, SpatialTile tile);
-// The forward's.
-SpatialTile spatial_forward_tile(const SpatialArguments& args);
+// The same of the kernel that takes a forward.
+SpatialCudaParams spatial_forward_params(const Checker& checker, const SpatialArguments& args);
 
 // Computes the relative logits, if there are any, which the params then point to; the result owns them.
 OptionalTensor launch_spatial_relative_logits(const Checker& checker, const SpatialArguments& args,
