@@ -5,8 +5,9 @@ What they mean is written in csrc/attention/pattern.h; :mod:`vitkernels.referenc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -24,8 +25,11 @@ class Axis:
     ``r, r + step, r + 2 step, ...``. Within one, its tokens count as if nothing lay between them.
     """
 
+    #: What was given as tensors, the sizes of a trace.
+    traced: Mapping[str, torch.Tensor] = MappingProxyType({})
+
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):
             if name == "is_causal":
                 if not isinstance(value, (bool, torch.SymBool)):
                     raise RuntimeError(
@@ -36,6 +40,7 @@ class Axis:
             if (type(value) is int and value >= at_least) or (name == "key_size" and value is None):
                 continue
             if isinstance(value, torch.Tensor) and sizes_are_tensors():
+                object.__setattr__(self, "traced", {**self.traced, name: value})
                 value = int(value)
                 object.__setattr__(self, name, value)
             is_integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

@@ -5,7 +5,7 @@ Arguments, layouts and results are theirs; what the kernels do not compute is an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -62,7 +62,8 @@ def scaled_dot_product_attention(
     Args:
         query: ``(B, heads, Nq, d)``; fewer or more axes before the last two as well.
         key: ``(B, heads, Nk, d)``; with ``enable_gqa`` the number of heads may be a divisor of the query's.
-        value: ``(B, heads, Nk, dv)``, heads as ``key``.
+        value: ``(B, heads, Nk, dv)``, its number of heads as that of ``key``, or with ``enable_gqa`` another divisor.
+            The batches of all three broadcast.
         attn_mask: broadcasts to ``(B, heads, Nq, Nk)``: boolean, true where a key is seen, or floating, added to the
             logits, float32 or the query's dtype.
         dropout_p: only 0.
@@ -87,10 +88,17 @@ def scaled_dot_product_attention(
     check_tensors("attention", query=query, key=key, value=value)
     if not sizes_are_tensors():
         _check_shapes(query, key, value, enable_gqa)
+    check_stored("attention", query=query, key=key, value=value)
     rank, bias = query.dim(), attn_mask
-    batch = _batch_of(query, key)
+    batch = _batch_of(query, key, value)
+    if key.shape[:-3] != batch or value.shape[:-3] != batch:
+        key, value = (t.expand(*batch, *t.shape[-3:]) for t in (key, value))
+    if query.shape[:-3] != batch and query.shape[:-3].numel() != 1:  # the kernels share one query themselves
+        query = query.expand(*batch, *query.shape[-3:])
+    if enable_gqa and rank > 2 and key.size(-3) != value.size(-3):
+        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
     if attn_mask is not None:
-        _check_mask(query, key, attn_mask, is_causal)
+        _check_mask((*batch, *query.shape[-3:-1], key.size(-2)), query, attn_mask, is_causal)
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.where(bias, 0.0, -torch.inf)
@@ -101,9 +109,10 @@ def scaled_dot_product_attention(
     return out if rank == 4 else out.reshape(*batch, *query.shape[-3:-2], *out.shape[2:])
 
 
-def _batch_of(query: Tensor, key: Tensor) -> torch.Size:
-    """That of the keys, where they share one query."""
-    return key.shape[:-3] if query.shape[:-3].numel() == 1 else query.shape[:-3]
+def _batch_of(*data: Tensor) -> torch.Size:
+    """What the batches broadcast to."""
+    batch, *others = (t.shape[:-3] for t in data)
+    return batch if all(other == batch for other in others) else torch.broadcast_shapes(batch, *others)  # type: ignore[no-untyped-call]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -114,21 +123,23 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     for name, t in (("key", key), ("value", value)):
         if t.dim() != rank:
             _fail(name, t, f"{rank} dimensions, as query")
-        if t.shape[:-3] != query.shape[:-3] and query.shape[:-3].numel() != 1:
-            _fail(name, t, f"query's batch {tuple(query.shape[:-3])}")
+        others = ("query",) if name == "key" else ("query", "key")
+        for other, own in zip(others, (query, key), strict=False):
+            if any(n != m and 1 not in (n, m) for n, m in zip(t.shape[:-3], own.shape[:-3], strict=True)):
+                _fail(name, t, f"{other}'s batch {tuple(own.shape[:-3])}")
     if key.size(-1) != query.size(-1):
         _fail("key", key, f"query's d ({query.size(-1)}) as its last dimension")
-    if value.shape[:-1] != key.shape[:-1]:
-        _fail("value", value, f"key's {tuple(key.shape[:-1])} before its last dimension")
-    if rank == 2 or key.size(-3) == query.size(-3):
-        return
-    if not enable_gqa:
-        _fail("key", key, f"query's {query.size(-3)} heads without enable_gqa")
-    if key.size(-3) == 0 or query.size(-3) % key.size(-3) != 0:
-        _fail("key", key, f"a number of heads that divides query's {query.size(-3)}")
+    if value.size(-2) != key.size(-2):
+        _fail("value", value, f"key's number of tokens ({key.size(-2)}) before its last dimension")
+    for name, t in (("key", key), ("value", value)) if rank > 2 else ():
+        heads, own_heads = query.size(-3), t.size(-3)
+        if own_heads != heads and not enable_gqa:
+            _fail(name, t, f"query's {heads} heads without enable_gqa")
+        if own_heads != heads and (own_heads == 0 or heads % own_heads != 0):
+            _fail(name, t, f"a number of heads that divides query's {heads}")
 
 
-def _check_mask(query: Tensor, key: Tensor, mask: Tensor, is_causal: bool) -> None:
+def _check_mask(sizes: Sequence[int], query: Tensor, mask: Tensor, is_causal: bool) -> None:
     check_tensors("attention", attn_mask=mask)
     check_stored("attention", attn_mask=mask)
     if is_causal:
@@ -136,12 +147,11 @@ def _check_mask(query: Tensor, key: Tensor, mask: Tensor, is_causal: bool) -> No
     is_cast = query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type)
     if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not (is_cast and mask.is_floating_point()):
         raise RuntimeError(f"vitkernels::attention: attn_mask is {mask.dtype}, takes bool, float32 or query's dtype")
-    sizes = (*_batch_of(query, key), *query.shape[-3:-1], key.size(-2))
     fits = 2 <= mask.dim() <= len(sizes) and all(
         n in (own, 1) for n, own in zip(mask.shape[::-1], sizes[::-1], strict=False)
     )
     if not fits:
-        _fail("attn_mask", mask, f"two dimensions or more that broadcast to {sizes}")
+        _fail("attn_mask", mask, f"two dimensions or more that broadcast to {tuple(sizes)}")
 
 
 def _fail(name: str, t: Tensor, takes: str) -> None:

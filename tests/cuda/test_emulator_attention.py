@@ -57,6 +57,8 @@ def test_values_are_checked_if_the_environment_asks_for_it():
     for error, (_, _, text) in zip(found, VALUE_ERRORS, strict=True):
         assert error is not None and text in error
     assert not any(emulated_errors(80, VITKERNELS_CHECK="0"))
+    wrong = emulated_errors(80, VITKERNELS_CHECK="yes")
+    assert {"VITKERNELS_CHECK is 'yes', takes 0 or 1" in (error or "") for error in wrong} == {True}
 
 
 def test_library_without_code_for_the_gpu():

@@ -50,6 +50,13 @@ def test_rules(rule, text):
         rule()
 
 
+@pytest.mark.skipif(not ON_CPU, reason="values inside tensors are read by kernels alone")
+def test_a_value_of_an_argument_that_is_rearranged():
+    x = torch.zeros(1, 5, 6, 2, 8)
+    with pytest.raises(RuntimeError, match=r"vitkernels::na2d: rpb has 1e\+39, takes numbers that torch.float32 holds"):
+        vk.na2d(x, x, x, 3, rpb=torch.full((2, 5, 5), 1e39, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("function", "call"), CALLS, ids=[f.__name__ for f, _ in CALLS])
 def test_options_that_nobody_has(function, call):
     name = function.__name__

@@ -255,6 +255,7 @@ BAD = [
     (lambda: vk.nn.WindowAttention(24, 3, attn_drop=0.1), "WindowAttention: attn_drop is 0.1, takes 0"),
     (lambda: vk.nn.WindowAttention(24, 3)(torch.zeros(2, 49, 24)), "x has shape (2, 49, 24), takes (B, height, width,"),
     (lambda: vk.nn.WindowAttention(96, 5), "WindowAttention: dim is 96, takes a multiple of num_heads (5)"),
+    (lambda: vk.nn.WindowAttention(96, 7, 3), "WindowAttention: dim is 96, takes a multiple of num_heads (7)"),
     (lambda: vk.nn.WindowAttention(96, 0), "WindowAttention: num_heads is 0, takes an integer from 1 on"),
     (
         lambda: vk.nn.WindowAttention(96, 3, window_size=(7, 7, 7)),
@@ -303,6 +304,17 @@ def test_bad_arguments_are_named(call, text):
     with pytest.raises(RuntimeError, match=re.escape(text)) as raised:
         call()
     assert str(raised.value).startswith("vitkernels.nn.")
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_inputs_that_are_no_tensors_or_were_freed(kind):
+    module, shape = MODULES[kind]()
+    freed = torch.randn(shape)
+    freed.untyped_storage().resize_(0)
+    takes = {"a list": [], "of shape": freed}
+    for what, x in takes.items():
+        with pytest.raises(RuntimeError, match=rf"^vitkernels\.nn\.{kind}: x (is )?{what}.*, takes"):
+            module(x)
 
 
 @pytest.mark.parametrize("kind", MODULES)

@@ -269,3 +269,36 @@ def test_a_trace_is_right_at_other_sizes(function):
     traced = torch.jit.trace(function, qkv(8, 16), check_trace=False)
     for grid in ((8, 16), (16, 8), (24, 16)):
         agree(traced, function, *qkv(*grid))
+
+
+OF_SIZES = {
+    "kernel_size": lambda n, x: vk.na2d(x, x, x, n // 2 - 1),
+    "stride": lambda n, x: vk.na2d(x, x, x, 3, (1, n // 4)),
+    "dilation": lambda n, x: vk.na2d(x, x, x, 3, 1, n // 4),
+    "window_size": lambda n, x: vk.window_attention(x, x, x, n // 2),
+    "shift": lambda n, x: vk.window_attention(x, x, x, 4, n // 4),
+    "shift_size": lambda n, x: vk.window_attention(x, x, x, 4, shift_size=n // 4),
+    "grid_size": lambda n, x: vk.grid_attention(x, x, x, n // 2),
+    "block_size": lambda n, x: vk.halo_attention(x, x, x, n // 2, 1),
+    "halo_size": lambda n, x: vk.halo_attention(x, x, x, 4, n // 4),
+    "stripe_width": lambda n, x: vk.cross_shaped_window_attention(x, x, x, n // 2),
+    "step": lambda n, x: vk.spatial_attention(x, x, x, [vk.Full(n // 4), vk.Full()]),
+    "radius": lambda n, x: vk.spatial_attention(x, x, x, [vk.Full(), vk.Full()], radius=n / 4),
+    "num_prefix_tokens": lambda n, x: vk.attention(
+        *[x.flatten(1, 2)] * 3, bias_table=x.new_ones(2, 251), num_prefix_tokens=n // 4
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("option", OF_SIZES)
+def test_a_trace_does_not_take_an_option_of_another_size(option):
+    """An option is a constant in a trace: what was computed from a size is right, or raises, at another."""
+
+    def function(x):
+        return OF_SIZES[option](x.shape[1], x)
+
+    traced = torch.jit.trace(function, torch.randn(1, 8, 16, 2, 8), check_trace=False)
+    agree(traced, function, torch.randn(2, 8, 16, 2, 8))
+    with pytest.raises(RuntimeError, match=rf"vitkernels::\w+: {option} is not \d, as it was where this was traced"):
+        traced(torch.randn(1, 16, 16, 2, 8))

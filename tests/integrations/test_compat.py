@@ -118,6 +118,8 @@ def test_scaled_dot_product_attention_with_a_mask(name, kind, rank):
 
 
 HEADS, HALF = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+EMPTIED = HEADS.clone()
+EMPTIED.untyped_storage().resize_(0)
 SDPA_ERRORS = [
     ({"dropout_p": 0.1}, "dropout_p is 0.1, takes 0"),
     ({"attn_mask": HEADS[0, 0], "is_causal": True}, "is_causal is True, takes False with an attn_mask"),
@@ -131,9 +133,14 @@ SDPA_ERRORS = [
         {"key": HEADS[:, :3], "value": HEADS[:, :3], "enable_gqa": True},
         "key has shape (2, 3, 9, 8), takes a number of heads that divides query's 4",
     ),
-    ({"value": HEADS[:, :, :8]}, "value has shape (2, 4, 8, 8), takes key's (2, 4, 9) before its last dimension"),
+    ({"value": HEADS[:, :, :8]}, "value has shape (2, 4, 8, 8), takes key's number of tokens (9) before its last"),
     ({"key": HEADS.half()}, "key is float16, takes float32"),
-    ({"key": HEADS[:1], "value": HEADS[:1]}, "key has shape (1, 4, 9, 8), takes query's batch (2,)"),
+    ({"key": HEADS[[0, 0, 0]]}, "key has shape (3, 4, 9, 8), takes query's batch (2,)"),
+    ({"query": HEADS[:1], "value": HEADS[[0, 0, 0]]}, "value has shape (3, 4, 9, 8), takes key's batch (2,)"),
+    ({"value": HALF}, "value has shape (2, 2, 9, 8), takes query's 4 heads without enable_gqa"),
+    ({"query": EMPTIED}, "query of shape (2, 4, 9, 8) has a storage of 0 bytes, takes 2304: it was resized"),
+    ({"key": EMPTIED}, "key of shape (2, 4, 9, 8) has a storage of 0 bytes, takes 2304: it was resized"),
+    ({"value": EMPTIED}, "value of shape (2, 4, 9, 8) has a storage of 0 bytes, takes 2304: it was resized"),
     ({"attn_mask": torch.zeros(9)}, "attn_mask has shape (9,), takes two dimensions or more that broadcast to (2, 4,"),
     ({"attn_mask": torch.zeros(3, 9, 9)}, "attn_mask has shape (3, 9, 9), takes two dimensions or more"),
     ({"attn_mask": torch.zeros(9, 9).half()}, "attn_mask is torch.float16, takes bool, float32 or query's dtype"),
@@ -147,11 +154,7 @@ def test_scaled_dot_product_attention_refuses(wrong, text):
     call = {"query": HEADS, "key": HEADS, "value": HEADS} | wrong
     with pytest.raises(RuntimeError, match=re.escape(f"vitkernels.compat.scaled_dot_product_attention: {text}")):
         scaled_dot_product_attention(**call)
-    if (
-        "dropout_p" in wrong
-        or wrong.get("is_causal") == 1
-        or re.match(r"(key|value) has shape \((1|4|2, 4, 8), ", text)
-    ):
+    if "dropout_p" in wrong or wrong.get("is_causal") == 1 or re.match(r"(key|value) has shape \((4|2, 4, 8), ", text):
         return  # laxer there
     with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
         torch.nn.functional.scaled_dot_product_attention(**call)
@@ -186,6 +189,15 @@ def test_what_pytorch_takes_is_taken():
         (torch.randn(1, 1, 4, 9, 8), five, five, torch.randn(2, 3, 1, 1, 9)),
     ):  # fmt: skip
         torch.testing.assert_close(scaled_dot_product_attention(*call), theirs(*call))
+    few, fewer = torch.randn(1, 2, 7, 8), torch.randn(2, 1, 7, 8)
+    for own, k, v in (
+        (q, few, fewer),
+        (q, fewer, few),
+        (five, few[None], fewer[:, None]),
+        (q[0], few[0], fewer[0]),
+    ):
+        found, expected = (f(own, k, v, enable_gqa=True) for f in (scaled_dot_product_attention, theirs))
+        torch.testing.assert_close(found, expected)
     with torch.autocast("cpu", torch.bfloat16):
         mask = torch.randn(9, 9).bfloat16()
         found, expected = (f(q, q, q, mask) for f in (scaled_dot_product_attention, theirs))

@@ -170,7 +170,7 @@ def test_a_property_that_raises():
 
 def test_takes_modules_alone():
     match = r"vitkernels\.restored: model is a str, takes a torch\.nn\.Module"
-    with pytest.raises(TypeError, match=match), vk.restored("model"):
+    with pytest.raises(RuntimeError, match=match), vk.restored("model"):
         pass
 
 

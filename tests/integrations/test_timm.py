@@ -342,7 +342,7 @@ def test_report_says_when_there_is_nothing_to_replace():
 
 @pytest.mark.parametrize("function", [vk.accelerate, vk.restore])
 def test_something_else_than_a_module_is_an_error(function):
-    with pytest.raises(TypeError, match=r"model is a list, takes a torch\.nn\.Module"):
+    with pytest.raises(RuntimeError, match=r"model is a list, takes a torch\.nn\.Module"):
         function([])
 
 

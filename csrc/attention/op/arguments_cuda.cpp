@@ -1,7 +1,8 @@
 #include "attention/op/arguments_cuda.h"
 
 #include <cstdlib>
-#include <string_view>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/device.h"
 
@@ -11,7 +12,9 @@ namespace {
 bool values_are_checked() {
   static const bool checked = [] {
     const char* option = std::getenv("VITKERNELS_CHECK");
-    return option && std::string_view(option) == "1";
+    const std::string wanted = option ? option : "";
+    if (wanted.empty() || wanted == "0" || wanted == "1") return wanted == "1";
+    throw std::runtime_error("vitkernels: VITKERNELS_CHECK is '" + wanted + "', takes 0 or 1");
   }();
   return checked;
 }

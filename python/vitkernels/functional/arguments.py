@@ -19,15 +19,17 @@ __all__ = [
     "check_stored",
     "check_tensors",
     "converted",
+    "held_in_trace",
     "in_statistics_dtype",
     "integers",
     "is_readable",
     "map_of",
     "number",
     "whole_number",
+    "why_not_stored",
 ]
 
-_ADDED = ("bias", "key_bias", "bias_table")
+_ADDED = ("bias", "key_bias", "bias_table", "rpb")
 _MULTIPLIED = ("multiplier", "multiplier_table", "query_weight")
 _LAYOUTS = {
     1: "4 dimensions (B, length, heads, d)",
@@ -55,20 +57,24 @@ def is_readable(t: Tensor) -> bool:
     )
 
 
+def why_not_stored(name: str, t: Tensor) -> str | None:
+    """What to say of a tensor whose storage was made too small for it."""
+    if not is_readable(t) or t.numel() == 0:
+        return None
+    count = t.numel()
+    if not t.is_contiguous():
+        count = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    stored, needed = t.untyped_storage().nbytes(), (t.storage_offset() + count) * t.element_size()
+    if stored >= needed:
+        return None
+    return f"{name} of shape {tuple(t.shape)} has a storage of {stored} bytes, takes {needed}: it was resized"
+
+
 def check_stored(op: str, **arguments: Tensor) -> None:
     """Raise unless tensors that PyTorch rearranges before the operator sees them have their memory."""
     for name, t in arguments.items():
-        if not is_readable(t) or t.numel() == 0:
-            continue
-        count = t.numel()
-        if not t.is_contiguous():
-            count = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        stored, needed = t.untyped_storage().nbytes(), (t.storage_offset() + count) * t.element_size()
-        if stored < needed:
-            raise RuntimeError(
-                f"vitkernels::{op}: {name} of shape {tuple(t.shape)} has a storage of {stored} bytes, takes {needed}: "
-                "it was resized"
-            )
+        if why := why_not_stored(name, t):
+            raise RuntimeError(f"vitkernels::{op}: {why}")
 
 
 def check_floating(op: str, name: str, term: Tensor) -> None:
@@ -154,6 +160,23 @@ def integers(op: str, name: str, option: Any, num_axes: int, at_least: int = 1) 
         if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < at_least:
             raise RuntimeError(f"vitkernels::{op}: {name} is {n!r}, takes an integer from {at_least} on")
     return values
+
+
+def held_in_trace(op: str, t: Tensor, **options: Any) -> Tensor:
+    """``t``, which in a trace raises where an option is not what it was when the trace was made.
+
+    A trace has tensors for what is computed from sizes, but the options of a pattern are constants in it.
+    """
+    if not sizes_are_tensors():
+        return t
+    for name, option in options.items():
+        for n in option if isinstance(option, (list, tuple)) else (option,):
+            if isinstance(n, Tensor) and n.numel() == 1:
+                text = f"vitkernels::{op}: {name} is not {int(n)}, as it was where this was traced"
+                start = torch.zeros((), dtype=torch.long)
+                start = torch.ops.aten._functional_assert_async.msg(n == int(n), text, start)
+                t = t.narrow(0, start, t.size(0))  # a trace keeps what its result depends on
+    return t
 
 
 def map_of(t: Tensor) -> Sequence[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.axes import Axis, Block, Full
-from vitkernels.functional.arguments import check_flag, check_maps, check_stored, integers
+from vitkernels.functional.arguments import check_flag, check_maps, check_stored, held_in_trace, integers
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.score import Score, of_each_head
 from vitkernels.functional.spatial_attention import attend_on_map
@@ -63,6 +63,7 @@ def cross_shaped_window_attention(
         scale = of_each_head(op, query, scale)
         if scale.dim() != 1 or scale.size(0) != heads:
             raise RuntimeError(f"vitkernels::{op}: scale has shape {tuple(scale.shape)}, takes ({heads},)")
+    query = held_in_trace(op, query, stripe_width=stripe_width)
     (width,) = integers(op, "stripe_width", stripe_width, 1)
     check_stored(op, query=query, key=key, value=value)
     stripes: list[Axis] = [Full(), Block(width)]

@@ -8,7 +8,15 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from vitkernels.axes import Axis, Full, Neighborhood
-from vitkernels.functional.arguments import check_flag, check_maps, check_stored, check_tensors, integers
+from vitkernels.functional.arguments import (
+    check_flag,
+    check_maps,
+    check_stored,
+    check_tensors,
+    held_in_trace,
+    in_statistics_dtype,
+    integers,
+)
 from vitkernels.functional.score import Score
 from vitkernels.functional.spatial_attention import attend_on_map
 from vitkernels.functional.words import Words
@@ -182,6 +190,8 @@ def _attend(
     op = words.function
     _, sizes = check_maps(op, *data, num_axes)
     names = ("kernel_size", "stride", "dilation")
+    held = dict(zip(names, options, strict=False))
+    data = (held_in_trace(op, data[0], **held), *data[1:])
     counts = [integers(op, name, option, num_axes) for name, option in zip(names, options[:3], strict=True)]
     flags = list(options[3]) if isinstance(options[3], (list, tuple)) else [options[3]] * num_axes
     if len(flags) != num_axes:
@@ -199,11 +209,11 @@ def _attend(
         # An axis without keys has no nearest ones.
         axes.append(Neighborhood(size, stride, dilation, is_causal) if n > 0 else Full())
     if rpb is not None:
-        score = score._replace(bias_table=_by_offset(op, counts[0], rpb))
+        score = score._replace(bias_table=_by_offset(op, data[0], counts[0], rpb))
     return attend_on_map(words, *data, axes, score)
 
 
-def _by_offset(op: str, sizes: Sequence[int], rpb: Tensor) -> Tensor:
+def _by_offset(op: str, query: Tensor, sizes: Sequence[int], rpb: Tensor) -> Tensor:
     """The operator's table, by the offset of the query from the key, from NATTEN's."""
     check_tensors(op, rpb=rpb)
     offsets = [2 * size - 1 for size in sizes]
@@ -211,5 +221,6 @@ def _by_offset(op: str, sizes: Sequence[int], rpb: Tensor) -> Tensor:
         raise RuntimeError(
             f"vitkernels::{op}: rpb has shape {tuple(rpb.shape)}, takes (heads, {', '.join(map(str, offsets))})"
         )
+    rpb = in_statistics_dtype(op, query, "rpb", rpb)
     check_stored(op, rpb=rpb)
     return rpb.flip(tuple(range(1, rpb.dim())))

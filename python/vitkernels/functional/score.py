@@ -14,6 +14,7 @@ from vitkernels.functional.arguments import (
     check_stored,
     check_tensors,
     converted,
+    held_in_trace,
     in_statistics_dtype,
     number,
     whole_number,
@@ -121,6 +122,7 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
     if radius is None:
         radius = 0.0
     else:
+        query = held_in_trace(op, query, radius=radius)
         radius = number(op, "radius", radius, torch.float64)
         if radius <= 0.0:
             raise RuntimeError(f"vitkernels::{op}: radius is {radius}, takes a positive number or None")
@@ -146,6 +148,7 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
             check_tensors(op, **{_TERMS[i]: term})
             tensors[i] = in_statistics_dtype(op, query, _TERMS[i], term)
     if type(num_prefix_tokens) is not int:
+        query = held_in_trace(op, query, num_prefix_tokens=num_prefix_tokens)
         num_prefix_tokens = whole_number(op, "num_prefix_tokens", num_prefix_tokens)
     by_axis = _NO_EMBEDDINGS if rel_pos is None else embeddings(op, query, rel_pos, num_axes or _axes_of(score))
     keys = (head_map, radius, outside is not None, key_fill, value_fill)

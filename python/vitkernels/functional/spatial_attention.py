@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from torch import Tensor
 
 from vitkernels.axes import Axis, encode
-from vitkernels.functional.arguments import check_flag, check_tensors
+from vitkernels.functional.arguments import check_flag, check_tensors, held_in_trace
 from vitkernels.functional.score import Outside, Score, SpatialOptions, operands, with_additional_keys
 from vitkernels.functional.words import Words
 from vitkernels.ops import attention as _ops
@@ -129,6 +129,8 @@ def spatial_attention(
     check_tensors(op, query=query, key=key, value=value)
     check_flag(op, "is_shared_query", is_shared_query)
     check_flag(op, "return_lse", return_lse)
+    for axis in axes:
+        query = held_in_trace(op, query, **axis.traced)
     score = Score(
         scale, qk_norm, None, key_bias, None, bias_table, multiplier_table, rel_pos, 0, head_map, additional_keys,
         additional_values, outside, radius,

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from vitkernels._torch_private import sizes_are_tensors
 from vitkernels.axes import Axis, Block, Full, Halo
-from vitkernels.functional.arguments import check_flag, check_maps, check_stored, check_tensors, integers, map_of
+from vitkernels.functional.arguments import (
+    check_flag,
+    check_maps,
+    check_stored,
+    check_tensors,
+    held_in_trace,
+    integers,
+    map_of,
+)
 from vitkernels.functional.partition import attend_to_gathered_grids
 from vitkernels.functional.score import Options, Outside, Score, in_options
 from vitkernels.functional.spatial_attention import attend_on_map
@@ -94,6 +102,7 @@ def window_attention(
     check_flag(op, "is_shared_query", is_shared_query)
     check_flag(op, "return_lse", return_lse)
     query_map, key_map = check_maps(op, query, key, value, is_same=False)
+    query = held_in_trace(op, query, window_size=window_size, shift=shift, shift_size=shift_size)
     sizes = integers(op, "window_size", window_size, len(key_map))
     if shift_size is not None and shift != 0:
         raise RuntimeError(f"vitkernels::{op}: shift is {shift!r}, takes 0 where shift_size is given ({shift_size!r})")
@@ -165,6 +174,7 @@ def grid_attention(
     op = _GRID.function
     check_flag(op, "return_lse", return_lse)
     _, sizes_of_map = check_maps(op, query, key, value)
+    query = held_in_trace(op, query, grid_size=grid_size)
     sizes = integers(op, "grid_size", grid_size, len(sizes_of_map))
     for i, (size, n) in enumerate(zip(sizes, sizes_of_map, strict=True)):
         if n % size != 0:
@@ -235,6 +245,7 @@ def halo_attention(
     op = _HALO.function
     check_flag(op, "return_lse", return_lse)
     query_map, key_map = check_maps(op, query, key, value, is_same=False)
+    query = held_in_trace(op, query, block_size=block_size, halo_size=halo_size)
     sizes = integers(op, "block_size", block_size, len(key_map))
     halos = integers(op, "halo_size", halo_size, len(key_map), at_least=0)
     axes: list[Axis] = [

@@ -62,7 +62,7 @@ def accelerate(model: nn.Module) -> Report:
         Every attention module found, and why those that were left alone were.
 
     Raises:
-        TypeError: if ``model`` is not a ``torch.nn.Module``.
+        RuntimeError: if ``model`` is not a ``torch.nn.Module``.
     """
     _check(model, "accelerate")
     with _changing:
@@ -89,7 +89,7 @@ def restore(model: nn.Module) -> None:
         model: a module, accelerated or not.
 
     Raises:
-        TypeError: if ``model`` is not a ``torch.nn.Module``.
+        RuntimeError: if ``model`` is not a ``torch.nn.Module``.
     """
     _check(model, "restore")
     with _changing:
@@ -116,7 +116,7 @@ def restored(model: nn.Module) -> Iterator[None]:
         model: a module, accelerated or not.
 
     Raises:
-        TypeError: if ``model`` is not a ``torch.nn.Module``.
+        RuntimeError: if ``model`` is not a ``torch.nn.Module``.
     """
     _check(model, "restored")
     undo = ExitStack()
@@ -140,7 +140,7 @@ def register_transformers() -> None:
 
 def _check(model: object, function: str) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"vitkernels.{function}: model is a {type(model).__name__}, takes a torch.nn.Module")
+        raise RuntimeError(f"vitkernels.{function}: model is a {type(model).__name__}, takes a torch.nn.Module")
 
 
 def _loaded() -> list[ModuleType]:

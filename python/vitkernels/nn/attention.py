@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.functional import attention
-from vitkernels.nn.maps import integers
+from vitkernels.nn.maps import check_input, integers
 from vitkernels.nn.masks import mask_terms
 
 __all__ = ["Attention"]
@@ -114,8 +114,7 @@ class Attention(nn.Module):
         Raises:
             RuntimeError: if ``x`` is not three-dimensional, or ``attn_mask`` comes together with ``is_causal``.
         """
-        if x.dim() != 3:
-            raise RuntimeError(f"vitkernels.nn.Attention: x has shape {tuple(x.shape)}, takes (B, N, dim)")
+        check_input(self, x, "(B, N, dim)")
         if is_causal and attn_mask is not None:
             raise RuntimeError("vitkernels.nn.Attention: is_causal is True, takes False where attn_mask is given")
         B, N, _ = x.shape

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["Restorable", "check_heads", "check_map", "integers", "no_dropout", "pair"]
+from vitkernels.functional.arguments import why_not_stored
+
+__all__ = ["Restorable", "check_heads", "check_input", "check_map", "integers", "no_dropout", "pair"]
 
 
 class Restorable(nn.Module):
@@ -63,12 +65,24 @@ def no_dropout(module: str, attn_drop: float) -> None:
         )
 
 
+def check_input(module: nn.Module, x: Tensor, layout: str) -> None:
+    """Raise unless ``x`` is a tensor of so many dimensions that has its memory."""
+    why = None
+    if not isinstance(x, Tensor):
+        why = f"x is a {type(x).__name__}, takes a tensor {layout}"
+    elif x.dim() != layout.count(",") + 1:
+        why = f"x has shape {tuple(x.shape)}, takes {layout}"
+    else:
+        why = why_not_stored("x", x)
+    if why:
+        raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: {why}")
+
+
 def check_map(
     module: nn.Module, x: Tensor, layout: str = "(B, height, width, dim)", is_convolved: bool = False
 ) -> None:
     """Raise unless ``x`` has this layout, and, where PyTorch's convolutions see it, a map of one token or more."""
-    if x.dim() != layout.count(",") + 1:
-        raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: x has shape {tuple(x.shape)}, takes {layout}")
+    check_input(module, x, layout)
     names = layout.strip("()").split(", ")
     if is_convolved and any(name in ("height", "width") and n == 0 for name, n in zip(names, x.shape, strict=True)):
         raise RuntimeError(

@@ -36,7 +36,7 @@ class WindowAttention(Restorable):
         dtype: of the parameters.
 
     Raises:
-        RuntimeError: if ``dim`` is not a multiple of ``num_heads`` and ``head_dim`` is not given.
+        RuntimeError: if ``dim`` is not a multiple of ``num_heads``, also where ``head_dim`` is given.
 
     Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows" (2021), section 3.2.
     """
@@ -64,9 +64,7 @@ class WindowAttention(Restorable):
         if isinstance(num_heads, (list, tuple)):
             num_heads, head_dim, window_size = _in_timms_order(num_heads, head_dim, window_size)
         self.window_size, self.shift_size = _shifted_windows(name, window_size, shift_size)
-        integers(name, "num_heads", num_heads, 1)
-        if not head_dim:
-            check_heads(name, "dim", dim, num_heads)
+        check_heads(name, "dim", dim, num_heads)  # with head_dim, too: it may be Swin's num_heads
         self.num_heads, self.scale = num_heads, qk_scale
         self.head_dim = head_dim or dim // num_heads
         attn_dim = self.head_dim * num_heads

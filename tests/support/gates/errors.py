@@ -205,6 +205,11 @@ NAMED_ERRORS = [
     (vk.na2d, {"kernel_size": 3, "stride": 4}, "stride is 4, takes at most kernel_size (3)"),
     (vk.na2d, {"kernel_size": (3, 3, 3)}, "kernel_size is (3, 3, 3), takes one value or one for each of 2 axes"),
     (vk.na2d, {"kernel_size": 3, "rpb": tokens(4, 5, 3)}, "rpb has shape (4, 5, 3), takes (heads, 5, 5)"),
+    (
+        vk.na2d,
+        {"kernel_size": 3, "rpb": tokens(4, 5, 5).bool()},
+        "rpb is torch.bool, takes a floating dtype (rpb=torch.",
+    ),
     (vk.na1d, {"kernel_size": 3}, "query has shape (2, 5, 7, 4, 8), takes 4 dimensions (B, length, heads, d)"),
     (vk.window_attention, {"window_size": (2, 3, 4)}, "window_size is (2, 3, 4), takes one value or one for each of 2"),
     (
