@@ -36,6 +36,31 @@ def test_windows_read_their_keys_alone(cuda_kernels):
     assert counters.read.total == nbytes(call[0]) + 2 * nbytes(*call[1:])
 
 
+@pytest.mark.parametrize("heads", [2, 4], ids="{} heads".format)
+@pytest.mark.parametrize("on_map", [False, True], ids=["dense", "map"])
+def test_small_factors_of_heads(on_map, heads, cuda_kernels):
+    """They are no reason for float16 to round the gradients of logits to few bits."""
+    scale = torch.tensor([1e-3, 0.5e-3, 0.8e-3, -1e-3])[:heads]
+    query = tokens(1, 8, 8, heads, 32, dtype=torch.float16, seed=4)
+    call = [query, *operands(size=(8, 8), dtype=torch.float16)[1:]]
+    grad_out = (tokens(*query.shape, seed=3) * 0.04).half()
+
+    def gradients(where, *data):
+        query, key, value, scale, grad_out = data
+        inputs = [t.requires_grad_() for t in (query, key, value)]
+        if on_map:
+            out = where.spatial_attention(query, key, value, [vk.Full(), vk.Block(4)], scale=scale)
+        else:
+            query, key, value, grad_out = (t.flatten(1, 2) for t in (query, key, value, grad_out))
+            out = where.attention(query, key, value, scale=scale)
+        return torch.autograd.grad(out, inputs, grad_out)
+
+    found = gradients(vk, *(t.clone() for t in (*call, scale, grad_out)))
+    expected = gradients(reference, *(t.double() for t in (*call, scale, grad_out)))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).abs().max() <= 4 * ROUNDING[torch.float16] * other.abs().max()
+
+
 @pytest.mark.parametrize("dtype", ON_TENSOR_CORES, ids=str)
 def test_256_columns(dtype, cuda_kernels):
     call = operands(size=(6, 7), d=250, dtype=dtype)

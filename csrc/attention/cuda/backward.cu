@@ -176,6 +176,7 @@ struct BackwardKernel {
     auto& grad_value = *(kOwnsKeys ? &more : &grad);                                    // (MMA,MMA_M,MMA_N)
     clear(grad);
     clear(grad_value);
+    const HeadFactors factors(problem.score, p.forward, kOwnsKeys ? task.query_heads : Range{}, task.kv_head);
 
     Step step{.head = task.query_heads.begin, .tile = task.streamed_tiles.begin - 1};
     bool exists = advance(p.forward, task, keys, step);
@@ -210,7 +211,7 @@ struct BackwardKernel {
       apply_score<kKeys>(logits, coordinates, problem.score, keys, tile);
       differentiate<kOwnsKeys>(logits, logit_grads, coordinates, p, sequence, tile);
       // Factors that all logits of the owner share are applied in the epilogue: fp16 operands would underflow.
-      const float factor = kOwnsKeys ? problem.score.template head_factor<float>(now.head) : 1.0f;
+      const float factor = kOwnsKeys ? factors.relative(problem.score, now.head) : 1.0f;
       multiply_grads(logit_grads, coordinates, problem.score, factor, tile);
 
       if (columns > 0) {
@@ -225,7 +226,7 @@ struct BackwardKernel {
 
     if constexpr (kOwnsKeys) {
       CUTE_UNROLL
-      for (int i = 0; i < size(grad); ++i) grad(i) *= problem.score.scale.template as<float>();
+      for (int i = 0; i < size(grad); ++i) grad(i) *= problem.score.scale.template as<float>() * factors.largest;
       if (columns > 0) {
         auto sK = owned.template part<kColumns>(0);  // (keys,columns)
         store_owned<kThreads>(mma, grad, sK, targets.logit_grads, targets.logit_grad_parts,

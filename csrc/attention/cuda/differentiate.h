@@ -137,6 +137,28 @@ __device__ void differentiate(Logits& logits, Grads& grads, const Coordinates& c
   }
 }
 
+// Query heads of one key head add up to one gradient, each times its own factor. What all have in common, the factor of
+// largest magnitude, is left to the epilogue: rounded operands keep more bits without it, above all in float16.
+struct HeadFactors {
+  float largest = 1.0f;
+
+  template <class Call>
+  __device__ HeadFactors(const Score& score, const Call& call, Range heads, int64_t kv_head) {
+    if (!score.head_scale) return;
+    float found = 0.0f;
+    for (int64_t head = heads.begin; head < heads.end; ++head) {
+      if (call.kv_head(head) == kv_head) found = fmaxf(found, fabsf(score.head_factor<float>(head)));
+    }
+    if (found > 0.0f) largest = found;
+  }
+
+  __device__ float relative(const Score& score, int64_t head) const {
+    if (!score.head_scale) return 1.0f;
+    const float factor = score.head_factor<float>(head);
+    return factor == largest ? 1.0f : factor / largest;
+  }
+};
+
 // The gradient of the logits becomes that of the scaled products: times `factor` and the multipliers.
 template <class Grads, class Coordinates>
 __device__ void multiply_grads(Grads& grads, const Coordinates& coordinates, const Score& score, float factor,

@@ -350,6 +350,7 @@ struct SpatialBackwardKernel {
     Tensor grad_value = make_fragment_like(grad);                              // (MMA,MMA_M,MMA_N)
     clear(grad);
     clear(grad_value);
+    const HeadFactors factors(f.score, f, {0, f.heads}, kv_head);
     bool is_first = true;
     for (int64_t head = 0; head < f.heads; ++head) {
       if (f.kv_head(head) != kv_head && !(is_first && head + 1 == f.heads)) continue;
@@ -381,7 +382,7 @@ struct SpatialBackwardKernel {
               for (int r = 0; r < size<0>(logit_grads); ++r) sums[c] += logit_grads(r, c);
             }
             score.multiply(logit_grads, at);
-            const float factor = f.score.head_factor<float>(head);
+            const float factor = factors.relative(f.score, head);
             CUTE_UNROLL
             for (int i = 0; i < size(grads); ++i) grads(i) *= factor;
             multiply_operand(mma, grad, as_operand_a(convert<Element>(grads)),
@@ -393,7 +394,7 @@ struct SpatialBackwardKernel {
       __syncthreads();  // all reads of the rows are done
     }
     CUTE_UNROLL
-    for (int i = 0; i < size(grad); ++i) grad(i) *= f.score.scale.template as<float>();
+    for (int i = 0; i < size(grad); ++i) grad(i) *= f.score.scale.template as<float>() * factors.largest;
     store_keys(p, task, shared, mma, grad, grad_value);
   }
 

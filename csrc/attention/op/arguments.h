@@ -3,6 +3,7 @@
 
 #include "attention/dense.h"
 #include "attention/op/offset_arguments.h"
+#include "common/token_argument.h"
 
 namespace vitkernels {
 
@@ -82,8 +83,6 @@ class AttentionArguments {
   HeadMap heads_of;
   std::vector<int64_t> query_offsets, key_offsets, first_task;
 };
-
-TokenTensor token_tensor(const Tensor& t);
 
 // Strides of a tensor that is broadcast to the last `rank` of (batch, head, query, key); a rank of 3 has no query axis.
 // `contiguous`: as if the tensor were contiguous.
