@@ -64,6 +64,15 @@ std::vector<std::string> make_schemas() {
   schemas.push_back("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   schemas.push_back(
       "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> Tensor[]");
+  // state (B, kv_heads, d, dv + 1): the sum of phi(k)^T v, and in its last column that of phi(k). feature_map: 0 identity,
+  // 1 relu, 2 elu + 1, 3 exp, 4 focused (linear_attention/linear_attention.h).
+  const std::string linear =
+      "Tensor query, Tensor key, Tensor value, SymInt feature_map, SymInt power, bool normalize, float eps, float "
+      "scale, "
+      "float residual";
+  schemas.push_back("linear_attention(" + linear + ") -> (Tensor out, Tensor state)");
+  schemas.push_back("linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + linear +
+                    ", Tensor state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
   return schemas;
 }
 

@@ -28,6 +28,7 @@ MAY_INCLUDE_TORCH = {
     "common/check.h",
     "common/parallel.h",
     "common/stable.h",
+    "common/token_argument.h",
     "cuda/device.h",
     "cuda/library.cpp",
     "library.cpp",

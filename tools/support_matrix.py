@@ -107,7 +107,7 @@ def page() -> str:
         [
             name,
             dtypes(operator),
-            ", ".join(str(d).removeprefix("torch.") for d in FUNCTIONS.get(operator, ())) or "in part",
+            ", ".join(str(d).removeprefix("torch.") for d in FUNCTIONS.get(operator, ())) or "no",
         ]
         for name, operator in zip(names, OPERATORS, strict=True)
     ]

@@ -3,14 +3,18 @@
 from vitkernels import _library as _library  # loads the operators before anything registers on them
 from vitkernels import compat, nn, reference
 from vitkernels.axes import Block, Full, Halo, Neighborhood, Sliding
+from vitkernels.feature_map import FeatureMap
 from vitkernels.functional import (
+    agent_attention,
     attention,
     attention_transposed,
     attention_varlen,
+    channel_attention,
     criss_cross_attention,
     cross_shaped_window_attention,
     grid_attention,
     halo_attention,
+    linear_attention,
     merge_attentions,
     na1d,
     na2d,
@@ -24,20 +28,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "FeatureMap",
     "Full",
     "Halo",
     "Neighborhood",
     "Report",
     "Sliding",
     "accelerate",
+    "agent_attention",
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "channel_attention",
     "compat",
     "criss_cross_attention",
     "cross_shaped_window_attention",
     "grid_attention",
     "halo_attention",
+    "linear_attention",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -41,6 +41,13 @@ def test_vision_transformer():
     assert counted(lambda: vk.attention(x, x, x)) == 29_805_312
 
 
+def test_linear_attention():
+    """Two products with a state, of every query and of every key; twice as many in the backward."""
+    shapes = (2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)
+    forward = 2 * (2 * 5 * 4 + 2 * 7 * 2) * 8 * 6
+    assert forward_and_backward(vk.linear_attention, *shapes) == (forward, 2 * forward)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention(kv_heads):
     shapes = (2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 6)

@@ -199,7 +199,7 @@ EMPTY = CALLS | {
 ONE_OF_EACH = [
     next(s for s in (COVERING + NAMED_SAMPLES) if s.operator == name)
     for name in vk.functional.__all__
-    if name != "merge_attentions"
+    if name not in ("merge_attentions", "linear_attention")
 ]
 
 

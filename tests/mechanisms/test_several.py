@@ -8,7 +8,7 @@ from support.mechanisms import agree, dots, grid, plain, tokens, weigh
 
 def test_agents():
     def ours(q, k, v, agent, agent_bias, query_bias):
-        return vk.attention(q, agent, vk.attention(agent, k, v, bias=agent_bias), bias=query_bias)
+        return vk.agent_attention(q, k, v, agent, agent_bias=agent_bias, query_bias=query_bias)
 
     def formula(q, k, v, agent, agent_bias, query_bias):
         agent_value = weigh(dots(agent, k) / 8**0.5 + agent_bias, v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import vitkernels as vk
 
 MODULES = {
+    "AgentAttention": lambda: (vk.nn.AgentAttention(16, 2, (4, 6), 4), (2, 4, 6, 16)),
     "Attention": lambda: (vk.nn.Attention(24, 3, qkv_bias=True), (2, 7, 24)),
     "CrissCrossAttention": lambda: (vk.nn.CrissCrossAttention(16), (2, 16, 4, 5)),
     "CrossShapedWindowAttention": lambda: (vk.nn.CrossShapedWindowAttention(16, 2, 2), (2, 4, 6, 16)),

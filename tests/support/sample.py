@@ -138,6 +138,17 @@ class Length:
         return sizes[self.letter]
 
 
+@dataclass(frozen=True)
+class RandomFeatures:
+    """A feature map by ``count`` random projections."""
+
+    count: int
+
+    def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> vk.FeatureMap:
+        projection = torch.randn(self.count, sizes["d"], generator=generator, dtype=torch.float64) * 0.5
+        return vk.FeatureMap("performer", projection=projection.to(DEVICE))
+
+
 def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
     return Input(axes, fill, statistics=True, **options)
 

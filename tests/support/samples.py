@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import vitkernels as vk
 from support.sample import (
     Fill,
     Input,
     Length,
     Offsets,
+    RandomFeatures,
     Sample,
     empty,
     fraction,
@@ -66,6 +68,18 @@ def transposed(
         "query": Input("bqhd"), "key": Input("bkgd"), "value_q": Input("bqhv"), "lse": statistic("bqh", lse_like),
     }  # fmt: skip
     return Sample("attention_transposed", id, {**tensors, **arguments}, sizes, frozenset(tags.split()))
+
+
+def linear(
+    id: str, *, b: int = 2, q: int = 97, k: int = 131, h: int = 4, g: int = 2, d: int = 16, v: int = 24, tags: str = "",
+    **arguments: Any,
+) -> Sample:  # fmt: skip
+    sizes = {"b": b, "q": q, "k": k, "h": h, "g": g, "d": d, "v": v}
+    data = {name: Input(axes) for name, axes in DATA.items()}
+    return Sample("linear_attention", id, {**data, **arguments}, sizes, frozenset(tags.split()))
+
+
+OWN_VALUE = {name: Input(f"bk{heads}") for name, heads in (("query", "hd"), ("key", "gd"), ("value", "gv"))}
 
 
 def merge(
@@ -275,6 +289,24 @@ SAMPLES = [
     merge("lowest", 3, lses=(lowest_only,) * 3, learns=False),
     merge("no-tokens", 2, q=0),
     merge("no-dims", 2, v=0),
+    linear("relu", tags="core deploy"),
+    linear("elu", feature_map="elu", q=601, k=1100, h=2, tags="core"),  # the keys are split
+    linear("exp", feature_map="exp", d=5, v=33),
+    linear("focused", feature_map="focused", tags="core"),
+    linear("focused-power", feature_map=vk.FeatureMap("focused", power=6), d=33, v=5),
+    linear("performer", feature_map=RandomFeatures(20), tags="mixed"),
+    linear("unnormalized", feature_map="identity", normalize=False, g=4, scale=0.3),
+    linear(
+        "angular", feature_map="identity", normalize=False, qk_norm="l2", scale=0.3, residual_v=0.5, tags="mixed",
+        **OWN_VALUE,
+    ),
+    linear("residual", eps=0.1, scale=2.0, residual_v=-1.0, g=1, tags="core", **OWN_VALUE),
+    linear("one-of-each", b=1, q=1, k=1, h=1, g=1, d=1, v=1),
+    linear("shared-key", key=Input("1kgd", expand="bkgd"), query=Input("bq1d", expand="bqhd")),
+    linear("no-batch", b=0, tags="core"),
+    linear("no-queries", q=0),
+    linear("no-keys", k=0),
+    linear("nothing", b=0, q=0, k=0),
     *SPATIAL_SAMPLES,
 ]  # fmt: skip
 assert len({*map(str, SAMPLES)}) == len(SAMPLES), "two samples have the same name"

@@ -21,7 +21,24 @@ def on_map(
     return Sample(function, id, {**data, **arguments}, sizes | dict(zip(letters, size, strict=True)))
 
 
+def agents(id: str, **arguments: Any) -> Sample:
+    data = {"query": Input("bqhd"), "key": Input("bkgd"), "value": Input("bkgv"), "agent": Input("bahd")}
+    sizes = {"b": 2, "q": 17, "k": 33, "h": 4, "g": 2, "d": 8, "v": 5, "a": 6}
+    return Sample("agent_attention", id, {**data, **arguments}, sizes)
+
+
+def channels(id: str, **arguments: Any) -> Sample:
+    data = {"query": Input("bqhd"), "key": Input("bqhv"), "value": Input("bkhv")}
+    sizes = {"b": 2, "q": 17, "k": 9, "h": 4, "d": 8, "v": 5, "g": 2}
+    return Sample("channel_attention", id, {**data, **arguments}, sizes)
+
+
 NAMED_SAMPLES = [
+    channels("scaled", scale=SCALE),
+    channels("xcit", qk_norm="l2", scale=SCALE),
+    channels("groups", groups=2, key=Input("bqhd"), value=Input("bkhd")),
+    agents("biased", agent_bias=statistic("hak"), query_bias=statistic("hqa"), scale=SCALE),
+    agents("shared", agent=Input("1ahd"), agent_bias=statistic("b1ak")),
     on_map("na1d", "causal", size=(9,), kernel_size=3, is_causal=True, scale=SCALE),
     on_map("na2d", "additional", size=(5, 6), kernel_size=3, rpb=statistic("hff"), return_lse=True, **ADDITIONAL),
     on_map("na3d", "plain", size=(2, 3, 4), kernel_size=2),
@@ -34,5 +51,12 @@ NAMED_SAMPLES = [
     on_map("criss_cross_attention", "key-bias", key_bias=statistic("byx"), return_lse=True),
 ]  # fmt: skip
 
-_OPERATORS = {"attention", "attention_transposed", "attention_varlen", "merge_attentions", "spatial_attention"}
+_OPERATORS = {
+    "attention",
+    "attention_transposed",
+    "attention_varlen",
+    "linear_attention",
+    "merge_attentions",
+    "spatial_attention",
+}
 assert {s.operator for s in NAMED_SAMPLES} | _OPERATORS == set(vk.functional.__all__), "a function without a row"

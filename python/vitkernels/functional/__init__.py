@@ -1,22 +1,28 @@
 """The typed functions: what ``import vitkernels as vk`` offers as ``vk.*``."""
 
+from vitkernels.functional.agent_attention import agent_attention
 from vitkernels.functional.attention import attention
 from vitkernels.functional.attention_transposed import attention_transposed
 from vitkernels.functional.attention_varlen import attention_varlen
+from vitkernels.functional.channel_attention import channel_attention
 from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_window_attention
+from vitkernels.functional.linear_attention import linear_attention
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.neighborhood import na1d, na2d, na3d
 from vitkernels.functional.spatial_attention import spatial_attention
 from vitkernels.functional.windows import grid_attention, halo_attention, window_attention
 
 __all__ = [
+    "agent_attention",
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "channel_attention",
     "criss_cross_attention",
     "cross_shaped_window_attention",
     "grid_attention",
     "halo_attention",
+    "linear_attention",
     "merge_attentions",
     "na1d",
     "na2d",

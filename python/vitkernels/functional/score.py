@@ -32,6 +32,7 @@ __all__ = [
     "ScoreOptions",
     "SpatialOptions",
     "in_options",
+    "normalized",
     "of_each_head",
     "operands",
     "with_additional_keys",
@@ -134,9 +135,9 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
     if qk_norm is not None:
         if qk_norm != "l2":
             raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
-        query, key = _normalized(op, "query", query), _normalized(op, "key", key)
-        key_fill = None if key_fill is None else _normalized(op, "outside[0]", key_fill)
-        extra_keys = None if extra_keys is None else _normalized(op, "additional_keys", extra_keys)
+        query, key = normalized(op, "query", query), normalized(op, "key", key)
+        key_fill = None if key_fill is None else normalized(op, "outside[0]", key_fill)
+        extra_keys = None if extra_keys is None else normalized(op, "additional_keys", extra_keys)
     if isinstance(scale, Tensor):
         head_scale = of_each_head(op, query, scale)
     elif scale is not None:
@@ -199,7 +200,7 @@ def _fills(op: str, query: Tensor, outside: Outside) -> list[Tensor]:
     return [converted(op, f"outside[{i}]", fill, query.dtype) for i, fill in enumerate(outside)]
 
 
-def _normalized(op: str, name: str, t: Tensor) -> Tensor:
+def normalized(op: str, name: str, t: Tensor) -> Tensor:
     """``t`` divided by its Euclidean norm over the last dimension. (float16 would hold neither norm nor epsilon.)
 
     As ``torch.nn.functional.normalize``, but where that has the gradient of zeros divided by its epsilon, which float16

@@ -1,5 +1,6 @@
 """Modules whose parameters keep the names and shapes of the published implementations."""
 
+from vitkernels.nn.agent import AgentAttention
 from vitkernels.nn.attention import Attention
 from vitkernels.nn.crossing import CrissCrossAttention, CrossShapedWindowAttention
 from vitkernels.nn.halo import HaloAttention
@@ -7,6 +8,7 @@ from vitkernels.nn.neighborhood import NeighborhoodAttention1D, NeighborhoodAtte
 from vitkernels.nn.windows import GridAttention, WindowAttention, WindowAttentionV2
 
 __all__ = [
+    "AgentAttention",
     "Attention",
     "CrissCrossAttention",
     "CrossShapedWindowAttention",

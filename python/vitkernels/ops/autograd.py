@@ -49,6 +49,7 @@ class Gradient(NoGradient):
     def __init__(self, op: Operator, backward: Operator, call_backward: Call) -> None:
         super().__init__(op)
         self.call, self.asked = call_backward, backward.arguments
+        self.out_is_optional = GRAD + "out" in backward.optional
         self.incoming = [GRAD + name for name in op.results]
         self.found = [name.removeprefix(GRAD) for name in backward.results]
         needed = [name.removeprefix(NEED) for name in backward.arguments if name.startswith(NEED)]
@@ -76,7 +77,7 @@ class Gradient(NoGradient):
         given |= zip(self.incoming, grads, strict=True)
         given |= zip((names[i] for i in self.op.others), ctx.others, strict=True)
         given |= {NEED + name: ctx.needs_input_grad[i] for name, i in self.needs.items()}
-        if given["grad_out"] is None:
+        if given["grad_out"] is None and not self.out_is_optional:
             given["grad_out"] = torch.zeros_like(given["outs"][0] if has_lists else given["out"])
         found = self.call(*[given[name] for name in self.asked])
         if has_lists:

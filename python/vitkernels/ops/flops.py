@@ -1,8 +1,8 @@
 """FLOP formulas of the operators, for :class:`torch.utils.flop_counter.FlopCounterMode`.
 
-They follow its conventions: two FLOPs for each multiply-add of a matrix product, none for a softmax, five products in
-a backward, and ``is_causal`` of dense attention counts as if every key were seen. Over a map only the pairs of a query
-and a key that see each other count (those beyond ``radius``, too).
+They follow its conventions: two FLOPs for each multiply-add of a matrix product, none for a softmax, five products in a
+backward of softmax attention, and ``is_causal`` of dense attention counts as if every key were seen. Over a map only
+the pairs of a query and a key that see each other count (those beyond ``radius``, too).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from vitkernels.ops.schema import Arguments, Operator
 from vitkernels.reference.pattern import AxisRule
 
 __all__: list[str] = []
+
+Count = Callable[[Arguments], int]
 
 
 def _lengths(offsets: Tensor, longest: int) -> list[int]:
@@ -54,19 +56,39 @@ def _pairs(given: Arguments) -> int:
     return batch * heads * prod(_pairs_on_axis(axis, q, k, given["has_outside"]) for axis, q, k in each)
 
 
-def _register(name: str, of_query: int, of_value: int) -> None:
-    """A formula for an operator with so many products as deep as a query, and as a value."""
+def _of_pairs(of_query: int, of_value: int) -> Count:
+    """So many products as deep as a query, and as a value, for each pair."""
+
+    def count(given: Arguments) -> int:
+        value = given["value"] if "value" in given else given["value_q"]
+        return 2 * _pairs(given) * int(of_query * given["query"].size(-1) + of_value * value.size(-1))
+
+    return count
+
+
+def _of_tokens(of_queries: int, of_keys: int) -> Count:
+    """So many products with a state for each query, and for each key."""
+
+    def count(given: Arguments) -> int:
+        query, key, value = (given[name] for name in ("query", "key", "value"))
+        rows = of_queries * prod(query.shape[:3]) + of_keys * prod(key.shape[:3])
+        return int(2 * rows * query.size(-1) * value.size(-1))
+
+    return count
+
+
+def _register(name: str, count: Count) -> None:
     names = Operator(name).arguments
 
     def formula(*args: Any, out_val: Any = None, **options: Any) -> int:
-        given = dict(zip(names, args, strict=False)) | options
-        value = given["value"] if "value" in given else given["value_q"]
-        return 2 * _pairs(given) * int(of_query * given["query"].size(-1) + of_value * value.size(-1))
+        return count(dict(zip(names, args, strict=False)) | options)
 
     registered: Callable[..., Any] = register_flop_formula(getattr(torch.ops.vitkernels, name), get_raw=True)
     registered(formula)
 
 
 for _name in ("attention", "attention_varlen", "attention_transposed", "spatial_attention"):
-    _register(_name, 1, 1)
-    _register(f"{_name}_backward", 3, 2)
+    _register(_name, _of_pairs(1, 1))
+    _register(f"{_name}_backward", _of_pairs(3, 2))
+_register("linear_attention", _of_tokens(1, 1))
+_register("linear_attention_backward", _of_tokens(2, 2))

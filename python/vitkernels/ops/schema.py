@@ -32,6 +32,7 @@ class Operator:
         self.results: list[str] = [r.name or "out" for r in schema.returns]
         self.tensors = [i for i, t in enumerate(types) if "Tensor" in t]  # where one, or a list of them, may stand
         self.others = [i for i, t in enumerate(types) if "Tensor" not in t]
+        self.optional = {name for name, t in zip(self.arguments, types, strict=True) if t.startswith("Optional")}
         self.is_list = [t == "List[Tensor]" for t in types]
         self.has_lists = any(self.is_list)
 

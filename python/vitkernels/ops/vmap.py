@@ -19,7 +19,20 @@ Rule = Callable[..., tuple[Any, Any]]
 _library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
 
 #: Arguments whose first axis is the batch; terms that broadcast to one, and their rank with it.
-_BATCHES = ("query", "key", "value", "value_q", "out", "lse", "outs", "lses", "grad_out", "grad_lse")
+_BATCHES = (
+    "query",
+    "key",
+    "value",
+    "value_q",
+    "out",
+    "lse",
+    "state",
+    "outs",
+    "lses",
+    "grad_out",
+    "grad_lse",
+    "grad_state",
+)
 _RANKS = {"bias": 4, "multiplier": 4, "key_bias": 3, "query_weight": 3}
 
 

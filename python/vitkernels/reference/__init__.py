@@ -1,9 +1,21 @@
 """Plain PyTorch definitions of every operator: slow, float64-capable, the ground truth of the tests."""
 
+from vitkernels.reference.agent_attention import agent_attention
 from vitkernels.reference.attention import attention
 from vitkernels.reference.attention_transposed import attention_transposed
 from vitkernels.reference.attention_varlen import attention_varlen
+from vitkernels.reference.channel_attention import channel_attention
+from vitkernels.reference.linear_attention import linear_attention
 from vitkernels.reference.merge_attentions import merge_attentions
 from vitkernels.reference.spatial_attention import spatial_attention
 
-__all__ = ["attention", "attention_transposed", "attention_varlen", "merge_attentions", "spatial_attention"]
+__all__ = [
+    "agent_attention",
+    "attention",
+    "attention_transposed",
+    "attention_varlen",
+    "channel_attention",
+    "linear_attention",
+    "merge_attentions",
+    "spatial_attention",
+]

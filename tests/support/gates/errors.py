@@ -304,6 +304,7 @@ CALLS = [
     (vk.attention_varlen, VARLEN),
     (vk.attention_transposed, TRANSPOSED),
     (vk.spatial_attention, ON_MAP),
+    (vk.linear_attention, QKV),
     *((f, DATA_ON_MAP | options) for f, options in NAMED.items()),
 ]
 NESTED = torch.nested.nested_tensor([tokens(5, 4, 8), tokens(3, 4, 8)], layout=torch.jagged)
@@ -340,7 +341,29 @@ def takes(function, name):
     return name in parameters or ("options" in parameters and name in Options.__optional_keys__)
 
 
+LINEAR_ERRORS = [
+    (
+        {"feature_map": "gelu"},
+        "feature_map is 'gelu', takes 'identity', 'relu', 'elu', 'exp', 'focused' or a vitkernels.",
+    ),
+    ({"normalize": 1}, "normalize is 1, takes True or False"),
+    ({"eps": -1e-3}, "eps is -0.001, takes a number that is not negative"),
+    ({"eps": float("nan")}, "eps is nan, takes a finite number in torch.float32"),
+    ({"scale": tokens(4)}, "scale is a tensor, takes a number"),
+    ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
+    ({"residual_v": 0.5}, "residual is 0.5, takes 0 where query has 5 tokens and key 7"),
+    ({"key": tokens(2, 7, 3, 8)}, "value has size 2 in dimension 2, takes 3 (key's number of heads)"),
+    ({"key": tokens(2, 7, 3, 8), "value": tokens(2, 7, 3, 3)}, "key has 3 heads, takes a divisor of query's 4"),
+    ({"key": tokens(1, 7, 2, 8)}, "key has size 1 in dimension 0, takes 2 (query's batch size)"),
+    ({"query": tokens(2, 5, 4)}, "query has shape (2, 5, 4), takes 4 dimensions (B, Nq, heads, d)"),
+    (
+        {"feature_map": vk.FeatureMap("performer", projection=tokens(6, 7))},
+        "feature_map has a projection of shape (6, 7), takes (features, 8), the head dimension of query",
+    ),
+]
+
 ERRORS = [
+    *((vk.linear_attention, QKV | wrong, f"vitkernels::linear_attention: {text}") for wrong, text in LINEAR_ERRORS),
     *(
         (vk.spatial_attention, ON_MAP | wrong, f"vitkernels::spatial_attention: {text}")
         for wrong, text in SPATIAL_ERRORS

@@ -1,0 +1,7 @@
+# Engine 2, linear attention, under the names of csrc/attention/sources.cmake.
+set(engine csrc/linear_attention)
+
+list(APPEND cpu_kernel_sources
+  ${engine}/cpu/grad_key.cpp ${engine}/cpu/grad_query.cpp ${engine}/cpu/output.cpp ${engine}/cpu/state.cpp)
+
+list(APPEND cpu_op_sources ${engine}/op/linear_attention_cpu.cpp)

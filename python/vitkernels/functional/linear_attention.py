@@ -1,0 +1,92 @@
+"""Attention without a softmax: linear in the number of tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitkernels.feature_map import FeatureMap, encode, random_features
+from vitkernels.functional.arguments import check_flag, check_tensors, number
+from vitkernels.functional.score import normalized
+from vitkernels.ops.attention import statistics_dtype
+from vitkernels.ops.linear_attention import linear_attention as _linear_attention
+
+__all__ = ["linear_attention"]
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str | FeatureMap = "relu",
+    normalize: bool = True,
+    eps: float = 1e-6,
+    scale: float = 1.0,
+    qk_norm: Literal["l2"] | None = None,
+    residual_v: float = 0.0,
+) -> Tensor:
+    r"""Attention of every query to every key by products of features, without any matrix of size queries times keys.
+
+    .. math::
+        o_i = \frac{s \, \varphi(q_i) \sum_j \varphi(k_j)^T v_j}{s \, \varphi(q_i) \cdot \sum_j \varphi(k_j) + \epsilon}
+        + r \, v_i
+
+    The sums over the keys are float32 (float64 for float64), and the features are never stored.
+
+    Args:
+        query: ``(B, Nq, heads, d)``.
+        key: ``(B, Nk, kv_heads, d)``; ``heads`` must be a multiple of ``kv_heads``.
+        value: ``(B, Nk, kv_heads, dv)``; ``dv`` may differ from ``d``.
+        feature_map: :math:`\varphi`: ``"identity"``, ``"relu"``, ``"elu"``, ``"exp"``, ``"focused"``, or a
+            :class:`vitkernels.FeatureMap`, which has options.
+        normalize: whether there is a denominator.
+        eps: :math:`\epsilon` of the denominator. Where that is 0 all the same, so is the output.
+        scale: :math:`s`, a number.
+        qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first.
+        residual_v: :math:`r`; not 0 only where there are as many queries as keys. With ``feature_map="identity"``,
+            ``qk_norm="l2"``, ``normalize=False``, ``scale=1 / math.pi`` and 0.5 here this is linear-angular attention.
+
+    All three tensors may have any strides as long as the last one is 1. The dtypes are those of
+    :func:`vitkernels.attention`. On the CPU; positive random features are made by PyTorch before the kernel.
+
+    Returns:
+        ``(B, Nq, heads, dv)`` in the dtype of ``query``, with the same bits in every run, gradients included.
+
+    A NaN or infinity in a key or value reaches all queries.
+
+    Raises:
+        RuntimeError: on a wrong rank, dtype, device, size or option, naming the argument and what it takes.
+
+    Source: Katharopoulos et al., "Transformers are RNNs" (2020), eq. 5; ``residual_v``: You et al., "Castling-ViT:
+    Compressing Self-Attention via Switching Towards Linear-Angular Attention" (2023), eq. 8.
+    """
+    op = "linear_attention"
+    check_tensors(op, query=query, key=key, value=value)
+    check_flag(op, "normalize", normalize)
+    chosen, code = encode(op, feature_map)
+    statistics = statistics_dtype(query.dtype)
+    numbers = (_number(op, *each, statistics) for each in (("eps", eps), ("scale", scale), ("residual_v", residual_v)))
+    eps, scale, residual = numbers
+    if qk_norm is not None:
+        if qk_norm != "l2":
+            raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
+        query, key = normalized(op, "query", query), normalized(op, "key", key)
+    dtype = query.dtype
+    if chosen.projection is not None:
+        # The features stay in the precision in which they are made, and so must the values.
+        query = random_features(op, "query", query, chosen.projection)
+        key = random_features(op, "key", key, chosen.projection)
+        value = value.to(query.dtype) if value.dtype == dtype else value
+    out: Tensor = _linear_attention(query, key, value, code, chosen.power, normalize, eps, scale, residual)[0]
+    return out.to(dtype) if out.dtype == query.dtype else out  # else autocast chose
+
+
+def _number(op: str, name: str, value: object, dtype: torch.dtype) -> float:
+    """A tensor would lose its gradient."""
+    if isinstance(value, Tensor):
+        check_tensors(op, **{name: value})
+        raise RuntimeError(f"vitkernels::{op}: {name} is a tensor, takes a number")
+    return number(op, name, value, dtype)

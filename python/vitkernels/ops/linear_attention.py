@@ -1,0 +1,22 @@
+"""The operator of linear attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitkernels.ops.attention import statistics_dtype
+from vitkernels.ops.registration import register
+from vitkernels.ops.schema import Arguments
+
+__all__ = ["linear_attention"]
+
+
+def _out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
+    query, key, value = given["query"], given["key"], given["value"]
+    state = query.new_empty(
+        (query.shape[0], key.shape[2], query.shape[3], value.shape[3] + 1), dtype=statistics_dtype(query.dtype)
+    )
+    return query.new_empty((*query.shape[:3], value.shape[3])), state
+
+
+linear_attention = register("linear_attention", _out_and_state)
