@@ -96,7 +96,9 @@ def test_the_state_of_the_operator():
 
 
 @pytest.mark.parametrize(
-    "features", [vk.FeatureMap("focused", power=4), vk.FeatureMap("performer", projection=torch.randn(6, 8))], ids=str
+    "features",
+    [vk.FeatureMap("focused", power=4), vk.FeatureMap("performer", projection=torch.randn(6, 8))],
+    ids=lambda features: features.name,
 )
 def test_feature_maps_are_copied(features):
     q = torch.randn(1, 9, 2, 8)
