@@ -73,6 +73,15 @@ std::vector<std::string> make_schemas() {
   schemas.push_back("linear_attention(" + linear + ") -> (Tensor out, Tensor state)");
   schemas.push_back("linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + linear +
                     ", Tensor state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  // decay (heads), initial_state and state (B, heads, d, dv): the sum of k^T v, each times the decay to the power of the
+  // tokens behind it. Without includes_self a token does not see itself.
+  const std::string decayed =
+      "Tensor query, Tensor key, Tensor value, Tensor decay, Tensor? initial_state, bool is_reversed, "
+      "bool includes_self";
+  schemas.push_back("decayed_linear_attention(" + decayed + ") -> (Tensor out, Tensor state)");
+  schemas.push_back("decayed_linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + decayed +
+                    ", bool need_initial_state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+                    "Tensor grad_initial_state)");
   return schemas;
 }
 

@@ -1,5 +1,6 @@
 """Linear attention and attention between channels: by products over the tokens."""
 
+import itertools
 import math
 
 import torch
@@ -62,3 +63,35 @@ def test_attention_between_channels():
         return (weights @ q.transpose(-1, -2)).permute(0, 3, 1, 2)
 
     agree(lambda q, k, v: vk.channel_attention(k, v, q), formula, *[tokens(2, 30, 3, 8) for _ in range(3)])
+
+
+def test_decay_of_each_head():
+    """TransNormer's: no denominator, a token's weight is a power of the head's decay."""
+    decay = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    distance = torch.arange(90)[:, None] - torch.arange(90)
+    weights = (decay[:, None, None] ** distance).masked_fill(distance < 0, 0.0)
+
+    def formula(q, k, v):
+        return torch.einsum("bihd,bjhd,hij,bjhe->bihe", q, k, weights, v)
+
+    agree(
+        lambda q, k, v: vk.decayed_linear_attention(q, k, v, decay), formula, *[tokens(2, 90, 2, 8) for _ in range(3)]
+    )
+
+
+def test_sequence_in_parts():
+    """Lightning Attention's blocks: the state that a part leaves is where the next one begins."""
+    cuts = (0, 7, 71, 100)
+
+    def ours(q, k, v):
+        outs, state = [], None
+        for begin, end in itertools.pairwise(cuts):
+            part = [t[:, begin:end] for t in (q, k, v)]
+            out, state = vk.decayed_linear_attention(*part, 0.8, initial_state=state, return_state=True)
+            outs.append(out)
+        return torch.cat(outs, 1)
+
+    def formula(q, k, v):
+        return vk.reference.decayed_linear_attention(q, k, v, 0.8)
+
+    agree(ours, formula, *[tokens(2, 100, 2, 8) for _ in range(3)])

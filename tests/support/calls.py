@@ -71,6 +71,10 @@ class Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+#: Arguments of operators that refuse to learn.
+WITHOUT_GRADIENT = {"decay"}
+
+
 def is_backward(op: torch._ops.OpOverload) -> bool:
     return op._schema.name.endswith("_backward")
 
@@ -78,12 +82,17 @@ def is_backward(op: torch._ops.OpOverload) -> bool:
 def operator_calls(function: Callable[..., Any], call: Call) -> list[tuple[torch._ops.OpOverload, tuple[Any, ...]]]:
     """The operators that forward and backward call, with differentiable arguments where the operator has a gradient."""
 
-    def leaf(op: torch._ops.OpOverload) -> Callable[[Tensor], Tensor]:
-        return lambda t: t.detach().requires_grad_(t.is_floating_point() and not is_backward(op))
+    def leaves(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def leaf(name: str) -> Callable[[Tensor], Tensor]:
+            learns = not is_backward(op) and name not in WITHOUT_GRADIENT
+            return lambda t: t.detach().requires_grad_(t.is_floating_point() and learns)
+
+        names = [a.name for a in op._schema.arguments]
+        return tuple(pytree.tree_map_only(Tensor, leaf(n), a) for n, a in zip(names, args, strict=True))
 
     with Recorder() as recorder:
         differentiate(function, call)
-    return [(op, pytree.tree_map_only(Tensor, leaf(op), args)) for op, args in recorder.calls]
+    return [(op, leaves(op, args)) for op, args in recorder.calls]
 
 
 def defined_operators() -> list[torch._C.FunctionSchema]:

@@ -79,6 +79,15 @@ def linear(
     return Sample("linear_attention", id, {**data, **arguments}, sizes, frozenset(tags.split()))
 
 
+def decayed(
+    id: str, *, b: int = 2, k: int = 131, h: int = 3, d: int = 16, v: int = 24, tags: str = "", **arguments: Any
+) -> Sample:
+    data = {"query": Input("bkhd"), "key": Input("bkhd"), "value": Input("bkhv")}
+    decay = {"decay": statistic("h", fraction, learns=False)}
+    sizes = {"b": b, "k": k, "h": h, "d": d, "v": v}
+    return Sample("decayed_linear_attention", id, {**data, **decay, **arguments}, sizes, frozenset(tags.split()))
+
+
 OWN_VALUE = {name: Input(f"bk{heads}") for name, heads in (("query", "hd"), ("key", "gd"), ("value", "gv"))}
 
 
@@ -303,6 +312,16 @@ SAMPLES = [
     linear("residual", eps=0.1, scale=2.0, residual_v=-1.0, g=1, tags="core", **OWN_VALUE),
     linear("one-of-each", b=1, q=1, k=1, h=1, g=1, d=1, v=1),
     linear("shared-key", key=Input("1kgd", expand="bkgd"), query=Input("bq1d", expand="bqhd")),
+    decayed("plain", tags="core deploy"),
+    decayed("one-block", k=64, d=33, v=5, decay=0.9),
+    decayed("state", initial_state=statistic("bhdv"), return_state=True, tags="core"),
+    decayed("state-fixed", k=65, initial_state=statistic("bhdv", learns=False), decay=1.0),
+    decayed("two-sided", is_causal=False, decay=0.95, tags="core"),
+    decayed("tiny", k=300, decay=1e-38),
+    decayed("zero", decay=0.0, is_causal=False),
+    decayed("one-of-each", b=1, k=1, h=1, d=1, v=1, return_state=True),
+    decayed("no-batch", b=0, tags="core"),
+    decayed("no-tokens", k=0, initial_state=statistic("bhdv"), return_state=True),
     linear("no-batch", b=0, tags="core"),
     linear("no-queries", q=0),
     linear("no-keys", k=0),

@@ -55,6 +55,7 @@ _OPERATORS = {
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "decayed_linear_attention",
     "linear_attention",
     "merge_attentions",
     "spatial_attention",

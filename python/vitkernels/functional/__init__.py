@@ -6,6 +6,7 @@ from vitkernels.functional.attention_transposed import attention_transposed
 from vitkernels.functional.attention_varlen import attention_varlen
 from vitkernels.functional.channel_attention import channel_attention
 from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_window_attention
+from vitkernels.functional.decayed_linear_attention import decayed_linear_attention
 from vitkernels.functional.linear_attention import linear_attention
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.neighborhood import na1d, na2d, na3d
@@ -20,6 +21,7 @@ __all__ = [
     "channel_attention",
     "criss_cross_attention",
     "cross_shaped_window_attention",
+    "decayed_linear_attention",
     "grid_attention",
     "halo_attention",
     "linear_attention",

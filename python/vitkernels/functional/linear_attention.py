@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.feature_map import FeatureMap, encode, random_features
-from vitkernels.functional.arguments import check_flag, check_tensors, number
+from vitkernels.functional.arguments import check_flag, check_floating, check_tensors, number
 from vitkernels.functional.score import normalized
 from vitkernels.ops.attention import statistics_dtype
 from vitkernels.ops.linear_attention import linear_attention as _linear_attention
@@ -76,6 +76,7 @@ def linear_attention(
         query, key = normalized(op, "query", query), normalized(op, "key", key)
     dtype = query.dtype
     if chosen.projection is not None:
+        _check_for_features(chosen.projection, query=query, key=key, value=value)
         # The features stay in the precision in which they are made, and so must the values.
         query = random_features(op, "query", query, chosen.projection)
         key = random_features(op, "key", key, chosen.projection)
@@ -90,3 +91,18 @@ def _number(op: str, name: str, value: object, dtype: torch.dtype) -> float:
         check_tensors(op, **{name: value})
         raise RuntimeError(f"vitkernels::{op}: {name} is a tensor, takes a number")
     return number(op, name, value, dtype)
+
+
+def _check_for_features(projection: Tensor, **data: Tensor) -> None:
+    """What the operator would refuse, of data that PyTorch converts before."""
+    query = data["query"]
+    is_cast = query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type)
+    for name, t in data.items():
+        check_floating("linear_attention", name, t)
+        if t.dtype != query.dtype and not is_cast:
+            raise RuntimeError(f"vitkernels::linear_attention: {name} is {t.dtype}, takes query's {query.dtype}")
+        if t.device != projection.device:
+            raise RuntimeError(
+                f"vitkernels::linear_attention: {name} is on {t.device}, takes the device of feature_map's projection "
+                f"({projection.device})"
+            )

@@ -82,6 +82,11 @@ class Gradient(NoGradient):
         found = self.call(*[given[name] for name in self.asked])
         if has_lists:
             return tuple(_split(found, ctx.lengths))
+        for i in self.op.tensors:
+            if names[i] not in self.found and ctx.needs_input_grad[i]:
+                raise RuntimeError(
+                    f"vitkernels::{self.op.name}: {names[i]} requires a gradient, which it does not have"
+                )
         by_name = {name: grad for name, grad in zip(self.found, found, strict=True) if given.get(NEED + name, True)}
         return tuple(by_name.get(name) for name in names)
 

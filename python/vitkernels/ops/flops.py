@@ -90,5 +90,7 @@ def _register(name: str, count: Count) -> None:
 for _name in ("attention", "attention_varlen", "attention_transposed", "spatial_attention"):
     _register(_name, _of_pairs(1, 1))
     _register(f"{_name}_backward", _of_pairs(3, 2))
+_register("decayed_linear_attention", _of_tokens(1, 1))
+_register("decayed_linear_attention_backward", _of_tokens(2, 2))
 _register("linear_attention", _of_tokens(1, 1))
 _register("linear_attention_backward", _of_tokens(2, 2))

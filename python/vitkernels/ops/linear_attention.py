@@ -8,7 +8,7 @@ from vitkernels.ops.attention import statistics_dtype
 from vitkernels.ops.registration import register
 from vitkernels.ops.schema import Arguments
 
-__all__ = ["linear_attention"]
+__all__ = ["decayed_linear_attention", "linear_attention"]
 
 
 def _out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
@@ -20,3 +20,12 @@ def _out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
 
 
 linear_attention = register("linear_attention", _out_and_state)
+
+
+def _decayed_out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
+    query, value = given["query"], given["value"]
+    sizes = (query.shape[0], *query.shape[2:], value.shape[3])
+    return value.new_empty(value.shape), query.new_empty(sizes, dtype=statistics_dtype(query.dtype))
+
+
+decayed_linear_attention = register("decayed_linear_attention", _decayed_out_and_state)

@@ -32,6 +32,7 @@ _BATCHES = (
     "grad_out",
     "grad_lse",
     "grad_state",
+    "initial_state",
 )
 _RANKS = {"bias": 4, "multiplier": 4, "key_bias": 3, "query_weight": 3}
 

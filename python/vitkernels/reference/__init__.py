@@ -5,6 +5,7 @@ from vitkernels.reference.attention import attention
 from vitkernels.reference.attention_transposed import attention_transposed
 from vitkernels.reference.attention_varlen import attention_varlen
 from vitkernels.reference.channel_attention import channel_attention
+from vitkernels.reference.decayed_linear_attention import decayed_linear_attention
 from vitkernels.reference.linear_attention import linear_attention
 from vitkernels.reference.merge_attentions import merge_attentions
 from vitkernels.reference.spatial_attention import spatial_attention
@@ -15,6 +16,7 @@ __all__ = [
     "attention_transposed",
     "attention_varlen",
     "channel_attention",
+    "decayed_linear_attention",
     "linear_attention",
     "merge_attentions",
     "spatial_attention",

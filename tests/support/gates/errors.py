@@ -357,6 +357,14 @@ LINEAR_ERRORS = [
     ({"key": tokens(1, 7, 2, 8)}, "key has size 1 in dimension 0, takes 2 (query's batch size)"),
     ({"query": tokens(2, 5, 4)}, "query has shape (2, 5, 4), takes 4 dimensions (B, Nq, heads, d)"),
     (
+        {"feature_map": vk.FeatureMap("performer", projection=tokens(6, 8)), "key": tokens(2, 7, 2, 8).to(torch.int8)},
+        "key is torch.int8, takes a floating dtype",
+    ),
+    (
+        {"feature_map": vk.FeatureMap("performer", projection=tokens(6, 8)), "value": tokens(2, 7, 2, 3).half()},
+        "value is torch.float16, takes query's torch.float32",
+    ),
+    (
         {"feature_map": vk.FeatureMap("performer", projection=tokens(6, 7))},
         "feature_map has a projection of shape (6, 7), takes (features, 8), the head dimension of query",
     ),

@@ -1,0 +1,75 @@
+"""Decayed linear attention where its own parts may fail: states, axes of maps, and what has no gradient."""
+
+import pytest
+import torch
+import vitkernels as vk
+from support.mechanisms import agree, tokens
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "two-sided"])
+@pytest.mark.parametrize("axes", [(0,), (1,), (1, 0), [2, 0, 1]], ids=str)
+def test_axes_one_after_another(axes, is_causal):
+    def along(function):
+        return lambda q, k, v: function(q, k, v, 0.7, axes=axes, is_causal=is_causal)
+
+    ours, formula = along(vk.decayed_linear_attention), along(vk.reference.decayed_linear_attention)
+    agree(ours, formula, *[tokens(2, 3, 4, 5, 2, 6) for _ in range(3)])
+
+
+def test_two_sided_weights():
+    """Of the distance alone: the diagonal counts once."""
+    q = torch.ones(1, 70, 1, 1, dtype=torch.float64)
+    found = vk.decayed_linear_attention(q, q, q, 0.5, is_causal=False).flatten()
+    at = torch.arange(70)
+    torch.testing.assert_close(found, (0.5 ** (at[:, None] - at).abs().double()).sum(-1))
+
+
+def test_the_time_of_a_token_is_that_of_any():
+    """The work grows with the tokens, not with their square: as FLOPs are counted, and the memory is the results'."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(n):
+        x = torch.empty(1, n, 2, 8)
+        with FlopCounterMode(display=False) as counter:
+            vk.decayed_linear_attention(x.zero_(), x, x, 0.9)
+        return counter.get_total_flops()
+
+    assert count(2000) == 2 * count(1000)
+
+
+X = torch.zeros(2, 5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"decay": 1.5}, "decay[0] is 1.5, takes 0 to 1"),
+        ({"decay": -0.1}, "decay[0] is -0.1, takes 0 to 1"),
+        ({"decay": torch.full((3,), 0.5)}, "decay has shape (3), takes (4)"),
+        ({"decay": "1"}, "decay is '1', takes a number"),
+        ({"decay": torch.full((4,), 0.5, requires_grad=True)}, "decay requires a gradient, takes one that does not"),
+        ({"key": X[:, :4]}, "key has shape (2, 4, 4, 8), takes (2, 5, 4, 8)"),
+        ({"value": X[:, :, :2]}, "value has shape (2, 5, 2, 8), takes (2, 5, 4, 8)"),
+        ({"value": X.half()}, "value is float16, takes float32"),
+        ({"query": None}, "query is None, takes a tensor"),
+        ({"is_causal": 1}, "is_causal is 1, takes True or False"),
+        ({"axes": (0,), "return_state": True}, "return_state is given, takes the causal form without axes"),
+        ({"is_causal": False, "initial_state": X}, "initial_state is given, takes the causal form without axes"),
+        ({"initial_state": torch.zeros(2, 4, 8, 7)}, "initial_state has shape (2, 4, 8, 7), takes (2, 4, 8, 8)"),
+        ({"axes": (1,)}, "axes is (1,), takes some of 0 to 0"),
+        ({"axes": ()}, "axes is (), takes some of 0 to 0"),
+        ({"axes": (0,), "key": X[:, :4]}, "key has shape (2, 4, 4, 8), takes query's (2, 5, 4) before its last"),
+    ],
+)
+def test_errors_are_the_callers(wrong, text):
+    with pytest.raises(RuntimeError) as raised:
+        vk.decayed_linear_attention(**{"query": X, "key": X, "value": X, "decay": 0.5} | wrong)
+    assert str(raised.value).startswith("vitkernels::decayed_linear_attention: ") and text in str(raised.value)
+
+
+def test_the_operator_refuses_a_decay_that_learns():
+    """A gradient that does not exist is an error, not nothing."""
+    q, decay = torch.randn(1, 5, 2, 4, requires_grad=True), torch.full((2,), 0.5, requires_grad=True)
+    out, _ = torch.ops.vitkernels.decayed_linear_attention(q, q, q, decay, None, False, True)
+    with pytest.raises(RuntimeError, match="decay requires a gradient, which it does not have"):
+        out.sum().backward()
