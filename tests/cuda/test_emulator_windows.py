@@ -169,6 +169,30 @@ def test_lowest_tables(cuda_kernels):
     assert set(kernels_of(cuda_kernels)) == {"window_attention"}
 
 
+@pytest.mark.parametrize(
+    ("axes", "offsets"),
+    [
+        ([vk.Full(), vk.Block(4, 2)], (1, 3)), ([vk.Block(4), vk.Block(6, 2)], (7, 7)),
+        ([vk.Block(3), vk.Block(7, 1)], (5, 11)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tables_of_the_pairs_that_are_seen(axes, offsets, cuda_kernels):
+    """A shift of the only window leaves no pair with the largest offsets, and tables need not have them."""
+    sizes = [axis.size if isinstance(axis, vk.Block) else 1 for axis in axes]
+    call = [t.requires_grad_() for t in (*operands(size=sizes), torch.randn(2, *offsets))]
+    wide = [t.detach().double().requires_grad_() for t in call]
+
+    def gradients(where, query, key, value, table):
+        out = where.spatial_attention(query, key, value, axes, bias_table=table)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+        return torch.autograd.grad((out * weights).sum(), (query, key, value, table))
+
+    for one, other in zip(gradients(vk, *call), gradients(reference, *wide), strict=True):
+        assert (one.double() - other).abs().max() <= 8 * ROUNDING[torch.bfloat16] * other.abs().max()
+    assert "window_attention" not in kernels_of(cuda_kernels)
+
+
 def test_padding_is_never_read(cuda_kernels):
     def padded(t):
         wide = torch.full((*t.shape[:-1], t.size(-1) + 8), torch.nan, dtype=t.dtype)

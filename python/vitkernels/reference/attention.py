@@ -110,7 +110,7 @@ def attention_logits(
     if bias is not None:
         own = own + bias.to(q.dtype)
     if key_bias is not None:
-        own = own + key_bias.to(q.dtype).expand(q.size(0), heads, num_own).unsqueeze(-2)
+        own = own + key_bias.to(q.dtype).expand(k.size(0), heads, num_own).unsqueeze(-2)
     if is_causal:
         visible = torch.ones(own.shape[-2:], dtype=torch.bool, device=q.device).tril()
         own = own.masked_fill(~visible, -torch.inf)
