@@ -69,7 +69,7 @@ std::vector<std::string> make_schemas() {
   const std::string linear =
       "Tensor query, Tensor key, Tensor value, SymInt feature_map, SymInt power, bool normalize, float eps, float "
       "scale, "
-      "float residual";
+      "float residual_v";
   schemas.push_back("linear_attention(" + linear + ") -> (Tensor out, Tensor state)");
   schemas.push_back("linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + linear +
                     ", Tensor state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");

@@ -46,9 +46,11 @@ class FeatureMap:
         if type(self.power) is not int or not 1 <= self.power <= _MAX_POWER:
             raise RuntimeError(f"{op}: power is {self.power!r}, takes an integer from 1 to {_MAX_POWER}")
         if self.name == "performer":
-            if not isinstance(self.projection, Tensor) or self.projection.dim() != 2:
-                what = self.projection if self.projection is None else f"of shape {tuple(self.projection.shape)}"
-                raise RuntimeError(f"{op}: projection is {what}, takes a tensor (features, d) for 'performer'")
+            t = self.projection
+            is_matrix = isinstance(t, Tensor) and t.layout == torch.strided and t.is_floating_point()
+            if t is None or not is_matrix or t.dim() != 2 or t.shape[0] == 0:
+                what = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else repr(t)
+                raise RuntimeError(f"{op}: projection is {what}, takes a floating tensor (features, d) for 'performer'")
         elif self.projection is not None:
             raise RuntimeError(f"{op}: projection is given, takes None for {self.name!r}")
 

@@ -227,6 +227,22 @@ def test_traffic(d, dtype, cuda_kernels):
     assert d > 32 or conflicts(counters) == {}
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_traffic_of_the_backward(dtype, cuda_kernels):
+    """Operands are read once and gradients written once, and a part of the table's gradient for each block."""
+    call, bias = [t.requires_grad_() for t in operands(b=2, size=(28, 28), dtype=dtype)], table(2, 13, 13)
+    out = vk.window_attention(*call, 7, 3, bias_table=bias.requires_grad_())
+    grad_out = tokens(*out.shape, dtype=dtype, seed=5)
+    grads = torch.autograd.grad(out, (*call, bias), grad_out)
+    name = next(name for name in cuda_kernels.counters() if "window_attention_backward" in name)
+    counters = cuda_kernels.counters()[name]
+    (blocks,) = (launch.grid[0] for launch in cuda_kernels.launches() if "window_attention_backward" in launch.kernel)
+    tables = counters.read.total - nbytes(*call, grad_out)
+    assert 0 <= tables <= blocks * 32 * 49 * 49, "a sector for each logit at most"
+    assert counters.read.distinct == nbytes(*call, grad_out) + -(-nbytes(bias) // 32) * 32
+    assert nbytes(*grads[:3]) <= counters.written.total <= nbytes(*grads[:3]) + blocks * nbytes(bias)
+
+
 GENERAL = {
     "float32": lambda: vk.window_attention(*operands(dtype=torch.float32), 7),
     "head-dim-20": lambda: vk.window_attention(*operands(d=20), 7),

@@ -125,7 +125,7 @@ def test_module_at_another_size():
         (lambda: vk.nn.AgentAttention(16, 3), "dim is 16, takes a multiple of num_heads (3)"),
         (
             lambda: vk.nn.AgentAttention(16, 2, agent_num=50),
-            "agent_num is 50, takes a power of 2, or one for each axis",
+            "agent_num is 50, takes a square number, or one for each axis",
         ),
         (lambda: vk.nn.AgentAttention(16, 2, (1, 2, 3, 4)), "window_size is (1, 2, 3, 4), takes one to three sizes"),
         (

@@ -46,6 +46,13 @@ def test_empty_and_single(b, n, m):
         assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def test_channels_of_zeros_have_finite_gradients():
+    q, k, v = (torch.randn(1, 9, 2, 4).half() for _ in range(3))
+    q[..., 1] = 0.0
+    out = vk.channel_attention(q.requires_grad_(), k, v, qk_norm="l2")
+    assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
+
+
 Q = torch.zeros(2, 5, 4, 8)
 
 

@@ -47,6 +47,8 @@ X = torch.zeros(2, 5, 4, 8)
         ({"decay": -0.1}, "decay[0] is -0.1, takes 0 to 1"),
         ({"decay": torch.full((3,), 0.5)}, "decay has shape (3), takes (4)"),
         ({"decay": "1"}, "decay is '1', takes a number"),
+        ({"decay": torch.full((1, 1), 0.5)}, "decay has shape (1, 1), takes (4)"),
+        ({"query": X[0]}, "query has shape (5, 4, 8), takes 4 dimensions (B, N, heads, d), or axes"),
         ({"decay": torch.full((4,), 0.5, requires_grad=True)}, "decay requires a gradient, takes one that does not"),
         ({"key": X[:, :4]}, "key has shape (2, 4, 4, 8), takes (2, 5, 4, 8)"),
         ({"value": X[:, :, :2]}, "value has shape (2, 5, 2, 8), takes (2, 5, 4, 8)"),
@@ -65,6 +67,11 @@ def test_errors_are_the_callers(wrong, text):
     with pytest.raises(RuntimeError) as raised:
         vk.decayed_linear_attention(**{"query": X, "key": X, "value": X, "decay": 0.5} | wrong)
     assert str(raised.value).startswith("vitkernels::decayed_linear_attention: ") and text in str(raised.value)
+
+
+def test_a_learnable_decay_serves_without_gradients():
+    with torch.no_grad():
+        vk.decayed_linear_attention(X, X, X, torch.full((4,), 0.5, requires_grad=True))
 
 
 def test_the_operator_refuses_a_decay_that_learns():

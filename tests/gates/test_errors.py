@@ -45,7 +45,7 @@ def test_the_calls_are_right_otherwise():
         (lambda: vk.Block(2, is_causal=None), "Block: is_causal is None, takes True or False"),
         (lambda: vk.FeatureMap("gelu"), "FeatureMap: name is 'gelu', takes one of 'identity', 'relu', 'elu', 'exp',"),
         (lambda: vk.FeatureMap("focused", power=17), "FeatureMap: power is 17, takes an integer from 1 to 16"),
-        (lambda: vk.FeatureMap("performer"), "FeatureMap: projection is None, takes a tensor (features, d) for"),
+        (lambda: vk.FeatureMap("performer"), "FeatureMap: projection is None, takes a floating tensor (features, d)"),
         (lambda: vk.FeatureMap("relu", projection=torch.ones(2, 2)), "FeatureMap: projection is given, takes None for"),
     ],
 )

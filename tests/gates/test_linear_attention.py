@@ -105,3 +105,46 @@ def test_feature_maps_are_copied(features):
     expected = vk.linear_attention(q, q, q, feature_map=features)
     for other in (pickle.loads(pickle.dumps(features)), copy.deepcopy(features)):
         assert torch.equal(vk.linear_attention(q, q, q, feature_map=other), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_exponentials_beyond_range_are_infinite(dtype):
+    k = torch.tensor([-2000.0, 0.0, 80.0, 1000.0], dtype=dtype).reshape(1, 1, 1, 4)
+    q = torch.eye(4, dtype=dtype).reshape(1, 4, 1, 4)
+    state = torch.ops.vitkernels.linear_attention(q, k, torch.ones_like(k), 3, 3, False, 0.0, 1.0, 0.0)[1]
+    expected = k.flatten().to(state.dtype).exp()
+    torch.testing.assert_close(state[0, 0, :, -1], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("feature_map", ["identity", "relu", "elu", "exp", "focused"])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_nan_is_not_swallowed(where, feature_map):
+    data = {name: torch.rand(1, 5, 1, 3) for name in ("query", "key", "value")}
+    data[where][0, 2, 0, 1] = torch.nan
+    found = vk.linear_attention(**data, feature_map=feature_map).isnan()
+    assert found[0, 2].all() and found.all() == (where == "key")
+
+
+def test_small_denominators_are_divided_by():
+    """The reciprocal of a number below the smallest normal one is infinite."""
+    x = torch.full((1, 1, 1, 1), 1e-20)
+    assert vk.linear_attention(x, x, torch.ones_like(x), eps=0.0).item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_gradient_of_the_state_without_a_denominator():
+    k = torch.randn(1, 3, 1, 2, dtype=torch.float64, requires_grad=True)
+    args = (k.detach(), k, k.detach(), 0, 1, False, 0.0, 1.0, 0.0)
+    state = torch.ops.vitkernels.linear_attention(*args)[1]
+    assert torch.equal(torch.autograd.grad(state[..., -1].sum(), k)[0], torch.ones_like(k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_random_features_under_autocast(dtype):
+    """They are as exact as those of data in that dtype: float32."""
+    q, k, v = (torch.randn(1, 64, 1, 64) for _ in range(3))
+    features = vk.FeatureMap("performer", projection=torch.randn(64, 64))
+    with torch.autocast("cpu", dtype):
+        found = vk.linear_attention(q, k, v, feature_map=features, eps=0.0)
+    expected = vk.reference.linear_attention(q.double(), k.double(), v.double(), feature_map=features, eps=0.0)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8e-3 * expected.abs().max().item())

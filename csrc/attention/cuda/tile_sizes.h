@@ -26,11 +26,11 @@ constexpr ForwardTileShape forward_tile(int dim, int element_bytes) {
   return {.queries = 64, .keys = is_wide ? 16 : 32, .warps = 4};                  // 64 KB, 96 KB
 }
 
-// Of forward_plain.cu: 32 queries a warp, so that a fragment of keys and values serves two rows of instructions. Two
-// blocks a multiprocessor. Instructions of the main loop for each matrix instruction, sm_90: 6.9, 4.2, 3.0; with a bias
-// 8.5, 5.4, 3.9. Rejected: three blocks at 32 columns (7.5, since 168 registers make copies), 128 keys there (spills),
-// 64 keys at 128 columns (spills) and 32 (queries are read for too few keys: 0.38 loads a matrix instruction). Not
-// measured on a GPU yet.
+// Of forward_plain.cu: 32 queries a warp: a fragment of keys and values serves two rows of instructions. Two blocks a
+// multiprocessor. Instructions of the main loop for each matrix instruction, sm_90: 6.9, 4.2, 3.0; with a bias 8.5, 5.4,
+// 3.9. Rejected: three blocks at 32 columns (7.5: 168 registers make copies), 128 keys there (spills), 64 keys at 128
+// columns (spills) and 32 (0.38 loads a matrix instruction), and the next tile's logits before this one's softmax (8.0,
+// 5.1, and spills with a bias at 64 columns and at 128: two tiles of logits in registers). Not measured on a GPU yet.
 constexpr ForwardTileShape plain_forward_tile(int dim, bool has_bias) {
   ForwardTileShape tile{.queries = 128, .keys = 64, .warps = 4, .min_blocks = 2};  // 16 KB, 32 KB
   if (dim > 64) tile.keys = has_bias ? 32 : 48;                                    // 48 KB, 56 KB

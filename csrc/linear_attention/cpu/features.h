@@ -15,17 +15,23 @@ class Features {
  public:
   explicit Features(const LinearProblem& p) : map(p.feature_map), power(p.power), columns(p.head_dim) {}
 
+  // NaN stays NaN: it is the second operand of every max().
+
   // target [rows, width] = phi(source [rows, columns]), zero in the columns behind.
   template <class S>
   void apply(EvenRows<S> source, int64_t rows, T* target) const {
     switch (map) {
       case FeatureMap::kIdentity: return apply_each(source, rows, target, [](Vec<T> x) VK_BODY { return x; });
       case FeatureMap::kRelu:
-        return apply_each(source, rows, target, [](Vec<T> x) VK_BODY { return max<T>(x, Vec<T>{}); });
+        return apply_each(source, rows, target, [](Vec<T> x) VK_BODY { return max<T>(Vec<T>{}, x); });
       case FeatureMap::kElu:
         return apply_each(source, rows, target,
                           [](Vec<T> x) VK_BODY { return x > 0 ? x + T(1) : exp<T>(x > 0 ? Vec<T>{} : x); });
-      case FeatureMap::kExp: return apply_each(source, rows, target, [](Vec<T> x) VK_BODY { return exp<T>(x); });
+      case FeatureMap::kExp:
+        return apply_each(source, rows, target, [](Vec<T> x) VK_BODY {
+          const Bits<T> is_large = x > kLargestExponent;  // where exp() has no meaning
+          return is_large ? broadcast(std::numeric_limits<T>::infinity()) : exp<T>(is_large ? Vec<T>{} : x);
+        });
       case FeatureMap::kFocused: break;
     }
     for (int64_t r = 0; r < rows; ++r) focus(source[r], target + r * width);
@@ -48,6 +54,7 @@ class Features {
 
  private:
   static constexpr T kFocusEps = T(1e-6);
+  static constexpr T kLargestExponent = sizeof(T) == 4 ? T(88.7228) : T(709.7827);
 
   template <class S, class Map>
   VK_INLINE void apply_each(EvenRows<S> source, int64_t rows, T* target, Map&& phi) const {
@@ -87,7 +94,7 @@ class Features {
     }
 
     VK_INLINE Vec<T> at(int64_t c, int64_t count) const {
-      const Vec<T> u = (max<T>(load_widened<T>(from + c, count), Vec<T>{}) + kFocusEps) / broadcast(largest);
+      const Vec<T> u = (max<T>(Vec<T>{}, load_widened<T>(from + c, count)) + kFocusEps) / broadcast(largest);
       return count == kWidth<T> ? u : keep_first<T>(u, count, T(0));
     }
     static VK_INLINE Vec<T> to_power(Vec<T> u, int64_t exponent) {

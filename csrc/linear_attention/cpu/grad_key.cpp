@@ -42,12 +42,10 @@ class LinearGradKey {
     const OperandRows<T> v(rows_of<S>(p.value, batch, first, head), count, p.value_dim, values);  // [keys, dv]
     matmul<T, false>(v.as_a(), grad_state.by_values(), count, features.width, p.value_dim, grad,
                      features.width);  // [keys, d]
-    if (p.normalizes) {
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t c = 0; c < features.width; c += kWidth<T>) {
-          T* const at = grad + r * features.width + c;
-          store(at, load(at) + load(grad_state.sums + c));
-        }
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t c = 0; c < features.width; c += kWidth<T>) {
+        T* const at = grad + r * features.width + c;
+        store(at, load(at) + load(grad_state.sums + c));
       }
     }
     features.differentiate(keys, phi, count, grad);

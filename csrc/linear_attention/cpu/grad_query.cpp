@@ -67,16 +67,15 @@ class LinearGradQuery {
   // A row of dO becomes dO / n; returns the gradient of n. The output is computed again: it was rounded.
   T normalize(int64_t r) {
     const T sum = dot(phi + r * features.width, state.sums, features.width) + T(p.eps);
-    const T factor = sum == T(0) ? T(0) : T(1) / sum;
     const T* const from = out + r * state.width;
     T* const row = grad_out + r * state.width;
     Vec<T> dots{};
     for (int64_t c = 0; c < state.width; c += kWidth<T>) {
-      const Vec<T> scaled = load(row + c) * factor;
+      const Vec<T> scaled = sum == T(0) ? Vec<T>{} : load(row + c) / broadcast(sum);
       dots += scaled * load(from + c);
       store(row + c, scaled);
     }
-    return -reduce_add<T>(dots) * factor;
+    return sum == T(0) ? T(0) : -reduce_add<T>(dots) / sum;
   }
 
   const LinearGradQueryParams& params;

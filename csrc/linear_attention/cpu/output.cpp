@@ -35,20 +35,17 @@ class LinearOutput {
       matmul<T, false>({phi, features.width, 1}, state.by_features(), count, state.width, p.head_dim, out,
                        state.width);  // [queries, dv]
       for (int64_t r = 0; r < count; ++r) {
-        T factor = 1;
-        if (p.normalizes) {
-          const T sum = dot(phi + r * features.width, state.sums, features.width) + T(p.eps);
-          factor = sum == T(0) ? T(0) : T(1) / sum;
-        }
+        const T sum = p.normalizes ? dot(phi + r * features.width, state.sums, features.width) + T(p.eps) : T(1);
         const S* const own = p.residual ? p.value.at<const S>(batch, first + r, kv_head) : nullptr;
-        finish_row(out + r * state.width, factor, own, params.out.at<S>(batch, first + r, head));
+        finish_row(out + r * state.width, sum, own, params.out.at<S>(batch, first + r, head));
       }
     });
   }
 
-  void finish_row(const T* from, T factor, const S* own, S* to) const {
+  // Divided, since the reciprocal of a small sum is infinite.
+  void finish_row(const T* from, T sum, const S* own, S* to) const {
     for_each_part<kWidth<T>>(p.value_dim, [&](int64_t c, int64_t count) VK_BODY {
-      Vec<T> x = load(from + c) * factor;
+      Vec<T> x = sum == T(0) ? Vec<T>{} : load(from + c) / broadcast(sum);
       if (own) x += load_widened<T>(own + c, count) * T(p.residual);
       store_narrowed<T>(to + c, x, count);
     });

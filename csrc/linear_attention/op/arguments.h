@@ -21,20 +21,21 @@ struct LinearArguments {
     problem.normalizes = call.take<bool>("normalize");
     problem.eps = call.take<double>("eps");
     problem.scale = call.take<double>("scale");
-    problem.residual = call.take<double>("residual");
+    problem.residual = call.take<double>("residual_v");
     check_tensors(checker);
     checker.check(feature_map >= 0 && feature_map < kNumFeatureMaps, "feature_map is ", feature_map, ", takes 0 to ",
                   kNumFeatureMaps - 1);
     checker.check(power >= 1 && power <= kMaxFocusPower, "power is ", power, ", takes 1 to ", kMaxFocusPower);
     for (const auto& [name, x] :
-         {std::pair{"eps", problem.eps}, {"scale", problem.scale}, {"residual", problem.residual}}) {
+         {std::pair{"eps", problem.eps}, {"scale", problem.scale}, {"residual_v", problem.residual}}) {
       const bool is_finite = problem.dtype == DType::kFloat64 ? std::isfinite(x) : std::isfinite(float(x));
       checker.check(is_finite, name, " is ", x, ", takes a finite number in ",
                     dtype_text(statistics_type(problem.dtype)));
     }
     checker.check(problem.eps >= 0.0, "eps is ", problem.eps, ", takes a number that is not negative");
-    checker.check(problem.residual == 0.0 || problem.num_queries == problem.num_keys, "residual is ", problem.residual,
-                  ", takes 0 where query has ", problem.num_queries, " tokens and key ", problem.num_keys);
+    checker.check(problem.residual == 0.0 || problem.num_queries == problem.num_keys, "residual_v is ",
+                  problem.residual, ", takes 0 where query has ", problem.num_queries, " tokens and key ",
+                  problem.num_keys);
     problem.feature_map = FeatureMap(feature_map), problem.power = power;
     query = with_unit_last_stride(query), key = with_unit_last_stride(key), value = with_unit_last_stride(value);
     problem.query = token_tensor(query), problem.key = token_tensor(key), problem.value = token_tensor(value);

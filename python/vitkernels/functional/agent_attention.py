@@ -57,6 +57,10 @@ def agent_attention(
     Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (2024), eq. 5 and 6.
     """
     check_tensors(_OF_AGENTS.function, query=query, key=key, value=value, agent=agent)
+    if query.dim() == agent.dim() == 4 and agent.shape[2] != query.shape[2]:
+        raise RuntimeError(
+            f"vitkernels::{_OF_AGENTS.function}: agent has {agent.shape[2]} heads, takes query's {query.shape[2]}"
+        )
     agent_value = _attend(_OF_AGENTS, agent, key, value, Score(scale, bias=agent_bias))
     return _attend(_OF_QUERIES, query, agent.expand(agent_value.size(0), *agent.shape[1:]), agent_value,
                    Score(scale, bias=query_bias))  # fmt: skip

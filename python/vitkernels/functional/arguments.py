@@ -16,6 +16,7 @@ __all__ = [
     "check_flag",
     "check_floating",
     "check_maps",
+    "check_rank",
     "check_stored",
     "check_tensors",
     "converted",
@@ -47,6 +48,15 @@ def check_tensors(op: str, **arguments: object) -> None:
         if t.is_nested or t.is_quantized or t.layout != torch.strided:
             what = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
             raise RuntimeError(f"vitkernels::{op}: {name} is a {what} tensor, takes a strided one")
+
+
+def check_rank(op: str, **data: Tensor) -> None:
+    """Raise unless all are ``(B, tokens, heads, d)``, what compilers and tensors without data do not ask."""
+    for name, t in data.items():
+        if t.dim() != 4:
+            n = "Nq" if name == "query" else "Nk"
+            layout = f"(B, {n}, {'heads' if name == 'query' else 'kv_heads'}, {'dv' if name == 'value' else 'd'})"
+            raise RuntimeError(f"vitkernels::{op}: {name} has shape {tuple(t.shape)}, takes 4 dimensions {layout}")
 
 
 def is_readable(t: Tensor) -> bool:

@@ -93,11 +93,13 @@ def _named(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[str, Tensor
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    device = query.device.type
+    is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     for name, t in _named(query, key, value):
         check_floating(_OP, name, t)
         if t.dim() != 4:
             raise RuntimeError(f"vitkernels::{_OP}: {name} has shape {tuple(t.shape)}, takes (B, tokens, heads, d)")
-        if t.dtype != query.dtype:
+        if t.dtype != query.dtype and not is_cast:
             raise RuntimeError(f"vitkernels::{_OP}: {name} is {t.dtype}, takes query's {query.dtype}")
         if t.device != query.device:
             raise RuntimeError(f"vitkernels::{_OP}: {name} is on {t.device}, takes query's device ({query.device})")
@@ -130,4 +132,5 @@ def _grouped(name: str, t: Tensor, groups: int) -> Tensor:
 def _norms(t: Tensor) -> Tensor:
     """Of each channel over the tokens, ``(B, heads, d)``, in the precision of the statistics."""
     norms: Tensor = torch.linalg.vector_norm(t, dim=1, dtype=statistics_dtype(t.dtype))
-    return norms.clamp(min=_NORM_EPSILON)
+    # Of zeros, whose gradient would be divided by the epsilon, which float16 does not hold.
+    return torch.where(norms == 0.0, 1.0, norms.clamp(min=_NORM_EPSILON))

@@ -90,6 +90,10 @@ def decayed_linear_attention(
         check_tensors(_OP, initial_state=initial_state)
     of_heads = _of_heads(query, decay)
     if axes is None:
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if t.dim() != 4:
+                takes = "takes 4 dimensions (B, N, heads, d), or axes"
+                raise RuntimeError(f"vitkernels::{_OP}: {name} has shape {tuple(t.shape)}, {takes}")
         out, state = _along(query, key, value, of_heads, initial_state, is_causal)
         return (out, state) if return_state else out
     check_stored(_OP, query=query, key=key, value=value)
@@ -105,10 +109,11 @@ def _of_heads(query: Tensor, decay: float | Tensor) -> Tensor:
         return torch.full((heads,), number(_OP, "decay", decay, dtype), dtype=dtype, device=query.device)
     check_tensors(_OP, decay=decay)
     check_floating(_OP, "decay", decay)
-    if decay.requires_grad:
+    if decay.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(f"vitkernels::{_OP}: decay requires a gradient, takes one that does not")
     check_stored(_OP, decay=decay)
-    return decay.to(dtype).expand(heads) if decay.numel() == 1 else decay.to(dtype)
+    decay = decay.detach().to(dtype)
+    return decay.expand(heads) if decay.dim() <= 1 and decay.numel() == 1 else decay
 
 
 def _along(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vitkernels.feature_map import FeatureMap, encode, random_features
-from vitkernels.functional.arguments import check_flag, check_floating, check_tensors, number
+from vitkernels.functional.arguments import check_flag, check_floating, check_rank, check_tensors, number
 from vitkernels.functional.score import normalized
 from vitkernels.ops.attention import statistics_dtype
 from vitkernels.ops.linear_attention import linear_attention as _linear_attention
 
 __all__ = ["linear_attention"]
+
+_OP = "linear_attention"
 
 
 def linear_attention(
@@ -63,8 +66,9 @@ def linear_attention(
     Source: Katharopoulos et al., "Transformers are RNNs" (2020), eq. 5; ``residual_v``: You et al., "Castling-ViT:
     Compressing Self-Attention via Switching Towards Linear-Angular Attention" (2023), eq. 8.
     """
-    op = "linear_attention"
+    op = _OP
     check_tensors(op, query=query, key=key, value=value)
+    check_rank(op, query=query, key=key, value=value)
     check_flag(op, "normalize", normalize)
     chosen, code = encode(op, feature_map)
     statistics = statistics_dtype(query.dtype)
@@ -74,15 +78,26 @@ def linear_attention(
         if qk_norm != "l2":
             raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
         query, key = normalized(op, "query", query), normalized(op, "key", key)
-    dtype = query.dtype
+    options = code, chosen.power, normalize, eps, scale, residual
     if chosen.projection is not None:
-        _check_for_features(chosen.projection, query=query, key=key, value=value)
-        # The features stay in the precision in which they are made, and so must the values.
-        query = random_features(op, "query", query, chosen.projection)
-        key = random_features(op, "key", key, chosen.projection)
-        value = value.to(query.dtype) if value.dtype == dtype else value
-    out: Tensor = _linear_attention(query, key, value, code, chosen.power, normalize, eps, scale, residual)[0]
-    return out.to(dtype) if out.dtype == query.dtype else out  # else autocast chose
+        return _by_random_features(query, key, value, chosen.projection, options)
+    out: Tensor = _linear_attention(query, key, value, *options)[0]
+    return out
+
+
+def _by_random_features(
+    query: Tensor, key: Tensor, value: Tensor, projection: Tensor, options: tuple[object, ...]
+) -> Tensor:
+    """The features stay in the precision in which they are made, and so do the values."""
+    device, dtype = query.device.type, query.dtype
+    is_cast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    _check_for_features(projection, is_cast, query=query, key=key, value=value)
+    if is_cast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False) if is_cast else nullcontext():
+        q, k = (random_features(_OP, name, t, projection) for name, t in (("query", query), ("key", key)))
+        out: Tensor = _linear_attention(q, k, value.to(q.dtype), *options)[0]
+    return out.to(dtype)
 
 
 def _number(op: str, name: str, value: object, dtype: torch.dtype) -> float:
@@ -93,16 +108,15 @@ def _number(op: str, name: str, value: object, dtype: torch.dtype) -> float:
     return number(op, name, value, dtype)
 
 
-def _check_for_features(projection: Tensor, **data: Tensor) -> None:
+def _check_for_features(projection: Tensor, is_cast: bool, **data: Tensor) -> None:
     """What the operator would refuse, of data that PyTorch converts before."""
     query = data["query"]
-    is_cast = query.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(query.device.type)
     for name, t in data.items():
-        check_floating("linear_attention", name, t)
+        check_floating(_OP, name, t)
         if t.dtype != query.dtype and not is_cast:
-            raise RuntimeError(f"vitkernels::linear_attention: {name} is {t.dtype}, takes query's {query.dtype}")
+            raise RuntimeError(f"vitkernels::{_OP}: {name} is {t.dtype}, takes query's {query.dtype}")
         if t.device != projection.device:
             raise RuntimeError(
-                f"vitkernels::linear_attention: {name} is on {t.device}, takes the device of feature_map's projection "
+                f"vitkernels::{_OP}: {name} is on {t.device}, takes the device of feature_map's projection "
                 f"({projection.device})"
             )

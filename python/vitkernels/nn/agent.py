@@ -32,7 +32,7 @@ class AgentAttention(nn.Module):
         dim: channels of the map.
         num_heads: number of heads.
         window_size: sizes of the map that the biases are made for, one number for two equal axes.
-        agent_num: number of agents: one number, a power of the number of axes, or one for each axis.
+        agent_num: number of agents: a square (cube) number for two (three) axes, or one number for each axis.
         qkv_bias: whether ``qkv`` has a bias.
         qk_scale: factor on the logits, default ``head_dim ** -0.5``.
         attn_drop: must be 0: the kernel has no dropout of attention weights.
@@ -42,7 +42,7 @@ class AgentAttention(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        RuntimeError: if ``dim`` is not a multiple of ``num_heads``, or ``agent_num`` no power.
+        RuntimeError: if ``dim`` is not a multiple of ``num_heads``, or ``agent_num`` no square (cube).
 
     Source: Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention" (2024), section 3.3.
     """
@@ -170,6 +170,7 @@ class AgentAttention(nn.Module):
         return f"num_heads={self.num_heads}, window_size={self.window_size}, agent_num={self.agent_num}"
 
 
+_POWERS = {2: "square", 3: "cube"}
 _POOLS: tuple[Callable[..., Tensor], ...] = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
@@ -186,7 +187,7 @@ def _agents_of_axes(module: str, agent_num: int | Sequence[int], num_axes: int) 
     of_axis = round(count ** (1 / num_axes))
     if of_axis**num_axes != count:
         raise RuntimeError(
-            f"vitkernels.nn.{module}: agent_num is {count}, takes a power of {num_axes}, or one for each axis"
+            f"vitkernels.nn.{module}: agent_num is {count}, takes a {_POWERS[num_axes]} number, or one for each axis"
         )
     return (of_axis,) * num_axes
 

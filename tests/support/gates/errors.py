@@ -351,7 +351,7 @@ LINEAR_ERRORS = [
     ({"eps": float("nan")}, "eps is nan, takes a finite number in torch.float32"),
     ({"scale": tokens(4)}, "scale is a tensor, takes a number"),
     ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
-    ({"residual_v": 0.5}, "residual is 0.5, takes 0 where query has 5 tokens and key 7"),
+    ({"residual_v": 0.5}, "residual_v is 0.5, takes 0 where query has 5 tokens and key 7"),
     ({"key": tokens(2, 7, 3, 8)}, "value has size 2 in dimension 2, takes 3 (key's number of heads)"),
     ({"key": tokens(2, 7, 3, 8), "value": tokens(2, 7, 3, 3)}, "key has 3 heads, takes a divisor of query's 4"),
     ({"key": tokens(1, 7, 2, 8)}, "key has size 1 in dimension 0, takes 2 (query's batch size)"),
