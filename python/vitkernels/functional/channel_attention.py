@@ -9,12 +9,16 @@ from torch import Tensor
 
 from vitkernels.functional.arguments import check_floating, check_stored, check_tensors, number, whole_number
 from vitkernels.functional.score import of_each_head
+from vitkernels.functional.words import Words
 from vitkernels.ops.attention import statistics_dtype
 from vitkernels.ops.linear_attention import linear_attention as _linear_attention
 
 __all__ = ["channel_attention"]
 
 _OP = "channel_attention"
+# What the two calls of the operator call what the caller gave.
+_OF_PRODUCTS = Words(_OP, {"key": "query", "value": "key"})
+_OF_WEIGHTS = Words(_OP, {"query": "value", "value": "query, key, scale"})
 _NORM_EPSILON = 1e-12  # torch.nn.functional.normalize's
 _PLAIN = (0, 1, False, 0.0, 1.0, 0.0)  # products of the data themselves: no features, denominator or residual
 
@@ -66,7 +70,8 @@ def channel_attention(
         raise RuntimeError(f"vitkernels::{_OP}: qk_norm is {qk_norm!r}, takes None or 'l2'")
     heads, d, dv = query.shape[2], query.shape[3], key.shape[3]
     # The state of linear attention without queries is the product over the tokens.
-    products = _linear_attention(query.new_empty(query.shape[0], 0, heads, d), query, key, *_PLAIN)[1][..., :dv]
+    no_queries = query.new_empty(query.shape[0], 0, heads, d)
+    products = _call(_OF_PRODUCTS, no_queries, query, key)[1][..., :dv]
     if qk_norm == "l2":
         products = products / _norms(query).unsqueeze(-1) / _norms(key).unsqueeze(-2)  # [B, H, d, dv]
     if isinstance(scale, Tensor):
@@ -84,8 +89,15 @@ def channel_attention(
         value.shape[0], -1, heads, -1
     )
     by_channel = weights.to(value.dtype).permute(0, 3, 1, 2)  # [B, dv, H, d]
-    out: Tensor = _linear_attention(value, one_each, by_channel, *_PLAIN)[0]
-    return out
+    return _call(_OF_WEIGHTS, value, one_each, by_channel)[0]
+
+
+def _call(words: Words, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        found: tuple[Tensor, Tensor] = _linear_attention(query, key, value, *_PLAIN)
+    except RuntimeError as error:
+        raise words.of(error, "linear_attention") from None
+    return found
 
 
 def _named(query: Tensor, key: Tensor, value: Tensor) -> tuple[tuple[str, Tensor], ...]:
