@@ -48,8 +48,8 @@ def decayed_linear_attention(
         o_i = \sum_{j \le i} \lambda_h^{i - j} \, (q_i \cdot k_j) \, v_j
         \qquad \text{or, two-sided,} \qquad o_i = \sum_j \lambda_h^{|i - j|} \, (q_i \cdot k_j) \, v_j
 
-    It is computed in blocks of tokens with a running state between them: the time for each token does not depend on
-    how many there are.
+    It is computed in blocks of tokens with a running state between them: the number of operations for each token does
+    not depend on how many there are.
 
     Args:
         query: ``(B, N, heads, d)``, scaled as wanted; with ``axes`` ``(B, *map, heads, d)``.
