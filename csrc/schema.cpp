@@ -3,7 +3,8 @@
 // Layouts: query (B, Nq, heads, d), key (B, Nk, kv_heads, d), value (B, Nk, kv_heads, dv), lse (B, Nq, heads);
 // without B in varlen operators, whose sequences are packed.
 // Over a map: query and key are (B, *map, heads, d) with one to three axes, lse (B, *map, heads), key_bias broadcasts
-// to (B, heads, *key_map); a shared query is (B, *window, heads, d). `axes` holds eight integers for each axis: rule
+// to (B, heads, *key_map); a shared query is (B, *window, heads, d). qk_norm: queries and keys of the map are divided by
+// their Euclidean norms, fills are not. `axes` holds eight integers for each axis: rule
 // (0 full, 1 block, 2 neighborhood, 3 sliding), step, size, key_size, shift, halo, stride, is_causal
 // (attention/pattern.h).
 // Every softmax operator takes all terms of the score and all options of the keys, and raises on what its kernels
@@ -52,7 +53,7 @@ std::vector<std::string> make_schemas() {
   add_attention(schemas, "attention", "", options);
   add_attention(schemas, "attention_varlen",
                 "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, ", options);
-  add_attention(schemas, "spatial_attention", "SymInt[] axes, bool is_shared_query, ", "bool allow_tf32");
+  add_attention(schemas, "spatial_attention", "SymInt[] axes, bool is_shared_query, bool qk_norm, ", "bool allow_tf32");
   // value_q (B, Nq, heads, dv), out (B, Nk, heads, dv), query_weight broadcasts to (B, Nq, heads).
   const std::string rows = "Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, ";
   const std::string transposed = rows + kScore + kKeys + options;

@@ -5,7 +5,7 @@ set(engine csrc/attention)
 list(APPEND cpu_kernel_sources
   ${engine}/cpu/backward.cpp ${engine}/cpu/forward.cpp ${engine}/cpu/merge_attentions.cpp
   ${engine}/cpu/spatial_backward.cpp ${engine}/cpu/spatial_forward.cpp ${engine}/cpu/transposed.cpp
-  ${engine}/cpu/transposed_backward.cpp)
+  ${engine}/cpu/transposed_backward.cpp ${engine}/cpu/unit_rows.cpp)
 
 # Of both libraries: argument checks.
 list(APPEND op_sources
@@ -27,7 +27,8 @@ list(APPEND cuda_op_sources
 list(APPEND cuda_kernel_sources
   ${engine}/cuda/axes_sum.cu ${engine}/cuda/backward_delta.cu ${engine}/cuda/backward_rows.cu
   ${engine}/cuda/backward_tables.cu ${engine}/cuda/backward_terms.cu ${engine}/cuda/expand_bias.cu ${engine}/cuda/merge_attentions.cu
-  ${engine}/cuda/rel_pos.cu ${engine}/cuda/spatial_rel_pos.cu ${engine}/cuda/sum_parts.cu)
+  ${engine}/cuda/rel_pos.cu ${engine}/cuda/spatial_rel_pos.cu ${engine}/cuda/sum_parts.cu
+  ${engine}/cuda/unit_rows.cu)
 
 # Compiled once per dtype: four head dimensions of one are as much as the compiler should have at a time.
 list(APPEND cuda_kernel_sources_by_dtype

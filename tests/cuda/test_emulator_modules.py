@@ -66,7 +66,7 @@ ROWS = {
     ),
     "timm swin": ("window_attention", lambda: (swin_transformer.SwinTransformerBlock(DIM, SIZE, **SHIFTED), MAP)),
     "timm swin v2": (
-        "spatial_attention", lambda: (swin_transformer_v2.SwinTransformerV2Block(DIM, SIZE, **SHIFTED), MAP),
+        "window_attention", lambda: (swin_transformer_v2.SwinTransformerV2Block(DIM, SIZE, **SHIFTED), MAP),
     ),
     "timm maxvit windows": ("window_attention", lambda: (partition("block"), MAP)),
     "timm maxvit grid": ("window_attention", lambda: (partition("grid"), MAP)),
@@ -79,14 +79,14 @@ ROWS = {
     ),
     "torchvision vit": ("attention_plain", lambda: (EncoderBlock(HEADS, DIM, DIM, 0.0, 0.0, LayerNorm), SEQUENCE)),
     "torchvision swin": ("window_attention", lambda: (torchvision_block(""), MAP)),
-    "torchvision swin v2": ("spatial_attention", lambda: (torchvision_block("V2"), MAP)),
+    "torchvision swin v2": ("window_attention", lambda: (torchvision_block("V2"), MAP)),
     "transformers vit": ("attention_plain", lambda: (ViTModel(ViTConfig(**SMALL_VIT)), (2, 3, 32, 32))),
     "transformers swin": (
         "window_attention",
         lambda: (SwinLayer(SwinConfig(window_size=WINDOW, attn_implementation="sdpa"), **LAYER), TOKENS, SIZE),
     ),
     "transformers swin v2": (
-        "spatial_attention", lambda: (Swinv2Layer(Swinv2Config(window_size=WINDOW), **LAYER), TOKENS, SIZE),
+        "window_attention", lambda: (Swinv2Layer(Swinv2Config(window_size=WINDOW), **LAYER), TOKENS, SIZE),
     ),
 }  # fmt: skip
 assert ROWS.keys() >= MODULES.keys(), "a module without a row"

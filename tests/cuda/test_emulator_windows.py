@@ -41,6 +41,21 @@ def attend(function, call, axes, options, grads=None):
     return results, torch.autograd.grad(results, leaves, grads) if grads else ()
 
 
+def on_rounded_units(dtype):
+    """The reference, which sees unit vectors as kernels do: in the operands' dtype."""
+
+    def rounded(t):
+        unit = t / t.norm(dim=-1, keepdim=True)
+        return unit + (unit.to(dtype).double() - unit).detach()
+
+    def function(query, key, value, axes, *, qk_norm=None, **options):
+        if qk_norm:
+            query, key = rounded(query), rounded(key)
+        return reference.spatial_attention(query, key, value, axes, **options)
+
+    return function
+
+
 def check(call, name, *sizes, is_differentiated=True, **options):
     """Against float64: the output in units of the dtype's rounding, the LSE to float32's, gradients of the largest."""
     dtype, shape, axes = call[0].dtype, call[0].shape, axes_of(call, name, *sizes)
@@ -48,7 +63,7 @@ def check(call, name, *sizes, is_differentiated=True, **options):
     found = attend(vk.spatial_attention, call, axes, options, grads if is_differentiated else None)
     wide = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in options.items()}
     doubles = [t.double() for t in call], axes, wide, [t.double() for t in grads]
-    (out, lse), expected = attend(reference.spatial_attention, *doubles)
+    (out, lse), expected = attend(on_rounded_units(dtype), *doubles)
     assert found[0][0].dtype == dtype
     largest = max(1.0, call[2].double().abs().max().item())
     assert (found[0][0].double() - out).abs().max() <= 2 * ROUNDING[dtype] * largest
@@ -211,13 +226,65 @@ def test_nan_stays_in_its_window(cuda_kernels):
     assert torch.equal(out.isnan().flatten(3).any(-1)[0], hit)
 
 
+HEAD_SCALES = {"usual": (14.0, 100.0, 0.8), "signs": (-3.0, 5.0, -0.7), "small": (0.0, 1e-3, 2.0)}
+
+
+@pytest.mark.parametrize("has_table", [False, True], ids=["plain", "table"])
+@pytest.mark.parametrize("norm", [None, "l2"], ids=["scaled", "cosine"])
+@pytest.mark.parametrize("name", HEAD_SCALES)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_head_scale(dtype, name, norm, has_table, cuda_kernels):
+    """SwinV2's cosine attention, and a scale of each head that may be negative."""
+    for shape, sizes in (({}, (7, 3)), ({"size": (8, 8), "d": 64}, (8,)), ({"size": (6, 5), "v": 8}, (5,))):
+        call = operands(h=3, **shape, dtype=dtype)
+        options = {"bias_table": table(3, *[2 * sizes[0] - 1] * 2)} if has_table else {}
+        scale = torch.tensor(HEAD_SCALES[name]) * (1.0 if norm else 0.1)
+        launched = len(cuda_kernels.launches())
+        check(call, "window", *sizes, scale=scale, qk_norm=norm, **options)
+        names = [n.split("<")[0] for n in kernels_of(cuda_kernels)[launched:]]
+        is_divided = call[0].size(1) % sizes[0] == 0
+        assert (names[:2] == ["window_attention", "window_attention_backward"]) == is_divided
+        assert ("unit_rows" in names) == (norm is not None and not is_divided)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_norms(dtype, cuda_kernels):
+    """Of any size, in the kernel of small windows and before the others; vectors of zeros stay as they are."""
+    query, key, value = operands(dtype=dtype)
+    sizes = torch.logspace(-3, 3, 196).view(1, 14, 14, 1, 1)
+    call = (query.float() * sizes).to(dtype), (key.float() * sizes.flip(1, 2)).to(dtype), value
+    axes = [vk.Block(7)] * 2
+    grads = tokens(*value.shape, dtype=dtype, seed=5), tokens(*value.shape[:-1], dtype=torch.float32, seed=6)
+    (out, lse), found = attend(vk.spatial_attention, call, axes, {"qk_norm": "l2", "scale": 3.0}, grads)
+    wide = [t.double() for t in call]
+    expected, exact = attend(on_rounded_units(dtype), wide, axes, {"qk_norm": "l2", "scale": 3.0},
+                             [t.double() for t in grads])  # fmt: skip
+    torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=2 * ROUNDING[dtype])
+    for one, other, factor in zip(found, exact, (sizes, sizes.flip(1, 2), 1.0), strict=True):
+        assert ((one.double() - other) * factor).abs().max() <= 4 * ROUNDING[dtype] * (other * factor).abs().max()
+    general = [t.clone().requires_grad_() for t in call]
+    call = [t.clone().requires_grad_() for t in call]
+    with torch.no_grad():
+        for t in (*call[:2], *general[:2]):
+            t[0, 1, 2] = 0.0
+    found = torch.autograd.grad(vk.spatial_attention(*call, axes, qk_norm="l2", scale=3.0), call, grads[0])
+    masked = torch.zeros(14, 14)  # takes the general kernels
+    out = vk.spatial_attention(*general, axes, qk_norm="l2", scale=3.0, key_bias=masked)
+    for one, other in zip(found, torch.autograd.grad(out, general, grads[0]), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=0.05, atol=2 * ROUNDING[dtype] * other.abs().max().item())
+    assert {"unit_rows", "window_attention_backward"} <= {n.split("<")[0] for n in kernels_of(cuda_kernels)}
+
+
+@pytest.mark.parametrize("norm", [None, "l2"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("d", [32, 64])
-def test_traffic(d, dtype, cuda_kernels):
+def test_traffic(d, dtype, norm, cuda_kernels):
     """Operands are read once and results written once; a block reads its head's table once. Up to 32 columns meet no
     bank conflict."""
     call, bias = operands(b=2, size=(28, 28), d=d, dtype=dtype), table(2, 13, 13)
-    out, lse = vk.window_attention(*call, 7, 3, bias_table=bias, return_lse=True)
+    out, lse = vk.window_attention(*call, 7, 3, bias_table=bias, qk_norm=norm, return_lse=True)
     (counters,) = cuda_kernels.counters().values()
     (launch,) = cuda_kernels.launches()
     tables = counters.read.total - nbytes(*call)
@@ -227,19 +294,20 @@ def test_traffic(d, dtype, cuda_kernels):
     assert d > 32 or conflicts(counters) == {}
 
 
+@pytest.mark.parametrize("norm", [None, "l2"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_traffic_of_the_backward(dtype, cuda_kernels):
+def test_traffic_of_the_backward(dtype, norm, cuda_kernels):
     """Operands are read once and gradients written once, and a part of the table's gradient for each block."""
     call, bias = [t.requires_grad_() for t in operands(b=2, size=(28, 28), dtype=dtype)], table(2, 13, 13)
-    out = vk.window_attention(*call, 7, 3, bias_table=bias.requires_grad_())
+    out, lse = vk.window_attention(*call, 7, 3, bias_table=bias.requires_grad_(), qk_norm=norm, return_lse=True)
     grad_out = tokens(*out.shape, dtype=dtype, seed=5)
     grads = torch.autograd.grad(out, (*call, bias), grad_out)
     name = next(name for name in cuda_kernels.counters() if "window_attention_backward" in name)
     counters = cuda_kernels.counters()[name]
     (blocks,) = (launch.grid[0] for launch in cuda_kernels.launches() if "window_attention_backward" in launch.kernel)
     tables = counters.read.total - nbytes(*call, grad_out)
-    assert 0 <= tables <= blocks * 32 * 49 * 49, "a sector for each logit at most"
-    assert counters.read.distinct == nbytes(*call, grad_out) + -(-nbytes(bias) // 32) * 32
+    assert 0 <= tables <= 32 / 4 * nbytes(lse) + blocks * 32 * 49 * 49, "a sector for each logit and LSE at most"
+    assert counters.read.distinct == nbytes(*call, grad_out, lse) + -(-nbytes(bias) // 32) * 32
     assert nbytes(*grads[:3]) <= counters.written.total <= nbytes(*grads[:3]) + blocks * nbytes(bias)
 
 
@@ -251,7 +319,6 @@ GENERAL = {
     "neighborhood": lambda: vk.na2d(*operands(), 3), "large": lambda: vk.window_attention(*operands(), 14),
     "key-bias": lambda: vk.window_attention(*operands(), 7, key_bias=torch.zeros(14, 14)),
     "negative-scale": lambda: vk.window_attention(*operands(), 7, scale=-1.0),
-    "head-scale": lambda: vk.window_attention(*operands(), 7, scale=torch.ones(2)),
     "rel-pos": lambda: vk.window_attention(*operands(), 7, rel_pos=[torch.zeros(13, 32)] * 2),
 }  # fmt: skip
 

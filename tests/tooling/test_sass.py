@@ -120,11 +120,6 @@ LIMITS = {
     "window_attention_backward<WindowBackwardKernel<{}, 32>>": (9.06, 0.65),
     "window_attention_backward<WindowBackwardKernel<{}, 64>>": (6.2, 0.6),
 }
-# Where float16 takes more: it scales dQ and dK instead of dS.
-FLOAT16_LIMITS = {
-    "window_attention_backward<WindowBackwardKernel<{}, 32>>": (9.4, 0.65),
-    "window_attention_backward<WindowBackwardKernel<{}, 64>>": (6.6, 0.6),
-}
 # The same of a kernel's second loop, with a table.
 SECOND_LIMITS = {
     "spatial_attention_plain<SpatialPlainForwardKernel<{}, 32>>": (9.5, 0.35),
@@ -151,8 +146,7 @@ def test_main_loops(dtype, mangled):
     templates = {re.search(r"(\w+)<{}", kernel)[1] for kernel in LIMITS}
     names = "|".join(f"{len(template)}{template}I" for template in sorted(templates))
     kernels = {str(k): k for k in cuda_report.measure(programs, library, ["90"], f"({names})N7cutlass{mangled}")}
-    limits = LIMITS | (FLOAT16_LIMITS if dtype == "float16" else {})
-    for name, (slots, ldsm), index in [(*x, 0) for x in limits.items()] + [(*x, 1) for x in SECOND_LIMITS.items()]:
+    for name, (slots, ldsm), index in [(*x, 0) for x in LIMITS.items()] + [(*x, 1) for x in SECOND_LIMITS.items()]:
         kernel, (stack, reloads) = kernels[name.format(dtype)], SPILLS.get(name, (0, 0))
         loop = sorted(kernel.loops, key=lambda loop: (-loop.count("HMMA"), loop.slots_per_hmma))[index]
         is_lean = loop.slots_per_hmma <= slots and loop.ldsm_per_hmma <= ldsm

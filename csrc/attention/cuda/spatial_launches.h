@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "attention/cuda/launches.h"
-#include "attention/spatial.h"
+#include "attention/unit_rows.h"
 
 namespace vitkernels {
 
@@ -265,6 +265,7 @@ struct AxesSum {
   DType dtype = DType::kFloat32;  // of the result
 };
 
+cudaError_t launch_unit_rows(const UnitRowsParams& params, cudaStream_t stream);
 cudaError_t launch_axes_sum(const AxesSum& sum, cudaStream_t stream);
 
 }  // namespace vitkernels

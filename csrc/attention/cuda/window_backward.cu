@@ -1,11 +1,11 @@
 // The backward of attention in windows of at most 64 tokens on a GPU, for 16-bit elements.
 //
-// As window_forward.cu. The rows of logits are whole, so that softmax and delta are computed again from the operands
-// alone. A warp sums for its sixteen slots: dQ as queries, and once P and dS of all queries are in shared memory, dK and
-// dV as keys. The gradient of the bias adds up in registers over a block's windows.
+// As window_forward.cu. The rows of logits are whole, so that delta is computed again from P and dP. A warp sums for its
+// sixteen slots: dQ as queries, and once P and dS of all queries are in shared memory, dK and dV as keys. The gradients
+// of the bias and the scale add up in registers over a block's windows.
 
 #include "attention/cuda/tokens.h"
-#include "attention/cuda/window_tile.h"
+#include "attention/cuda/window_scale.h"
 
 namespace vitkernels {
 namespace {
@@ -19,7 +19,7 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
   using Tile = WindowTile<T, kDim>;
   using Tile::kRows, Tile::kSlots, Tile::kThreads;
   using typename Tile::Logits, typename Tile::Mma, typename Tile::Share, typename Tile::SharedTokens,
-      typename Tile::Softmax, typename Tile::Sums;
+      typename Tile::Sums;
   enum Operand { kQuery, kKey, kValue, kGradOut, kGradQuery, kGradKey, kGradValue, kOperands };
   using Window = cuda::Window<kOperands>;
   using SharedLogits = SharedTile<Element, kSlots, kSlots>;  // (queries,keys)
@@ -48,6 +48,7 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
     const Share share(f, tasks);
     const int head_dim = int(f.head_dim), value_dim = int(f.value_dim);
     const unsigned tiles = cast_smem_ptr_to_uint(shared);
+    float next_lse[kRows] = {};
     const auto start = [&](int i, unsigned stage) {
       if (i < count) {
         const Window& window = windows[i];
@@ -59,13 +60,15 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
         for (int t = kQuery; t <= kGradOut; ++t) {
           share.start(rows[t], tasks.row_bytes[t], tokens, t <= kKey ? head_dim : value_dim, stage + t * kTensorBytes);
         }
+        read_statistics(f.lse, tasks, share, window.statistics, tokens, next_lse);
       }
       commit_copies();
     };
     start(0, tiles);
 
     const auto at = Tile::coordinates();  // (rows,columns)
-    const float scale = f.scale;
+    const WindowScale head_scale(f, head);
+    const float scale = head_scale.size;
     const Logits bias = Tile::bias_of(f, Tile::slots_of(windows), head, at, scale);  // (MMA,MMA_M,MMA_N)
     unsigned differ[kMaxAxes];
     Tile::find_differing(Tile::slots_of(windows), at, differ);
@@ -75,14 +78,21 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
     Logits grad_bias, zeros;  // (MMA,MMA_M,MMA_N)
     clear(grad_bias);
     clear(zeros);
+    float dots = 0.0f;  // of this quad's queries and their gradients
 
     for (int i = 0; i < count; ++i) {
-      wait_for_copies<0>();
-      __syncthreads();  // this window has arrived, and all reads of the one before are done
       const unsigned stage = tiles + i % kStages * kStageBytes;
-      start(i + 1, tiles + (i + 1) % kStages * kStageBytes);
       const unsigned queries = stage, keys = stage + kKey * kTensorBytes, values = stage + kValue * kTensorBytes;
       const unsigned grad_outs = stage + kGradOut * kTensorBytes;
+      wait_for_copies<0>();
+      RowFactors<Tile> of_queries, of_keys;
+      if (f.changes_rows()) {
+        of_queries.apply(share, queries, head_scale.sign, f.qk_norm);
+        of_keys.apply(share, keys, 1.0f, f.qk_norm);
+      }
+      __syncthreads();  // this window has arrived, and all reads of the one before are done
+      const float lse[kRows] = {next_lse[0], next_lse[1]};
+      start(i + 1, tiles + (i + 1) % kStages * kStageBytes);
       const Window& window = windows[i];
       int tokens[kRows];
       window.find_tokens(f, share.slot, tokens);
@@ -91,25 +101,18 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
       Tensor prob_rows = by_rows(probs), grad_rows = by_rows(grads);  // (rows,columns)
       Tile::multiply_rows(probs, bias, queries, keys);
       if (window.is_last) Tile::hide(prob_rows, differ, window.is_last);
-      const Softmax softmax = Tile::exponentiate(prob_rows, scale);
+      Tile::exponentiate_from(lse, prob_rows, scale);
       Tile::multiply_rows(grads, zeros, grad_outs, values);
       float grad_lse[kRows] = {};
       if (p.grad_lse) {
         rarely();
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-          if (share.exists[r]) grad_lse[r] = p.grad_lse[window.statistics + int64_t(tokens[r]) * tasks.heads];
-        }
+        read_statistics(p.grad_lse, tasks, share, window.statistics, tokens, grad_lse);
       }
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const float factor = Softmax::factor_of(softmax.sum[r]);
         float delta = 0.0f;
         CUTE_UNROLL
-        for (int c = 0; c < size<1>(prob_rows); ++c) {
-          prob_rows(r, c) *= factor;
-          delta = fmaf(prob_rows(r, c), grad_rows(r, c), delta);
-        }
+        for (int c = 0; c < size<1>(prob_rows); ++c) delta = fmaf(prob_rows(r, c), grad_rows(r, c), delta);
         delta = combine_quad(delta, [](float a, float b) { return a + b; });
         delta -= grad_lse[r];
         // Times the scale, as queries and keys want it, where rounding keeps small numbers.
@@ -125,20 +128,47 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
       const auto rP = convert<Element>(probs), rS = convert<Element>(grads);  // (MMA,MMA_M,MMA_N)
       store_logits(rP, shared_probs + first_pair);
       store_logits(rS, shared_grads + first_pair);
-      const Sums grad_query = Tile::multiply_values(rS, keys);  // (MMA,MMA_M,MMA_N)
+      Sums grad_query = scaled(Tile::multiply_values(rS, keys), scale);  // (MMA,MMA_M,MMA_N)
+      if (f.changes_rows()) dots += of_queries.differentiate(share, queries, grad_query, f.qk_norm);
       __syncthreads();  // P and dS are there, and all reads of keys and values are done
 
-      share.store(scaled(grad_query, scale), window.rows[kGradQuery], tasks.row_bytes[kGradQuery], tokens, head_dim,
-                  keys);
-      share.store(scaled(sum_over_queries(shared_grads, queries), scale), window.rows[kGradKey],
-                  tasks.row_bytes[kGradKey], tokens, head_dim, keys);
+      share.store(grad_query, window.rows[kGradQuery], tasks.row_bytes[kGradQuery], tokens, head_dim, values);
+      Sums grad_key = scaled(sum_over_queries(shared_grads, queries), scale);  // (MMA,MMA_M,MMA_N)
+      if (f.changes_rows()) of_keys.differentiate(share, keys, grad_key, f.qk_norm);
+      share.store(grad_key, window.rows[kGradKey], tasks.row_bytes[kGradKey], tokens, head_dim, keys);
       share.store(sum_over_queries(shared_probs, grad_outs), window.rows[kGradValue], tasks.row_bytes[kGradValue],
                   tokens, value_dim, values);
     }
-    if (p.table.data) {
-      store_table(p, tasks, grad_bias, p.table.part(group) + head * num_table_entries(f.grid),
-                  reinterpret_cast<float*>(shared));
+    if (p.head_scale.data) {
+      const float sum = sum_of_quads(dots, reinterpret_cast<float*>(shared));
+      if (threadIdx.x == 0) p.head_scale.part(group)[head] = head_scale.sign * f.scale * sum / scale;
     }
+    if (p.table.data) {
+      store_table(grad_bias, f, kScalesEarly ? 1.0f / scale : 1.0f,
+                  p.table.part(group) + head * num_table_entries(f.grid), reinterpret_cast<float*>(shared));
+    }
+  }
+
+  // Zeros for slots without a token.
+  static __device__ void read_statistics(const float* data, const WindowTasks& tasks, const Share& share, int64_t first,
+                                         const int (&tokens)[kRows], float (&statistics)[kRows]) {
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (share.exists[r]) statistics[r] = data[first + int64_t(tokens[r]) * tasks.heads];
+    }
+  }
+
+  // Of numbers that each quad has in common.
+  static __device__ float sum_of_quads(float x, float* shared) {
+    CUTE_UNROLL
+    for (int distance = 4; distance < kWarpSize; distance *= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+    __syncthreads();  // all reads of the last window are done
+    if (lane_index() == 0) shared[threadIdx.x / kWarpSize] = x;
+    __syncthreads();
+    float sum = 0.0f;
+    CUTE_UNROLL
+    for (int warp = 0; warp < Tile::kWarps; ++warp) sum += shared[warp];
+    return sum;
   }
 
   static __device__ Sums scaled(Sums sums, float factor) {
@@ -169,11 +199,10 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
   }
 
   // A thread owns some offsets between slots, and adds up the pairs of each.
-  static __device__ void store_table(const WindowBackwardCudaParams& p, const WindowTasks& tasks,
-                                     const Logits& grad_bias, float* table, float* shared) {
-    const WindowCudaParams& f = p.forward;
+  static __device__ void store_table(const Logits& grad_bias, const WindowCudaParams& f, float factor, float* table,
+                                     float* shared) {
     Tensor sB = make_tensor(make_smem_ptr(shared), Layout<typename Tile::LogitShape, Stride<Int<kSlots>, _1>>{});
-    __syncthreads();  // all reads of the last window are done
+    __syncthreads();  // all reads before are done
     cute::copy(grad_bias, Mma(false).get_slice(threadIdx.x).partition_C(sB));
     __syncthreads();
     const int depth = f.axis[0].size, height = f.axis[1].size, width = f.axis[2].size;
@@ -190,7 +219,7 @@ struct WindowBackwardKernel : WindowTile<T, kDim> {
           }
         }
       }
-      table[f.grid.entry({{z, y, x}}) + f.grid.center()] = kScalesEarly ? sum * (1.0f / f.scale) : sum;
+      table[f.grid.entry({{z, y, x}}) + f.grid.center()] = sum * factor;
     }
   }
 };

@@ -4,7 +4,7 @@
 // map while it multiplies the ones before.
 
 #include "attention/cuda/tokens.h"
-#include "attention/cuda/window_tile.h"
+#include "attention/cuda/window_scale.h"
 
 namespace vitkernels {
 namespace {
@@ -57,14 +57,18 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
     for (int i = 0; i < kStages - 1; ++i) start(i, tiles + i * kStageBytes);
 
     const auto at = Tile::coordinates();  // (rows,columns)
-    const float scale = p.scale;
-    const Logits bias = Tile::bias_of(p, Tile::slots_of(windows), head, at, scale);  // (MMA,MMA_M,MMA_N)
+    const WindowScale scale(p, head);
+    const Logits bias = Tile::bias_of(p, Tile::slots_of(windows), head, at, scale.size);  // (MMA,MMA_M,MMA_N)
     unsigned differ[kMaxAxes];
     Tile::find_differing(Tile::slots_of(windows), at, differ);
 
     unsigned stage = tiles, next = tiles + (kStages - 1) * kStageBytes;
     for (int i = 0; i < count; ++i) {
       wait_for_copies<kStages - 2>();
+      if (p.changes_rows()) {
+        RowFactors<Tile>().apply(share, stage, scale.sign, p.qk_norm);
+        RowFactors<Tile>().apply(share, stage + kTensorBytes, 1.0f, p.qk_norm);
+      }
       __syncthreads();  // this window has arrived, and all reads of the one before are done
       start(i + kStages - 1, next);
       Logits logits;                     // (MMA,MMA_M,MMA_N)
@@ -72,7 +76,7 @@ struct WindowForwardKernel : WindowTile<T, kDim> {
       Tile::multiply_rows(logits, bias, stage, stage + kTensorBytes);
       const Window& window = windows[i];
       if (window.is_last) Tile::hide(numbers, differ, window.is_last);
-      const Softmax softmax = Tile::exponentiate(numbers, scale);
+      const Softmax softmax = Tile::exponentiate(numbers, scale.size);
       auto out = Tile::multiply_values(convert<Element>(logits), stage + 2 * kTensorBytes);  // (MMA,MMA_M,MMA_N)
       Tensor out_rows = by_rows(out);                                                        // (rows,columns)
       int tokens[kRows];

@@ -25,6 +25,15 @@ __device__ inline uint4 load_shared_16_bytes(unsigned address) {
                : "memory");
   return x;
 }
+__device__ inline void store_shared_16_bytes(unsigned address, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+__device__ inline uint32_t load_shared(unsigned address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ inline void store_shared(unsigned address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
@@ -104,7 +113,7 @@ struct WindowTile {
       for (int n = 0; n < cute::size<2>(pairs); ++n) {
         CUTE_UNROLL
         for (int r = 0; r < kRows; ++r) {
-          store_shared(((tile + pair) ^ unsigned(n * 16)) + unsigned(r * 8 * kRowBytes<SharedTokens>), pairs(r, 0, n));
+          store_shared(pair_of(tile, r, n), pairs(r, 0, n));
         }
       }
       __syncwarp();
@@ -120,14 +129,19 @@ struct WindowTile {
       }
     }
 
+    // Where a tile has the thread's vectors, and its accumulators.
+    __device__ unsigned vector_of(unsigned tile, int r, int v) const {
+      return ((tile + vector) ^ unsigned(v * kBytesToNext)) + unsigned(r * 8 * kRowBytes<SharedTokens>);
+    }
+    __device__ unsigned pair_of(unsigned tile, int r, int n) const {
+      return ((tile + pair) ^ unsigned(n * 16)) + unsigned(r * 8 * kRowBytes<SharedTokens>);
+    }
+
    private:
     static constexpr int kBytesToNext = 4 * kVector * int(sizeof(Element));
 
     __device__ bool has_vector(int r, int v, int columns) const {
       return exists[r] && column + v * 4 * kVector < columns;
-    }
-    __device__ unsigned vector_of(unsigned tile, int r, int v) const {
-      return ((tile + vector) ^ unsigned(v * kBytesToNext)) + unsigned(r * 8 * kRowBytes<SharedTokens>);
     }
     // The rest of an address is a product, which one instruction adds.
     __device__ char* from_column(char* rows) const {
@@ -190,23 +204,26 @@ struct WindowTile {
     const float inverse = 1.0f / scale;
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const int query = min(int(cute::get<0>(at(r, 0))), p.num_slots() - 1);
+      const int query = cute::get<0>(at(r, 0));
       CUTE_UNROLL
       for (int c = 0; c < cute::size<1>(at); ++c) {
         const int key = cute::get<1>(at(r, c));
         const bool exists = key < p.num_slots();
         rows(r, c) = exists ? 0.0f : -std::numeric_limits<float>::infinity();
-        if (table && exists) rows(r, c) = unscaled(table[slots[query].entry - slots[key].entry], inverse);
+        if (table && exists && query < p.num_slots()) {
+          rows(r, c) = unscaled(table[slots[query].entry - slots[key].entry], inverse);
+        }
       }
     }
     return bias;
   }
 
-  // The product of an entry and a factor, which keeps finite ones finite: the lowest of all may be a mask.
+  // The product of an entry and a factor. Finite ones stay finite, and so do they when they are scaled again: the lowest
+  // of all may be a mask.
   static __device__ float unscaled(float entry, float inverse) {
-    constexpr float kLargest = std::numeric_limits<float>::max();
-    const float x = entry * inverse;
-    return fabsf(entry) <= kLargest ? fminf(fmaxf(x, -kLargest), kLargest) : x;
+    constexpr float kMax = std::numeric_limits<float>::max();
+    const float x = entry * inverse, largest = kMax * (1.0f - 0x1p-22f) * fminf(inverse, 1.0f);
+    return fabsf(entry) <= kMax ? fminf(fmaxf(x, -largest), largest) : x;
   }
 
   // For each axis, a bit for each of the thread's logits: whether one of query and key lies behind the shift.
@@ -250,6 +267,31 @@ struct WindowTile {
     softmax.exponentiate_from_max(numbers);
     softmax.total(scale);
     return softmax;
+  }
+
+  // Logits before the scale become probabilities, by the log-sum-exps of their rows.
+  template <class Numbers>
+  static __device__ void exponentiate_from(const float (&lse)[kRows], Numbers& numbers, float scale) {
+    float unit = scale * kLog2e, offset[kRows];
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) offset[r] = lse[r] * kLog2e;
+    if (__any_sync(kAllLanes, !(fmaxf(fabsf(offset[0]), fabsf(offset[1])) <= kMaxExpOffset))) {
+      rarely();
+      unit = kLog2e;
+      CUTE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        offset[r] = 0.0f;
+        // inf - inf must not arise in a row that sees no key.
+        const float subtracted = lse[r] == -std::numeric_limits<float>::infinity() ? 0.0f : lse[r];
+        CUTE_UNROLL
+        for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) = numbers(r, c) * scale - subtracted;
+      }
+    }
+    CUTE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      CUTE_UNROLL
+      for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) = exp2_of(fmaf(numbers(r, c), unit, -offset[r]));
+    }
   }
 };
 

@@ -10,6 +10,8 @@ namespace vitkernels {
 inline constexpr int kMaxWindowTokens = 64;
 // From a token to the next, in elements: distances in bytes have 32 bits.
 inline constexpr int64_t kMaxWindowStride = int64_t(1) << 30;
+// Bias tables are divided by the scale.
+inline constexpr float kMinWindowScale = 1e-30f, kMaxWindowScale = 1e30f;
 
 // One axis of a map that windows divide. With a step s, the tokens r, r + s, r + 2 s, ... are neighbours in class r.
 // With a shift, the last window of a class ends with the tokens before the first one, and these do not see the others.
@@ -25,22 +27,27 @@ struct WindowCudaParams {
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   WindowAxis axis[kMaxAxes];
   TokenTensor query, key, value, out;  // tokens of the map, row by row
-  float* lse = nullptr;                // [batch, tokens, heads]
+  float* lse = nullptr;                // [batch, tokens, heads]; the backward reads it
   float scale = 1.0f;
-  const float* table = nullptr;  // [heads or 1, offsets], or null
+  const float* head_scale = nullptr;  // [heads], multiplied with the scale, or null
+  bool qk_norm = false;               // queries and keys become unit vectors
+  const float* table = nullptr;       // [heads or 1, offsets], or null
   int64_t table_head_stride = 0;
   DeviceOffsetGrid grid;  // of the table
 
   VK_HOST_DEVICE int num_tokens() const { return axis[0].tokens * axis[1].tokens * axis[2].tokens; }
   VK_HOST_DEVICE int num_slots() const { return axis[0].size * axis[1].size * axis[2].size; }
   int64_t num_windows() const { return int64_t(num_tokens() / num_slots()) * batch; }
+  VK_HOST_DEVICE bool changes_rows() const { return qk_norm || head_scale != nullptr; }
 };
 
 struct WindowBackwardCudaParams {
-  WindowCudaParams forward;  // without its results
+  WindowCudaParams forward;
   TokenTensor grad_out, grad_query, grad_key, grad_value;
   const float* grad_lse = nullptr;  // as lse, or null
-  PartialSums table;                // a part for each block of a head: [heads, offsets], zero at first
+  // A part for each block of a head, or null.
+  PartialSums table;       // [heads, offsets], zero at first
+  PartialSums head_scale;  // [heads]
 };
 
 template <DType kDType>

@@ -53,6 +53,7 @@ SpatialCall take_spatial(Call& call) {
           .value = call.take<Tensor>("value"),
           .axes = call.take<std::vector<int64_t>>("axes"),
           .is_shared_query = call.take<bool>("is_shared_query"),
+          .qk_norm = call.take<bool>("qk_norm"),
           .score = ScoreArguments(call),
           .allow_tf32 = call.take<bool>("allow_tf32")};
 }

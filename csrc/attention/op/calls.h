@@ -43,7 +43,7 @@ DenseCall take_dense(Call& call, bool is_packed);
 struct SpatialCall {
   Tensor query, key, value;
   std::vector<int64_t> axes;
-  bool is_shared_query;
+  bool is_shared_query, qk_norm;
   ScoreArguments score;
   bool allow_tf32;
 };

@@ -37,12 +37,21 @@ MapTensor key_bias_tensor(const Tensor& term, int axes) {
   return result;
 }
 
+UnitRowsParams unit_rows_params(const Tensor& rows, DType dtype) {
+  const int axes = int(rows.dim()) - 3;
+  UnitRowsParams params{.dtype = dtype, .batch = rows.size(0), .rows = map_tensor(rows, axes)};
+  params.heads = rows.size(1 + axes), params.dim = rows.size(2 + axes);
+  for (int axis = 0; axis < axes; ++axis) params.size[kMaxAxes - axes + axis] = rows.size(1 + axis);
+  return params;
+}
+
 SpatialArguments::SpatialArguments(const Checker& checker, SpatialCall call, const DevicePolicy& policy)
     : query(call.query),
       key(call.key),
       value(call.value),
       score(std::move(call.score)),
-      is_shared_query(call.is_shared_query) {
+      is_shared_query(call.is_shared_query),
+      qk_norm(call.qk_norm) {
   constexpr std::string_view kDenseTerms[] = {"bias", "multiplier"};
   score.refuse(checker, kDenseTerms, "over a map");
   checker.check(score.num_prefix_tokens == 0, "num_prefix_tokens is ", score.num_prefix_tokens, ", takes 0 over a map");

@@ -3,6 +3,7 @@
 
 #include "attention/op/arguments.h"
 #include "attention/spatial_tiles.h"
+#include "attention/unit_rows.h"
 
 namespace vitkernels {
 
@@ -10,6 +11,9 @@ MapTensor map_tensor(const Tensor& t, int axes);
 
 // A tensor that is broadcast to (B, heads, *map).
 MapTensor key_bias_tensor(const Tensor& term, int axes);
+
+// Of queries or keys, without a result.
+UnitRowsParams unit_rows_params(const Tensor& rows, DType dtype);
 
 // Owns what Params points to.
 class SpatialArguments {
@@ -21,12 +25,25 @@ class SpatialArguments {
   std::vector<int64_t> lse_sizes() const;
   bool is_empty() const;  // there are no queries
 
+  // Queries and keys as most kernels take them, if `qk_norm` is set; `launch(params)` runs the kernel.
+  template <class Launch>
+  void normalize(Launch&& launch) {
+    if (!qk_norm || is_empty()) return;
+    for (Tensor* rows : {&query, &key}) {
+      const Tensor units = empty_as(*rows);
+      UnitRowsParams params = unit_rows_params(*rows, dtype);
+      params.units = units.mutable_data_ptr();
+      launch(params);
+      *rows = units;
+    }
+  }
+
   int axes;
   Tensor query, key, value;
   ScoreArguments score;
   OffsetScore tables;
   DType dtype;
-  bool is_shared_query;
+  bool is_shared_query, qk_norm;
   int64_t batch, heads, kv_heads, head_dim, value_dim;
   SpatialPattern pattern;
   std::vector<TiledAxis> tiled_axes;  // kMaxAxes of them, including axes that the map lacks

@@ -7,8 +7,23 @@
 namespace vitkernels {
 namespace {
 
+void run_unit_rows(const UnitRowsParams& params) {
+  constexpr int64_t kRowsPerTask = 256;
+  const Kernel<UnitRowsParams>& unit_rows = kernel<UnitRowsParams>();  // not in a task, where it must not throw
+  torch::stable::parallel_for(0, params.num_rows(), kRowsPerTask,
+                              [&](int64_t begin, int64_t end) { unit_rows.run(params, begin, end, nullptr); });
+}
+
+// A gradient of unit rows becomes that of the rows.
+void differentiate_unit_rows(const Tensor& rows, const Tensor& grad, DType dtype) {
+  UnitRowsParams params = unit_rows_params(rows, dtype);
+  params.grad = grad.mutable_data_ptr();
+  run_unit_rows(params);
+}
+
 void spatial_attention(Call& call) {
-  const SpatialArguments args(call.checker, take_spatial(call));
+  SpatialArguments args(call.checker, take_spatial(call));
+  args.normalize(run_unit_rows);
   Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   Tensor lse = empty_as(args.query, args.lse_sizes(), statistics_type(args.dtype));
   if (!args.is_empty()) {
@@ -26,7 +41,9 @@ void spatial_attention(Call& call) {
 void spatial_attention_backward(Call& call) {
   SpatialCall forward = take_spatial(call);
   BackwardCall from(call, forward.score);
-  const SpatialArguments args(call.checker, std::move(forward));
+  SpatialArguments args(call.checker, std::move(forward));
+  const Tensor query = args.query, key = args.key;
+  args.normalize(run_unit_rows);
   from.check(call.checker, args.query, args.out_sizes());
 
   SpatialBackwardParams params;
@@ -38,6 +55,10 @@ void spatial_attention_backward(Call& call) {
   SpatialGradients grads(args, from.needed, params);
   if (!args.is_empty()) run_kernel(kernel<SpatialBackwardParams>(), params, params.num_tasks(), 1, args.query);
   grads.finish(args, params);
+  if (args.qk_norm && !args.is_empty()) {
+    differentiate_unit_rows(query, grads.query, args.dtype);
+    differentiate_unit_rows(key, grads.key, args.dtype);
+  }
   call.give(grads.query, "grad_query");
   call.give(grads.key, "grad_key");
   call.give(grads.value, "grad_value");

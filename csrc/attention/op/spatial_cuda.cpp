@@ -43,7 +43,7 @@ bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const bool fits = slots > 0 && slots <= kMaxWindowTokens && tokens <= std::numeric_limits<int32_t>::max() &&
                     std::max(args.head_dim, args.value_dim) <= 64 && args.head_dim % 8 == 0 && args.value_dim % 8 == 0;
   const bool is_plain = !args.is_shared_query && !args.score.has_outside && args.pattern.radius == 0.0 &&
-                        !args.score.head_map && !terms.head_scale && !terms.key_bias && !terms.multiplier_table &&
+                        !args.score.head_map && !terms.key_bias && !terms.multiplier_table &&
                         std::none_of(terms.rel_pos.begin(), terms.rel_pos.end(), has);
   // They look up all pairs of a window: a shift may leave offsets without a pair that is seen, and tables without them.
   bool has_entries = true;
@@ -51,8 +51,8 @@ bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
     has_entries = has_entries && terms.bias_table->size(1 + axis) >= 2 * axes[kMaxAxes - args.axes + axis].size - 1;
   }
   const bool are_aligned = can_be_aligned(args.query) && can_be_aligned(args.key) && can_be_aligned(args.value);
-  return args.dtype != DType::kFloat32 && has_entries && are_aligned && fits && is_plain && args.score.scale > 1e-30 &&
-         args.score.scale < 1e30;
+  return args.dtype != DType::kFloat32 && has_entries && are_aligned && fits && is_plain &&
+         args.score.scale > kMinWindowScale && args.score.scale < kMaxWindowScale;
 }
 
 // The map's tokens, row by row: one distance from each to the next.
@@ -97,6 +97,8 @@ struct WindowOperands {
               .key = token_rows(key, args.axes),
               .value = token_rows(value, args.axes),
               .scale = spatial.score.scale.as<float>(),
+              .head_scale = static_cast<const float*>(spatial.score.head_scale),
+              .qk_norm = args.qk_norm,
               .table = static_cast<const float*>(spatial.score.by_offset.bias.data),
               .table_head_stride = spatial.score.by_offset.bias.head_stride,
               .grid = spatial.score.by_offset.small};
@@ -104,10 +106,14 @@ struct WindowOperands {
   }
 };
 
+void launch_units(const Checker& checker, const UnitRowsParams& params, cudaStream_t stream) {
+  check_cuda(checker, launch_unit_rows(params, stream));
+}
+
 void spatial_attention(Call& call) {
   SpatialCall given = take_spatial(call);
   const bool allow_tf32 = given.allow_tf32;
-  const SpatialArguments args(call.checker, std::move(given), device_policy());
+  SpatialArguments args(call.checker, std::move(given), device_policy());
   const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   const Tensor lse = empty_as(args.query, args.lse_sizes(), ScalarType::Float);
   if (!args.is_empty()) {
@@ -118,6 +124,7 @@ void spatial_attention(Call& call) {
       operands.params.lse = static_cast<float*>(lse.mutable_data_ptr());
       check_cuda(call.checker, launch_window_attention(operands.params, device.stream()));
     } else {
+      args.normalize([&](const UnitRowsParams& params) { launch_units(call.checker, params, device.stream()); });
       SpatialCudaParams params = spatial_forward_params(call.checker, args);
       params.allow_tf32 = allow_tf32;
       const OptionalTensor relative = launch_spatial_relative_logits(call.checker, args, params, device.stream());
@@ -140,6 +147,7 @@ void launch_window_backward(const Checker& checker, const SpatialArguments& args
                                   .grad_query = token_rows(grads.query, args.axes),
                                   .grad_key = token_rows(grads.key, args.axes),
                                   .grad_value = token_rows(grads.value, args.axes)};
+  params.forward.lse = const_cast<float*>(static_cast<const float*>(from.lse.const_data_ptr()));
   if (from.grad_lse) params.grad_lse = static_cast<const float*>(from.grad_lse->const_data_ptr());
   const OnDevice device(args.query);
   std::vector<PartialSumsOwner> owners;
@@ -148,15 +156,36 @@ void launch_window_backward(const Checker& checker, const SpatialArguments& args
     owners.emplace_back(*table, window_parts(params.forward), args.heads * offsets, PartialSumsOwner::Start::kZero);
     params.table = owners.back().sums();
   }
+  if (const OptionalTensor& scale = grads.terms.head_scale) {
+    owners.emplace_back(*scale, window_parts(params.forward), args.heads);
+    params.head_scale = owners.back().sums();
+  }
   check_cuda(checker, launch_window_attention_backward(params, device.stream()));
   for (const PartialSumsOwner& sums : owners) check_cuda(checker, sums.add(DType::kFloat32, device.stream()));
+}
+
+// The gradients of an attention by the kernels that take any pattern.
+void launch_general_backward(const Checker& checker, SpatialArguments& args, const BackwardCall& from, bool allow_tf32,
+                             const SpatialGradientTensors& grads) {
+  const OnDevice device(args.query);
+  const Tensor query = args.query, key = args.key;
+  args.normalize([&](const UnitRowsParams& params) { launch_units(checker, params, device.stream()); });
+  launch_spatial_backward(checker, args, from, allow_tf32, grads);
+  if (!args.qk_norm) return;
+  const auto differentiate = [&](const Tensor& rows, const Tensor& grad) {
+    UnitRowsParams params = unit_rows_params(rows, args.dtype);
+    params.grad = grad.mutable_data_ptr();
+    launch_units(checker, params, device.stream());
+  };
+  differentiate(query, grads.query);
+  differentiate(key, grads.key);
 }
 
 void spatial_attention_backward(Call& call) {
   SpatialCall forward = take_spatial(call);
   const bool allow_tf32 = forward.allow_tf32;
   BackwardCall from(call, forward.score);
-  const SpatialArguments args(call.checker, std::move(forward), device_policy());
+  SpatialArguments args(call.checker, std::move(forward), device_policy());
   from.check(call.checker, args.query, args.out_sizes());
   const bool is_empty = args.is_empty();
   const auto gradient_of = [&](const Tensor& t) { return is_empty ? zeros_as(t) : empty_as(t); };
@@ -170,7 +199,7 @@ void spatial_attention_backward(Call& call) {
     if (are_small_windows(args, axes) && args.kv_heads == args.heads && can_be_aligned(from.grad_out)) {
       launch_window_backward(call.checker, args, axes, from, grads);
     } else {
-      launch_spatial_backward(call.checker, args, from, allow_tf32, grads);
+      launch_general_backward(call.checker, args, from, allow_tf32, grads);
     }
   }
   call.give(grads.query, "grad_query");

@@ -135,7 +135,8 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
     if qk_norm is not None:
         if qk_norm != "l2":
             raise RuntimeError(f"vitkernels::{op}: qk_norm is {qk_norm!r}, takes None or 'l2'")
-        query, key = normalized(op, "query", query), normalized(op, "key", key)
+        if not norms_in_operator(score, num_axes):
+            query, key = normalized(op, "query", query), normalized(op, "key", key)
         key_fill = None if key_fill is None else normalized(op, "outside[0]", key_fill)
         extra_keys = None if extra_keys is None else normalized(op, "additional_keys", extra_keys)
     if isinstance(scale, Tensor):
@@ -154,6 +155,11 @@ def operands(op: str, query: Tensor, key: Tensor, value: Tensor, score: Score, n
     by_axis = _NO_EMBEDDINGS if rel_pos is None else embeddings(op, query, rel_pos, num_axes or _axes_of(score))
     keys = (head_map, radius, outside is not None, key_fill, value_fill)
     return query, key, (factor, head_scale, *tensors, *by_axis, num_prefix_tokens), keys, extra_keys
+
+
+def norms_in_operator(score: Score, num_axes: int | None) -> bool:
+    """Whether ``qk_norm`` is an argument of the operator. With additional keys, two operators read the unit vectors."""
+    return num_axes is not None and score.additional_keys is None
 
 
 def of_each_head(op: str, query: Tensor, scale: Tensor) -> Tensor:

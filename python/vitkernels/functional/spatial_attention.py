@@ -9,7 +9,14 @@ from torch import Tensor
 
 from vitkernels.axes import Axis, encode
 from vitkernels.functional.arguments import check_flag, check_tensors, held_in_trace
-from vitkernels.functional.score import Outside, Score, SpatialOptions, operands, with_additional_keys
+from vitkernels.functional.score import (
+    Outside,
+    Score,
+    SpatialOptions,
+    norms_in_operator,
+    operands,
+    with_additional_keys,
+)
 from vitkernels.functional.words import Words
 from vitkernels.ops import attention as _ops
 
@@ -151,10 +158,11 @@ def attend_on_map(
     """``out`` and ``lse``, for the function of ``words``."""
     given = operands(words.function, query, key, value, score, len(axes))
     query, key, terms, keys, _ = given
+    qk_norm = score.qk_norm is not None and norms_in_operator(score, len(axes))
     found: tuple[Tensor, Tensor]
     try:
         found = _ops.spatial_attention(
-            query, key, value, encode(axes), is_shared_query, *terms, *keys, _ops.allow_tf32(query)
+            query, key, value, encode(axes), is_shared_query, qk_norm, *terms, *keys, _ops.allow_tf32(query)
         )
     except RuntimeError as error:
         raise words.of(error, "spatial_attention", score.rel_pos) from None
