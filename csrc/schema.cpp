@@ -69,8 +69,7 @@ std::vector<std::string> make_schemas() {
   // 1 relu, 2 elu + 1, 3 exp, 4 focused (linear_attention/linear_attention.h).
   const std::string linear =
       "Tensor query, Tensor key, Tensor value, SymInt feature_map, SymInt power, bool normalize, float eps, float "
-      "scale, "
-      "float residual_v";
+      "scale, float residual_v, bool allow_tf32";
   schemas.push_back("linear_attention(" + linear + ") -> (Tensor out, Tensor state)");
   schemas.push_back("linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + linear +
                     ", Tensor state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");

@@ -24,8 +24,8 @@ struct LinearProblem {
   double residual = 0.0;  // times the token's own value, added to the output
   TokenTensor query, key, value;
 
-  int64_t heads_per_kv_head() const { return heads / kv_heads; }
-  int64_t state_size() const { return head_dim * (value_dim + 1); }
+  VK_HOST_DEVICE int64_t heads_per_kv_head() const { return heads / kv_heads; }
+  VK_HOST_DEVICE int64_t state_size() const { return head_dim * (value_dim + 1); }
   DType element_type() const { return dtype; }
 };
 

@@ -5,3 +5,10 @@ list(APPEND cpu_kernel_sources
   ${engine}/cpu/decayed.cpp ${engine}/cpu/grad_key.cpp ${engine}/cpu/grad_query.cpp ${engine}/cpu/output.cpp ${engine}/cpu/state.cpp)
 
 list(APPEND cpu_op_sources ${engine}/op/decayed_cpu.cpp ${engine}/op/linear_attention_cpu.cpp)
+
+list(APPEND cuda_op_sources ${engine}/op/linear_attention_cuda.cpp)
+
+list(APPEND cuda_kernel_sources ${engine}/cuda/state_sum.cu)
+
+list(APPEND cuda_kernel_sources_by_dtype
+  ${engine}/cuda/grad_key.cu ${engine}/cuda/grad_query.cu ${engine}/cuda/output.cu ${engine}/cuda/state.cu)

@@ -87,7 +87,7 @@ def test_the_same_bits_at_any_number_of_threads():
 def test_the_state_of_the_operator():
     """What it returns besides the output is differentiable as well."""
     q, k, v = (torch.randn(1, 7, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    state = torch.ops.vitkernels.linear_attention(q, k, v, 1, 3, True, 1e-6, 1.0, 0.0)[1]
+    state = torch.ops.vitkernels.linear_attention(q, k, v, 1, 3, True, 1e-6, 1.0, 0.0, False)[1]
     expected = torch.einsum("bjhd,bjhe->bhde", k.relu(), torch.cat([v, torch.ones_like(v[..., :1])], -1))
     torch.testing.assert_close(state, expected)
     weight = torch.randn_like(state)
@@ -111,7 +111,7 @@ def test_feature_maps_are_copied(features):
 def test_exponentials_beyond_range_are_infinite(dtype):
     k = torch.tensor([-2000.0, 0.0, 80.0, 1000.0], dtype=dtype).reshape(1, 1, 1, 4)
     q = torch.eye(4, dtype=dtype).reshape(1, 4, 1, 4)
-    state = torch.ops.vitkernels.linear_attention(q, k, torch.ones_like(k), 3, 3, False, 0.0, 1.0, 0.0)[1]
+    state = torch.ops.vitkernels.linear_attention(q, k, torch.ones_like(k), 3, 3, False, 0.0, 1.0, 0.0, False)[1]
     expected = k.flatten().to(state.dtype).exp()
     torch.testing.assert_close(state[0, 0, :, -1], expected, rtol=1e-5, atol=0)
 
@@ -133,7 +133,7 @@ def test_small_denominators_are_divided_by():
 
 def test_gradient_of_the_state_without_a_denominator():
     k = torch.randn(1, 3, 1, 2, dtype=torch.float64, requires_grad=True)
-    args = (k.detach(), k, k.detach(), 0, 1, False, 0.0, 1.0, 0.0)
+    args = (k.detach(), k, k.detach(), 0, 1, False, 0.0, 1.0, 0.0, False)
     state = torch.ops.vitkernels.linear_attention(*args)[1]
     assert torch.equal(torch.autograd.grad(state[..., -1].sum(), k)[0], torch.ones_like(k))
 

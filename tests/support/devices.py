@@ -25,6 +25,7 @@ FUNCTIONS = {
     "attention_varlen": ON_TENSOR_CORES,
     "attention_transposed": ON_TENSOR_CORES,
     "spatial_attention": ON_TENSOR_CORES,
+    "linear_attention": ON_TENSOR_CORES,
 }
 
 

@@ -13,6 +13,7 @@ namespace vitkernels {
 struct LinearArguments {
   Tensor query, key, value;
   LinearProblem problem;
+  bool allow_tf32;
 
   explicit LinearArguments(Call& call)
       : query(call.take<Tensor>("query")), key(call.take<Tensor>("key")), value(call.take<Tensor>("value")) {
@@ -22,6 +23,7 @@ struct LinearArguments {
     problem.eps = call.take<double>("eps");
     problem.scale = call.take<double>("scale");
     problem.residual = call.take<double>("residual_v");
+    allow_tf32 = call.take<bool>("allow_tf32");
     check_tensors(checker);
     checker.check(feature_map >= 0 && feature_map < kNumFeatureMaps, "feature_map is ", feature_map, ", takes 0 to ",
                   kNumFeatureMaps - 1);
@@ -38,7 +40,14 @@ struct LinearArguments {
                   problem.num_keys);
     problem.feature_map = FeatureMap(feature_map), problem.power = power;
     query = with_unit_last_stride(query), key = with_unit_last_stride(key), value = with_unit_last_stride(value);
-    problem.query = token_tensor(query), problem.key = token_tensor(key), problem.value = token_tensor(value);
+    attach();
+  }
+
+  // Copies of the operands in another dtype take their place.
+  void convert(DType dtype, ScalarType type) {
+    for (Tensor* t : {&query, &key, &value}) *t = torch::stable::to(*t, type);
+    problem.dtype = dtype;
+    attach();
   }
 
   std::vector<int64_t> out_sizes() const {
@@ -49,6 +58,10 @@ struct LinearArguments {
   }
 
  private:
+  void attach() {
+    problem.query = token_tensor(query), problem.key = token_tensor(key), problem.value = token_tensor(value);
+  }
+
   void check_tensors(const Checker& checker) {
     checker.rank("query", query, 4, "(B, Nq, heads, d)");
     checker.rank("key", key, 4, "(B, Nk, kv_heads, d)");
@@ -70,6 +83,69 @@ struct LinearArguments {
                   " heads, takes a divisor of query's ", problem.heads);
     checker.check(problem.head_dim > 0, "query has head dimension 0, takes at least 1");
     checker.check(problem.value_dim > 0, "value has head dimension 0, takes at least 1");
+  }
+};
+
+// Those of the backward, and its results.
+struct LinearBackwardArguments : LinearArguments {
+  OptionalTensor grad_out, grad_of_state;
+  Tensor state, grad_query, grad_key, grad_value;
+  Tensor grad_state;  // of the state that the queries read, plus the gradient that was given
+
+  explicit LinearBackwardArguments(Call& call)
+      : LinearBackwardArguments(call, call.take<OptionalTensor>("grad_out"), call.take<OptionalTensor>("grad_state")) {}
+
+  // Whether queries have read the state.
+  bool is_read() const { return grad_out && problem.batch > 0; }
+
+  LinearGradQueryParams grad_query_params() const {
+    return {.problem = problem,
+            .state = state.const_data_ptr(),
+            .grad_out = token_tensor(*grad_out),
+            .grad_query = token_tensor(grad_query),
+            .grad_state = grad_state.mutable_data_ptr()};
+  }
+  LinearGradKeyParams grad_key_params() const {
+    LinearGradKeyParams params{.problem = problem,
+                               .grad_state = grad_state.const_data_ptr(),
+                               .grad_out = grad_out ? token_tensor(*grad_out) : TokenTensor{},
+                               .grad_key = token_tensor(grad_key),
+                               .grad_value = token_tensor(grad_value)};
+    if (!grad_out) params.problem.residual = 0.0;  // of an output without a gradient
+    return params;
+  }
+
+  void convert(DType dtype, ScalarType type) {
+    LinearArguments::convert(dtype, type);
+    if (grad_out) grad_out = torch::stable::to(*grad_out, type);
+    for (Tensor* t : {&grad_query, &grad_key, &grad_value}) *t = torch::stable::to(*t, type);
+  }
+
+  void give(Call& call) const {
+    call.give(grad_query, "grad_query");
+    call.give(grad_key, "grad_key");
+    call.give(grad_value, "grad_value");
+  }
+
+ private:
+  LinearBackwardArguments(Call& call, OptionalTensor out, OptionalTensor of_state)
+      : LinearArguments(call),
+        grad_out(std::move(out)),
+        grad_of_state(std::move(of_state)),
+        state(call.take<Tensor>("state")) {
+    const ScalarType statistics = statistics_type(problem.dtype);
+    const auto check = [&](const char* name, const Tensor& t, ScalarType type, const std::vector<int64_t>& sizes) {
+      call.checker.tensor(name, t, query, type, sizes);
+    };
+    if (grad_out) check("grad_out", *grad_out, query.scalar_type(), out_sizes());
+    if (grad_of_state) check("grad_state", *grad_of_state, statistics, state_sizes());
+    check("state", state, statistics, state_sizes());
+    if (grad_out) grad_out = with_unit_last_stride(*grad_out);
+    if (grad_of_state) grad_of_state = as_contiguous(*grad_of_state);
+    state = as_contiguous(state);
+    grad_query = grad_out ? empty_as(query) : zeros_as(query);
+    grad_key = empty_as(key), grad_value = empty_as(value);
+    grad_state = is_read() ? empty_as(state) : grad_of_state ? *grad_of_state : zeros_as(state);
   }
 };
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitkernels.functional.arguments import check_floating, check_stored, check_tensors, number, whole_number
 from vitkernels.functional.score import of_each_head
 from vitkernels.functional.words import Words
-from vitkernels.ops.attention import statistics_dtype
+from vitkernels.ops.attention import allow_tf32, statistics_dtype
 from vitkernels.ops.linear_attention import linear_attention as _linear_attention
 
 __all__ = ["channel_attention"]
@@ -94,7 +94,7 @@ def channel_attention(
 
 def _call(words: Words, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     try:
-        found: tuple[Tensor, Tensor] = _linear_attention(query, key, value, *_PLAIN)
+        found: tuple[Tensor, Tensor] = _linear_attention(query, key, value, *_PLAIN, allow_tf32(query))
     except RuntimeError as error:
         raise words.of(error, "linear_attention") from None
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from vitkernels.feature_map import FeatureMap, encode, random_features
 from vitkernels.functional.arguments import check_flag, check_floating, check_rank, check_tensors, number
 from vitkernels.functional.score import normalized
-from vitkernels.ops.attention import statistics_dtype
+from vitkernels.ops.attention import allow_tf32, statistics_dtype
 from vitkernels.ops.linear_attention import linear_attention as _linear_attention
 
 __all__ = ["linear_attention"]
@@ -81,7 +81,7 @@ def linear_attention(
     options = code, chosen.power, normalize, eps, scale, residual
     if chosen.projection is not None:
         return _by_random_features(query, key, value, chosen.projection, options)
-    out: Tensor = _linear_attention(query, key, value, *options)[0]
+    out: Tensor = _linear_attention(query, key, value, *options, allow_tf32(query))[0]
     return out
 
 
@@ -96,7 +96,7 @@ def _by_random_features(
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False) if is_cast else nullcontext():
         q, k = (random_features(_OP, name, t, projection) for name, t in (("query", query), ("key", key)))
-        out: Tensor = _linear_attention(q, k, value.to(q.dtype), *options)[0]
+        out: Tensor = _linear_attention(q, k, value.to(q.dtype), *options, allow_tf32(q))[0]
     return out.to(dtype)
 
 

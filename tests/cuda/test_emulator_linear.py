@@ -1,0 +1,151 @@
+"""Linear attention on a GPU: agreement with float64, sums that no 16-bit number holds, traffic, and what is refused."""
+
+import pytest
+import torch
+import vitkernels as vk
+from support.devices import HALF, ON_TENSOR_CORES
+from support.emulation import nbytes, needs_emulator
+from support.operands import ROUNDING, tokens
+from vitkernels import reference
+
+pytestmark = needs_emulator
+
+MAPS = ("identity", "relu", "elu", "exp", "focused")
+
+
+def operands(q=200, k=300, h=2, g=None, d=32, v=None, b=1, dtype=torch.bfloat16):
+    return [
+        tokens(b, q, h, d, dtype=dtype), tokens(b, k, g or h, d, dtype=dtype, seed=1),
+        tokens(b, k, g or h, v or d, dtype=dtype, seed=2),
+    ]  # fmt: skip
+
+
+def differentiate(function, call, grad_out, **options):
+    leaves = [t.detach().requires_grad_() for t in call]
+    out = function(*leaves, **options)
+    return out, *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+
+
+def check(call, units=4, **options):
+    """The output and the gradients against float64, in units of the dtype's rounding of their largest number."""
+    dtype = call[0].dtype
+    grad_out = tokens(*call[0].shape[:-1], call[2].size(-1), dtype=dtype, seed=5)
+    found = differentiate(vk.linear_attention, call, grad_out, **options)
+    expected = differentiate(reference.linear_attention, [t.double() for t in call], grad_out, **options)
+    for name, one, other in zip(("out", *"qkv"), found, expected, strict=True):
+        assert one.dtype == dtype
+        error = (one.double() - other).abs().max() / other.abs().max() / ROUNDING.get(dtype, 2.0**-22)
+        assert error <= units, f"{name}: {error:.2f}"
+    return found
+
+
+SHAPES = {
+    "split": {"k": 1100, "q": 600}, "groups": {"h": 4, "g": 2, "d": 64, "b": 2}, "odd": {"d": 13, "v": 7, "k": 90},
+    "wide-value": {"d": 24, "v": 64, "q": 65}, "wide-key": {"d": 64, "v": 8, "q": 1, "k": 128},
+    "wide": {"d": 104, "v": 128, "k": 140, "h": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize("dtype", ON_TENSOR_CORES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name, dtype, feature_map, cuda_kernels):
+    call = operands(**SHAPES[name], dtype=dtype)
+    if name == "wide" and (dtype == torch.float32 or (dtype, feature_map) == (torch.float16, "exp")):
+        pytest.skip("float32 has a head dimension of at most 64")
+    normalize = feature_map != "identity"
+    check(call, feature_map=feature_map, normalize=normalize, scale=0.7, eps=1e-3 if normalize else 0.0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_many_keys(dtype, cuda_kernels):
+    """Sums of features and values that float16 does not hold, and denominators whose reciprocals it does not."""
+    query, key, value = operands(q=70, k=3000, h=1, dtype=dtype)
+    found = check([query * 20, key * 20, value * 20])
+    assert all(t.isfinite().all() for t in found)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_rows_without_features(dtype, cuda_kernels):
+    """... are zero, and do not spoil those beside them, whatever their denominator is."""
+    call = operands(dtype=dtype)
+    call[0][:, ::3] = -1.0
+    for eps in (1e-6, 0.0):
+        found = check(call, eps=eps)
+        assert (found[0][:, ::3] == 0).all()
+
+
+def test_precision_of_float32(cuda_kernels):
+    """TF32 only where PyTorch allows it."""
+    call = operands(dtype=torch.float32)
+    expected = reference.linear_attention(*[t.double() for t in call])
+    exact = (vk.linear_attention(*call) - expected).abs().max()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = (vk.linear_attention(*call) - expected).abs().max()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert exact < 2e-6 < rounded < 4e-3
+
+
+def test_any_strides(cuda_kernels):
+    packed = tokens(2, 100, 3, 2, 32)
+    check(packed.unbind(2))
+    check([t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands()])
+    check([t[:, ::2] for t in operands()])
+    check([t[..., 1:26] for t in operands()], residual_v=0.0)
+    check([t[:1].expand(3, -1, -1, -1) for t in operands()])
+
+
+def test_residual(cuda_kernels):
+    for feature_map in ("relu", "identity"):
+        check(operands(q=150, k=150, h=4, g=2), feature_map=feature_map, residual_v=-0.5, eps=1e-2)
+
+
+def test_same_bits_in_every_run(cuda_kernels):
+    call = operands(k=1100, q=1100, dtype=torch.float16)
+    found = check(call)
+    cuda_kernels.configure(multiprocessors=132, seed=1)
+    assert all(torch.equal(*both) for both in zip(found, check(call), strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("d", [32, 64, 128])
+def test_traffic(d, dtype, cuda_kernels):
+    """Every pass reads its tokens once and writes its results once; the state is small beside them."""
+    query, key, value = (t.requires_grad_() for t in operands(q=1024, k=1024, h=2, d=d, dtype=dtype))
+    out = vk.linear_attention(query, key, value)
+    grads = torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    state = 2 * d * (d + 1) * 4
+    expected = {  # tokens that are read, written, and states
+        "linear_state": (nbytes(key, value), 0), "linear_output": (nbytes(query), nbytes(out)),
+        "linear_grad_query": (nbytes(query, out), nbytes(grads[0])),
+        "linear_grad_key": (nbytes(key, value), nbytes(*grads[1:])),
+    }  # fmt: skip
+    for name, (read, written) in expected.items():
+        counters = cuda_kernels.counters()[f"vitkernels::{name}"]
+        (blocks,) = (launch.grid[0] for launch in cuda_kernels.launches() if launch.kernel == f"vitkernels::{name}")
+        assert read <= counters.read.distinct <= read + 2 * state
+        assert written <= counters.written.total <= written + blocks // 2 * state
+    assert cuda_kernels.counters()["vitkernels::linear_state"].read.total == nbytes(key, value)
+
+
+def test_refusals(cuda_kernels):
+    for change, text in (
+        ({"dtype": torch.float64}, "query is float64 on CUDA, takes float32, bfloat16 or float16"),
+        ({"d": 130}, "query or value has head dimension 130 on CUDA, takes at most 128"),
+        (
+            {"d": 65, "dtype": torch.float32},
+            "query or value has head dimension 65 on CUDA, takes at most 64 in float32",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=f"vitkernels::linear_attention: {text}"):
+            vk.linear_attention(*operands(q=3, k=3, **change))
+
+
+def test_nothing(cuda_kernels):
+    for empty in ({"b": 0}, {"q": 0}, {"k": 0}):
+        call = [t.requires_grad_() for t in operands(**empty)]
+        out = vk.linear_attention(*call)
+        assert (out == 0).all()
+        assert all((t == 0).all() for t in torch.autograd.grad(out.sum(), call))
