@@ -1,27 +1,9 @@
-"""Attention between channels, in every dtype, and as the models that have it compute it."""
+"""Attention between channels as the models that have it compute it, at its borders, and its errors."""
 
 import pytest
 import torch
 import vitkernels as vk
-from support.calls import differentiate
-from support.devices import DTYPES
-from support.error_policy import check_sample
 from support.mechanisms import agree, tokens
-from support.samples_named import NAMED_SAMPLES
-
-SAMPLES = [s for s in NAMED_SAMPLES if s.operator == "channel_attention"]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", SAMPLES, ids=str)
-def test_error_policy(sample, dtype):
-    check_sample(sample, dtype)
-
-
-def test_same_bits():
-    call = SAMPLES[1].call(torch.float32)
-    first, second = ([t for each in differentiate(vk.channel_attention, call) for t in each] for _ in range(2))
-    assert all(torch.equal(*both) for both in zip(first, second, strict=True))
 
 
 def test_xcits():
@@ -59,17 +41,24 @@ Q = torch.zeros(2, 5, 4, 8)
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"query": Q[0]}, "query has shape (5, 4, 8), takes (B, tokens, heads, d)"),
-        ({"key": Q[:, :4]}, "key has shape (2, 4, 4, 8), takes query's number of tokens (5)"),
-        ({"key": Q[:1]}, "key has shape (1, 5, 4, 8), takes query's batch size (2) and number of heads (4)"),
-        ({"value": Q[..., :7]}, "value has shape (2, 5, 4, 7), takes key's head dimension (8)"),
-        ({"value": Q.half()}, "value is torch.float16, takes query's torch.float32"),
-        ({"value": Q.long()}, "value is torch.int64, takes a floating dtype"),
+        ({"query": Q[0]}, "query has shape (5, 4, 8), takes 4 dimensions (B, N, heads, d)"),
+        ({"key": Q[:, :4]}, "key has size 4 in dimension 1, takes 5 (query's number of tokens)"),
+        ({"key": Q[:1]}, "key has size 1 in dimension 0, takes 2 (query's batch size)"),
+        ({"value": Q[..., :7]}, "value has size 7 in dimension 3, takes 8 (key's head dimension)"),
+        ({"value": Q.half()}, "value is float16, takes float32"),
+        ({"value": Q.long()}, "value is int64, takes float32"),
         ({"value": None}, "value is None, takes a tensor"),
         ({"scale": Q[0, 0, :3, 0]}, "scale has shape (3,), takes (4,)"),
+        ({"value": Q[:, :, :3]}, "value has size 3 in dimension 2, takes 4 (query's number of heads)"),
+        ({"query": Q.long()}, "query is int64, takes float64, float32, bfloat16 or float16"),
+        ({"query": Q[..., :0]}, "query has head dimension 0, takes at least 1"),
+        ({"key": Q[..., :0], "value": Q[..., :0]}, "key has head dimension 0, takes at least 1"),
+        (dict.fromkeys(("query", "key", "value"), Q[:, :, :0]), "query has 0 heads, takes at least 1"),
+        ({"scale": 1e39}, "scale is 1e+39, takes a finite number in torch.float32"),
         ({"scale": "1"}, "scale is '1', takes a number"),
         ({"qk_norm": "l1"}, "qk_norm is 'l1', takes None or 'l2'"),
         ({"groups": 5}, "groups is 5, takes a divisor of query's 32 channels"),
+        ({"groups": 2, "key": Q[:, :, :0]}, "groups is 2, takes a divisor of key's 0 channels"),
         ({"groups": 0}, "groups is 0, takes a divisor of query's 32 channels"),
         ({"groups": 1.5}, "groups is 1.5, takes an integer"),
     ],
@@ -78,3 +67,32 @@ def test_errors_are_the_callers(wrong, text):
     with pytest.raises(RuntimeError) as raised:
         vk.channel_attention(**{"query": Q, "key": Q, "value": Q} | wrong)
     assert str(raised.value).startswith("vitkernels::channel_attention: ") and text in str(raised.value)
+
+
+def test_operators_own_errors():
+    op = torch.ops.vitkernels.channel_attention
+    with pytest.raises(RuntimeError, match=r"channel_attention: head_scale has shape \(3\), takes \(4\)"):
+        op(Q, Q, Q, 1.0, torch.ones(3), False)
+    with pytest.raises(RuntimeError, match="channel_attention: scale is inf, takes a finite number in float32"):
+        op(Q, Q, Q, float("inf"), None, False)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_gradient_of_the_state(normalizes):
+    def read(q, k, v):
+        out, state = torch.ops.vitkernels.channel_attention(q, k, v, 0.5, None, normalizes)
+        return out, state
+
+    data = [tokens(2, n, 2, d).requires_grad_() for n, d in ((5, 3), (5, 4), (6, 4))]
+    assert torch.autograd.gradcheck(read, data)
+    assert torch.autograd.gradcheck(lambda *given: read(*given)[1], data)
+
+
+def test_state_of_split_tokens():
+    """The sums of squares are those of all splits."""
+    q = torch.rand(1, 2000, 2, 5, dtype=torch.float64) + 0.5
+    _, state = torch.ops.vitkernels.channel_attention(q, q, q, 1.0, None, True)
+    unit = torch.nn.functional.normalize(q, dim=1)
+    torch.testing.assert_close(state[..., :5, :5], torch.einsum("bnhc,bnhe->bhce", unit, unit))
+    torch.testing.assert_close(state[..., :5, 5], q.norm(dim=1))
+    torch.testing.assert_close(state[..., 5, :5], q.norm(dim=1))

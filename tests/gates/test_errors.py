@@ -26,6 +26,7 @@ def test_the_calls_are_right_otherwise():
     for function, call in (*CALLS, (vk.merge_attentions, PARTS)):
         if ON_CPU or torch.float32 in FUNCTIONS.get(function.__name__, ()):
             of_values = call["outs"][0] if "outs" in call else call.get("value", call.get("value_q"))
+            of_values = call["query"] if function is vk.channel_attention else of_values
             assert outputs_of(function(**call))[0].shape[-1] == of_values.shape[-1]
 
 

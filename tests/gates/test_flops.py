@@ -48,6 +48,13 @@ def test_linear_attention():
     assert forward_and_backward(vk.linear_attention, *shapes) == (forward, 2 * forward)
 
 
+def test_channel_attention():
+    """One product for each token of queries and keys, one for each of values; twice as many in the backward."""
+    shapes = (2, 5, 4, 8), (2, 5, 4, 6), (2, 7, 4, 6)
+    forward = 2 * (2 * 5 * 4 + 2 * 7 * 4) * 8 * 6
+    assert forward_and_backward(vk.channel_attention, *shapes) == (forward, 2 * forward)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention(kv_heads):
     shapes = (2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 6)

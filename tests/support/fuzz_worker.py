@@ -113,10 +113,15 @@ def put(call: Call, slot: Slot, value: Any) -> Call:
     return {**call, slot.argument: members}
 
 
+def is_data(target: Target, slot: Slot) -> bool:
+    """Whether a tensor is read as it is given: others are converted, and may broadcast."""
+    return slot.argument in target.required and (target.is_operator or slot.argument != "decay")
+
+
 def spoil_rank(rng: random.Random, target: Target, call: Call) -> Call:
     slot = rng.choice(slots(call))
     # A tensor of rank 0 broadcasts: wrong only where a tensor is data.
-    ranks = [r for r in range(7) if r != slot.tensor.dim() and (r > 0 or slot.argument in target.required)]
+    ranks = [r for r in range(7) if r != slot.tensor.dim() and (r > 0 or is_data(target, slot))]
     used = {n for other in slots(call) for n in other.tensor.shape}  # tensors with these lengths may broadcast
     shape = [rng.choice([n for n in range(2, 9) if n not in used] or [11]) for _ in range(rng.choice(ranks))]
     return put(call, slot, torch.ones(shape, dtype=slot.tensor.dtype, device=DEVICE))
@@ -134,6 +139,8 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
     dims = range(slot.tensor.dim())
     if slot.argument == "query" and target.name.endswith("spatial_attention"):
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
+    if "groups" in call and slot.argument == "query":
+        dims = dims[:-2]  # whose channels may be any number
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
     shape[dim] = rng.choice([n for n in (0, shape[dim] - 1, shape[dim] + 1) if n != 1])
@@ -145,7 +152,7 @@ def spoil_dtype(rng: random.Random, target: Target, call: Call) -> Call:
     dtypes = [d for d in DTYPES if d != slot.tensor.dtype]
     if not slot.tensor.is_floating_point():  # indices
         dtypes = [d for d in dtypes if d not in (torch.int64, torch.int32)]
-    elif not target.is_operator and slot.argument not in target.required:  # converted, if it is floating-point
+    elif not target.is_operator and not is_data(target, slot):  # converted, if it is floating-point
         dtypes = [d for d in dtypes if not d.is_floating_point]
     if len(slots(call)) <= 2:  # with one tensor of data, any floating-point dtype is fine
         dtypes = [d for d in dtypes if d not in CALL_DTYPES]
@@ -218,6 +225,9 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
     free: set[int] = set()
     if any(other.tensor.numel() == 0 for other in slots(call)):
         return []  # nothing is read
+    if target.name.endswith("channel_attention") and not is_backward:
+        free |= {"query": {-2, -1} if "groups" in call else {-1}, "value": {-3}}.get(name, set())
+        return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]
     if name == "query" and not is_backward and "value_q" not in call:
         free |= set(range(-3 if "cu_seqlens_q" in call else 1 - count, -2))  # any number of queries, on any map
     if name == "query" and call["key"].size(-2) < slot.tensor.size(-2):
@@ -243,7 +253,7 @@ def shorter(rng: random.Random, call: Call, slot: Slot, dim: int) -> Call:
     lengths = {0, 1, length // 2, max(length - 2, 0), length - 1}
     # A length of 1 is right for terms that broadcast, a scale and tables of all heads, and a query of the batch.
     is_first = dim == -count and (count > 2 or not slot.argument.startswith("rel_pos"))
-    may_be_one = slot.argument == "scale" or slot.argument.endswith(("bias", "multiplier", "query_weight"))
+    may_be_one = slot.argument in ("scale", "decay") or slot.argument.endswith(("bias", "multiplier", "query_weight"))
     if may_be_one or (is_first and is_for_all(slot.argument)):
         lengths.discard(1)
     shape = list(slot.tensor.shape)

@@ -88,6 +88,19 @@ def decayed(
     return Sample("decayed_linear_attention", id, {**data, **decay, **arguments}, sizes, frozenset(tags.split()))
 
 
+def channels(
+    id: str, *, b: int = 2, q: int = 131, k: int = 97, h: int = 3, d: int = 16, v: int = 24, tags: str = "",
+    **arguments: Any,
+) -> Sample:  # fmt: skip
+    """``q`` tokens of queries and keys, ``k`` of values."""
+    data = {"query": Input("bqhd"), "key": Input("bqhv"), "value": Input("bkhv")}
+    return Sample(
+        "channel_attention", id, {**data, **arguments}, {"b": b, "q": q, "k": k, "h": h, "d": d, "v": v},
+        frozenset(tags.split()),
+    )  # fmt: skip
+
+
+SAME_DIMS = {"key": Input("bqhd"), "value": Input("bkhd")}
 OWN_VALUE = {name: Input(f"bk{heads}") for name, heads in (("query", "hd"), ("key", "gd"), ("value", "gv"))}
 
 
@@ -312,6 +325,23 @@ SAMPLES = [
     linear("residual", eps=0.1, scale=2.0, residual_v=-1.0, g=1, tags="core", **OWN_VALUE),
     linear("one-of-each", b=1, q=1, k=1, h=1, g=1, d=1, v=1),
     linear("shared-key", key=Input("1kgd", expand="bkgd"), query=Input("bq1d", expand="bqhd")),
+    channels("plain", tags="core deploy"),
+    channels("number-scale", scale=0.05, d=33, v=5),
+    channels("head-scale", scale=statistic("h", fraction), tags="core"),
+    channels("qk-norm", qk_norm="l2", scale=statistic("h", positive), tags="core"),
+    channels("qk-norm-dims", qk_norm="l2", scale=3.0, d=20, v=38),
+    channels("one-scale", qk_norm="l2", scale=statistic("1", positive)),
+    channels("groups", groups=2, h=4, scale=0.05, **SAME_DIMS, tags="core"),
+    # Tokens are split.
+    channels("long", q=1100, k=1300, h=2, d=32, v=32, scale=0.02, tags="core"),
+    channels("long-qk-norm", b=1, q=1300, k=1100, h=1, d=5, v=33, qk_norm="l2", scale=statistic("h", positive)),
+    channels("few-values", b=1, q=1300, k=3, h=2, scale=0.02),
+    channels("few-queries", b=1, q=3, k=1300, h=2, qk_norm="l2"),
+    channels("one-of-each", b=1, q=1, k=1, h=1, d=1, v=1),
+    channels("expanded", scale=0.05, key=Input("1qhv", expand="bqhv"), value=Input("bk1v", expand="bkhv")),
+    channels("no-batch", b=0, scale=statistic("h", positive), tags="core"),
+    channels("no-queries", q=0, qk_norm="l2"),
+    channels("no-values", k=0, scale=statistic("h", positive)),
     decayed("plain", tags="core deploy"),
     decayed("one-block", k=64, d=33, v=5, decay=0.9),
     decayed("state", initial_state=statistic("bhdv"), return_state=True, tags="core"),

@@ -27,16 +27,7 @@ def agents(id: str, **arguments: Any) -> Sample:
     return Sample("agent_attention", id, {**data, **arguments}, sizes)
 
 
-def channels(id: str, **arguments: Any) -> Sample:
-    data = {"query": Input("bqhd"), "key": Input("bqhv"), "value": Input("bkhv")}
-    sizes = {"b": 2, "q": 17, "k": 9, "h": 4, "d": 8, "v": 5, "g": 2}
-    return Sample("channel_attention", id, {**data, **arguments}, sizes)
-
-
 NAMED_SAMPLES = [
-    channels("scaled", scale=SCALE),
-    channels("xcit", qk_norm="l2", scale=SCALE),
-    channels("groups", groups=2, key=Input("bqhd"), value=Input("bkhd")),
     agents("biased", agent_bias=statistic("hak"), query_bias=statistic("hqa"), scale=SCALE),
     agents("shared", agent=Input("1ahd"), agent_bias=statistic("b1ak")),
     on_map("na1d", "causal", size=(9,), kernel_size=3, is_causal=True, scale=SCALE),
@@ -55,6 +46,7 @@ _OPERATORS = {
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "channel_attention",
     "decayed_linear_attention",
     "linear_attention",
     "merge_attentions",

@@ -77,6 +77,17 @@ def _of_tokens(of_queries: int, of_keys: int) -> Count:
     return count
 
 
+def _of_channels(products: int) -> Count:
+    """So many products of a query's and a key's channels for each token of query, and of value."""
+
+    def count(given: Arguments) -> int:
+        query, value = given["query"], given["value"]
+        rows = prod(query.shape[:3]) + prod(value.shape[:3])
+        return int(2 * products * rows * query.size(-1) * value.size(-1))
+
+    return count
+
+
 def _register(name: str, count: Count) -> None:
     names = Operator(name).arguments
 
@@ -90,6 +101,8 @@ def _register(name: str, count: Count) -> None:
 for _name in ("attention", "attention_varlen", "attention_transposed", "spatial_attention"):
     _register(_name, _of_pairs(1, 1))
     _register(f"{_name}_backward", _of_pairs(3, 2))
+_register("channel_attention", _of_channels(1))
+_register("channel_attention_backward", _of_channels(2))
 _register("decayed_linear_attention", _of_tokens(1, 1))
 _register("decayed_linear_attention_backward", _of_tokens(2, 2))
 _register("linear_attention", _of_tokens(1, 1))

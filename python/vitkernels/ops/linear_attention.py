@@ -1,4 +1,4 @@
-"""The operator of linear attention."""
+"""The operators of linear attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vitkernels.ops.attention import statistics_dtype
 from vitkernels.ops.registration import register
 from vitkernels.ops.schema import Arguments
 
-__all__ = ["decayed_linear_attention", "linear_attention"]
+__all__ = ["channel_attention", "decayed_linear_attention", "linear_attention"]
 
 
 def _out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
@@ -29,3 +29,13 @@ def _decayed_out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
 
 
 decayed_linear_attention = register("decayed_linear_attention", _decayed_out_and_state)
+
+
+def _read_and_products(given: Arguments) -> tuple[Tensor, Tensor]:
+    query, value = given["query"], given["value"]
+    batch, _, heads, d = query.shape
+    state = query.new_empty((batch, heads, d + 1, value.shape[3] + 1), dtype=statistics_dtype(query.dtype))
+    return query.new_empty((batch, value.shape[1], heads, d)), state
+
+
+channel_attention = register("channel_attention", _read_and_products)

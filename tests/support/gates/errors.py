@@ -299,12 +299,14 @@ NAMED = {
     vk.cross_shaped_window_attention: HALVES | {"stripe_width": 2},
     vk.criss_cross_attention: {},
 }
+CHANNELS = {"query": tokens(2, 5, 4, 8), "key": tokens(2, 5, 4, 3), "value": tokens(2, 7, 4, 3)}
 CALLS = [
     (vk.attention, QKV),
     (vk.attention_varlen, VARLEN),
     (vk.attention_transposed, TRANSPOSED),
     (vk.spatial_attention, ON_MAP),
     (vk.linear_attention, QKV),
+    (vk.channel_attention, CHANNELS),
     *((f, DATA_ON_MAP | options) for f, options in NAMED.items()),
 ]
 NESTED = torch.nested.nested_tensor([tokens(5, 4, 8), tokens(3, 4, 8)], layout=torch.jagged)
