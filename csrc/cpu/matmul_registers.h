@@ -22,11 +22,15 @@ inline constexpr int kTileRows = 12;  // of 32
 inline constexpr int kTileRows = 6;  // of 16
 #endif
 
+// A comes as its members: the compiler would build a struct on the stack and copy it with wider loads than its stores,
+// which wait until all stores before them, those of C included, have left the store buffer.
 template <class E>
-using TileFunction = void (*)(MatmulA<E> a, const E* b, int64_t b_stride, int64_t groups, Sum<E>* c, int64_t c_stride);
+using TileFunction = void (*)(const E* a, const E* b, int64_t groups, Sum<E>* c, int64_t a_row_stride,
+                              int64_t a_depth_stride, int64_t b_stride, int64_t c_stride);
 
 template <class E, int kRows, int kVectors, bool kAccumulate>
-void matmul_tile(MatmulA<E> a, const E* b, int64_t b_stride, int64_t groups, Sum<E>* c, int64_t c_stride) {
+void matmul_tile(const E* a, const E* b, int64_t groups, Sum<E>* c, int64_t a_row_stride, int64_t a_depth_stride,
+                 int64_t b_stride, int64_t c_stride) {
   using T = Sum<E>;
   using Operand = Arithmetic<E>;
   Vec<T> sum[kRows][kVectors];
@@ -35,14 +39,13 @@ void matmul_tile(MatmulA<E> a, const E* b, int64_t b_stride, int64_t groups, Sum
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vec<T>{};
   }
-  const E* a_group = a.data;
-  for (int64_t k = 0; k < groups; ++k, a_group += a.depth_stride, b += b_stride) {
+  for (int64_t k = 0; k < groups; ++k, a += a_depth_stride, b += b_stride) {
     typename Operand::Vector b_row[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) b_row[v] = Operand::load(b + v * kWidth<T> * kGroup<E>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const auto a_value = Operand::broadcast(a_group + r * a.row_stride);
+      const auto a_value = Operand::broadcast(a + r * a_row_stride);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] = Operand::multiply_add(sum[r][v], a_value, b_row[v]);
     }
@@ -75,10 +78,11 @@ void matmul_registers(MatmulA<E> a, MatmulB<E> b, int64_t rows, int64_t columns,
       const auto& set = wide ? kTileFunctions<E, 2, kAccumulate> : kTileFunctions<E, 1, kAccumulate>;
       const auto& add = wide ? kTileFunctions<E, 2, true> : kTileFunctions<E, 1, true>;
       for (int64_t k = 0; k < groups; k += kChainGroups) {
-        const MatmulA<E> a_block{a.data + first * a.row_stride + k * a.depth_stride, a.row_stride, a.depth_stride};
+        const E* a_block = a.data + first * a.row_stride + k * a.depth_stride;
         const E* panel = b.data + column / kPanel<E> * b.panel_stride + k * b.row_stride;
         const auto tile = k == 0 ? set[count - 1] : add[count - 1];
-        tile(a_block, panel, b.row_stride, std::min(groups - k, kChainGroups), c + first * c_stride + column, c_stride);
+        tile(a_block, panel, std::min(groups - k, kChainGroups), c + first * c_stride + column, a.row_stride,
+             a.depth_stride, b.row_stride, c_stride);
       }
     }
   }
