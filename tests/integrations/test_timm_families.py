@@ -90,6 +90,8 @@ def layers():
     """Modules with options that the models above do not have: name -> (module, inputs, keyword arguments)."""
     from timm.layers import attention, attention2d, attention_pool, attention_pool2d, diff_attention, other_pool
     from timm.models.beit import Attention as BeitAttention
+    from timm.models.davit import ChannelAttentionV2
+    from timm.models.edgenext import CrossCovarianceAttn
     from timm.models.eva import EvaAttention
     from timm.models.mvitv2 import MultiScaleAttention
     from timm.models.vision_transformer_relpos import RelPosAttention
@@ -188,6 +190,9 @@ def layers():
         ),
         "simple pool": (other_pool.SimPool1d(24, qk_norm=True, **simple), [tokens], {}),
         "simple pool, power": (other_pool.SimPool2d(24, gamma=1.25, **simple), [pixels], {}),
+        "channels, scaled by tokens": (ChannelAttentionV2(24, 3, **double), [tokens], {}),
+        "channels, scaled by channels": (ChannelAttentionV2(24, 3, dynamic_scale=False, **double), [tokens], {}),
+        "channels, temperature": (CrossCovarianceAttn(24, 3, qkv_bias=True, **double), [tokens], {}),
         "map": (attention2d.Attention2d(24, 30, num_heads=3, expand_first=True, **double), [pixels], {}),
         "map, heads first": (
             attention2d.Attention2d(24, num_heads=3, head_first=True, **double),

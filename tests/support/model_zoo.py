@@ -58,7 +58,7 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
         64, {"depth": 2, "embed_dim": 96, "num_heads": 3, "img_size": 64}, {"RelPosAttention": 2}, {},
     ),
     "cait_xxs24_224": (64, {"depth": 1, "img_size": 64}, {"ClassAttn": 2}, {"TalkingHeadAttn": 1}),
-    "xcit_nano_12_p16_224": (64, {"depth": 1}, {"ClassAttn": 2}, {"XCA": 1}),
+    "xcit_nano_12_p16_224": (64, {"depth": 1}, {"ClassAttn": 2, "XCA": 1}, {}),
     "crossvit_tiny_240": (
         240, {"depth": ((1, 1, 0),), "embed_dim": (24, 48)}, {"Attention": 2, "CrossAttention": 2}, {},
     ),
@@ -104,8 +104,10 @@ TIMM_FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, int], dict[str, in
     "resnet50_clip": (64, {}, {"AttentionPool2d": 1}, {}),
     "davit_tiny": (
         72, {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 3)},
-        {"SpatialBlock": 2}, {"ChannelAttention": 2},
+        {"SpatialBlock": 2, "ChannelAttention": 2}, {},
     ),
+    "edgenext_xx_small": (64, {}, {"CrossCovarianceAttn": 3}, {}),
+    "efficientvit_b0": (64, {}, {}, {"LiteMLA": 4}),
     "tiny_vit_5m_224": (
         96, {"depths": (1, 2, 1), "embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "window_sizes": (7, 7, 7)},
         {"TinyVitBlock": 3}, {},
@@ -278,6 +280,9 @@ def assert_policy(ours: Named, stock: Named, truth: Named, eps: float) -> None:
         assert error <= bound, f"{name}: error {error}, stock {reference}, bound {bound}"
 
 
+_FORWARD_KERNELS = {f"vitkernels::{name}attention" for name in ("", "channel_", "spatial_")}
+
+
 class KernelCalls(TorchDispatchMode):
     """Records the arguments of the calls of the forward kernels."""
 
@@ -286,7 +291,7 @@ class KernelCalls(TorchDispatchMode):
         self.calls: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.vitkernels.attention.default, torch.ops.vitkernels.spatial_attention.default):
+        if func._schema.name in _FORWARD_KERNELS:
             self.calls.append(args)
         return func(*args, **(kwargs or {}))
 

@@ -18,7 +18,7 @@ _DTYPES = {
 #: Operator -> device type -> dtypes that have kernels for whatever a module asks; a device without them is absent.
 KERNEL_DTYPES = {
     operator: {device: dtypes for device, dtypes in _DTYPES.items() if why_no_kernel(operator, device) is None}
-    for operator in ("attention", "spatial_attention")
+    for operator in ("attention", "channel_attention", "spatial_attention")
 }
 
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from vitkernels.integrations.swap import Fused, Swaps
-from vitkernels.integrations.timm import bias, cross, decomposed, feature_map, partitions, rope, self_attention, windows
+from vitkernels.integrations.timm import (
+    bias,
+    channels,
+    cross,
+    decomposed,
+    feature_map,
+    partitions,
+    rope,
+    self_attention,
+    windows,
+)
 
 __all__ = ["FUSED", "LEFT", "SWAPS"]
 
@@ -21,11 +31,14 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedConViTAttention": ("timm.models.convit.MHSA", self_attention.PackedAttention),
     "FusedCPUBoneConvAttention": ("timm.models.cpubone.ConvAttention", feature_map.StridedMapAttention),
     "FusedCrossAttention": ("timm.models.crossvit.CrossAttention", cross.CrossAttention),
+    "FusedDaVitChannelAttention": ("timm.models.davit.ChannelAttention", channels.ChannelGroups),
+    "FusedDaVitChannelAttentionV2": ("timm.models.davit.ChannelAttentionV2", channels.ScaledChannelGroups),
     "FusedDaVitSpatialBlock": ("timm.models.davit.SpatialBlock", partitions.SpatialBlock),
     "FusedDiffAttention": ("timm.layers.diff_attention.DiffAttention", self_attention.DifferentialAttention),
     "FusedDiffParallelScalingBlock": (
         "timm.models.vision_transformer.DiffParallelScalingBlock", self_attention.DifferentialBlock,
     ),
+    "FusedEdgeNeXtCrossCovarianceAttn": ("timm.models.edgenext.CrossCovarianceAttn", channels.CrossCovariance),
     "FusedEfficientFormerAttention": ("timm.models.efficientformer.Attention", bias.TableAttention),
     "FusedEfficientFormerAttention2dDownsample": (
         "timm.models.efficientformer_v2.Attention2dDownsample", bias.DownsamplingMapAttention,
@@ -63,14 +76,15 @@ FUSED: dict[str, tuple[str, type[Fused]]] = {
     "FusedVisformerAttention": ("timm.models.visformer.Attention", feature_map.PackedMapAttention),
     "FusedVoloAttention": ("timm.models.volo.Attention", self_attention.PackedAttention),
     "FusedVoloClassAttention": ("timm.models.volo.ClassAttention", cross.PackedClassAttention),
+    "FusedXCA": ("timm.models.xcit.XCA", channels.CrossCovariance),
 }  # fmt: skip
 
 _WINDOWS = "windows are not fused yet"
 _PART = "only fused with the block of timm around it"
 _TALKING_HEADS = "the heads exchange logits and weights"
-_CHANNELS = "attention between channels is not fused yet"
 _QUERY_POSITIONS = "relative positions that depend on the query are not fused yet"
 _FEW_TOKENS = "one head at a time over a few dozen tokens, where the kernel gains nothing"
+_CHANNELS_FIRST = "channels come first: rearranging them costs what the kernel of linear attention gains"
 _NOT_SOFTMAX = "not softmax attention between tokens"
 
 #: timm's class -> why it is left alone.
@@ -79,11 +93,9 @@ LEFT = {
     "timm.layers.halo_attn.HaloAttn": _QUERY_POSITIONS,
     "timm.models.cait.TalkingHeadAttn": _TALKING_HEADS,
     "timm.models.coat.FactorAttnConvRelPosEnc": _NOT_SOFTMAX,
-    "timm.models.davit.ChannelAttention": _CHANNELS,
-    "timm.models.davit.ChannelAttentionV2": _CHANNELS,
     "timm.models.davit.WindowAttention": _PART,
-    "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
     "timm.models.efficientformer_v2.Attention2d": _TALKING_HEADS,
+    "timm.models.efficientvit_mit.LiteMLA": _CHANNELS_FIRST,
     "timm.models.efficientvit_msra.CascadedGroupAttention": _FEW_TOKENS,
     "timm.models.gcvit.WindowAttentionGlobal": _WINDOWS,
     "timm.models.maxxvit.AttentionCl": _PART,
@@ -98,7 +110,6 @@ LEFT = {
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": _WINDOWS,
     "timm.models.tiny_vit.Attention": _PART,
     "timm.models.volo.OutlookAttention": _NOT_SOFTMAX,
-    "timm.models.xcit.XCA": _CHANNELS,
 }
 
 SWAPS = Swaps(__name__, FUSED, LEFT)
