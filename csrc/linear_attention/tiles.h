@@ -20,4 +20,15 @@ constexpr int64_t linear_splits(int64_t pairs, int64_t tokens) {
 
 constexpr int64_t linear_tiles(int64_t tokens) { return (tokens + kLinearTile - 1) / kLinearTile; }
 
+inline constexpr int64_t kDecayedChunk = 1024;  // tokens that share a state of those before them
+
+constexpr int64_t decayed_chunks(int64_t tokens) { return (tokens + kDecayedChunk - 1) / kDecayedChunk; }
+
+// Whether the chunks of all pairs, each read twice, are done earlier than the longest share of whole pairs. Of no
+// influence on any result, so the number of threads may decide.
+constexpr bool splits_decayed(int64_t pairs, int64_t chunks, int64_t threads) {
+  const auto shares = [=](int64_t tasks) { return (tasks + threads - 1) / threads; };
+  return chunks > 1 && shares(pairs * chunks) * 11 < shares(pairs) * chunks * 8;
+}
+
 }  // namespace vitkernels

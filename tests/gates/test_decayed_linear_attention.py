@@ -24,6 +24,27 @@ def test_two_sided_weights():
     torch.testing.assert_close(found, (0.5 ** (at[:, None] - at).abs().double()).sum(-1))
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("has_state", [False, True])
+def test_threads_change_no_bit(heads, has_state):
+    """With more threads than heads, chunks of tokens are summed first and read afterwards."""
+    data = [torch.randn(1, 2500, heads, d, requires_grad=True) for d in (20, 20, 33)]
+    state = torch.randn(1, heads, 20, 33, requires_grad=True) if has_state else None
+    given, grads = (
+        [t for t in (*data, state) if t is not None],
+        (torch.randn(1, 2500, heads, 33), torch.ones(1, heads, 20, 33)),
+    )
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 7):
+            torch.set_num_threads(n)
+            outs = vk.decayed_linear_attention(*data, 0.97, initial_state=state, return_state=True)
+            found.append((*outs, *torch.autograd.grad(outs, given, grads)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*each) for other in found[1:] for each in zip(found[0], other, strict=True))
+
+
 X = torch.zeros(2, 5, 4, 8)
 
 

@@ -347,6 +347,10 @@ SAMPLES = [
     decayed("state", initial_state=statistic("bhdv"), return_state=True, tags="core"),
     decayed("state-fixed", k=65, initial_state=statistic("bhdv", learns=False), decay=1.0),
     decayed("two-sided", is_causal=False, decay=0.95, tags="core"),
+    # In chunks, which threads share where there are few heads.
+    decayed("long", b=1, k=2117, h=1, tags="core"),
+    decayed("long-state", k=1100, initial_state=statistic("bhdv"), return_state=True),
+    decayed("long-two-sided", b=1, k=1024, h=2, d=5, v=3, is_causal=False, decay=0.999),
     decayed("tiny", k=300, decay=1e-38),
     decayed("zero", decay=0.0, is_causal=False),
     decayed("one-of-each", b=1, k=1, h=1, d=1, v=1, return_state=True),

@@ -4,6 +4,7 @@
 #include "common/token_argument.h"
 #include "cpu/kernel.h"
 #include "linear_attention/decayed.h"
+#include "linear_attention/tiles.h"
 
 namespace vitkernels {
 namespace {
@@ -50,27 +51,59 @@ struct DecayedArguments {
   Tensor run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const void* initial,
              int64_t exponent, bool reversed) const {
     const Tensor state = zeros_as(query, {q.size(0), q.size(2), q.size(3), v.size(3)}, statistics_type(dtype));
-    const DecayedParams params{.dtype = dtype,
-                               .batch = q.size(0),
-                               .heads = q.size(2),
-                               .tokens = q.size(1),
-                               .head_dim = q.size(3),
-                               .value_dim = v.size(3),
-                               .is_reversed = reversed,
-                               .includes_self = includes_self,
-                               .initial_exponent = exponent,
-                               .query = token_tensor(q),
-                               .key = token_tensor(k),
-                               .value = token_tensor(v),
-                               .out = token_tensor(out),
-                               .decay = decay.const_data_ptr(),
-                               .initial_state = initial,
-                               .state = state.mutable_data_ptr()};
-    if (params.num_tasks() > 0) run_kernel(kernel<DecayedParams>(), params, params.num_tasks(), 1, query);
+    DecayedParams params{.dtype = dtype,
+                         .batch = q.size(0),
+                         .heads = q.size(2),
+                         .tokens = q.size(1),
+                         .head_dim = q.size(3),
+                         .value_dim = v.size(3),
+                         .is_reversed = reversed,
+                         .includes_self = includes_self,
+                         .initial_exponent = exponent,
+                         .query = token_tensor(q),
+                         .key = token_tensor(k),
+                         .value = token_tensor(v),
+                         .out = token_tensor(out),
+                         .decay = decay.const_data_ptr(),
+                         .initial_state = initial,
+                         .state = state.mutable_data_ptr()};
+    touch(out);
+    if (params.num_pairs() > 0) run_stages(params);
     return state;
   }
 
  private:
+  static constexpr int64_t kMaxGroup = 8;  // pairs whose states stay in the L2 cache
+
+  // Threads at neighbouring heads would ask for the same page of new memory at the same time, and each would get one.
+  static void touch(const Tensor& out) {
+    constexpr int64_t kPage = 4096, kMinBytes = 1 << 20;
+    const int64_t bytes = out.numel() * int64_t(out.element_size());
+    if (bytes < kMinBytes) return;
+    volatile char* const data = static_cast<char*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, bytes / kPage, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t page = begin; page < end; ++page) data[page * kPage] = 0;
+    });
+  }
+
+  void run_stages(DecayedParams& params) const {
+    const Kernel<DecayedParams>& kernel = vitkernels::kernel<DecayedParams>();
+    const int64_t pairs = params.num_pairs(), chunks = decayed_chunks(params.tokens);
+    const int64_t threads = torch::stable::get_num_threads();
+    if (!splits_decayed(pairs, chunks, threads)) {
+      params.group = std::clamp<int64_t>(pairs / threads, 1, kMaxGroup);
+      return run_kernel(kernel, params, params.num_groups(), 1, query);
+    }
+    const int64_t element = dtype == DType::kFloat64 ? 8 : 4;
+    const Tensor states = empty_as(query, {kernel.parts(params) / element}, statistics_type(dtype));
+    params.chunk_states = states.mutable_data_ptr();
+    params.stage = DecayedStage::kSum;
+    run_kernel(kernel, params, pairs * chunks, chunks, query);
+    torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
+    params.stage = DecayedStage::kRead;
+    run_kernel(kernel, params, pairs * chunks, chunks, query);
+  }
+
   void check_decay(const Checker& checker) const {
     dispatch_statistics(decay, [&]<class T>(T) {
       for (int64_t h = 0; h < decay.numel(); ++h) {

@@ -71,7 +71,7 @@ def decayed_linear_attention(
         ``(B, N, heads, dv)`` in the dtype of ``query``; with ``return_state`` also ``state (B, heads, d, dv)``. They
         have the same bits in every run, gradients included.
 
-    A NaN or infinity in a token reaches all tokens of its block and those after it.
+    A NaN or infinity in a token reaches all tokens after it, and may reach those before it in its block.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device, size or option, naming the argument and what it takes.
