@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Target, registe
 Function = Callable[..., Tensor]
 _DIMS = (Shape(4, 2, 3136, 32), Shape(4, 2, 3136, 64))
 _AGENTS = 49
+# Attention between channels in small models of timm at 224 pixels, stage by stage.
+_NORMED = {
+    "xcit": (Shape(1, 4, 196, 48), Shape(4, 4, 196, 48)),
+    "edgenext": (Shape(1, 8, 784, 12), Shape(1, 8, 196, 20), Shape(1, 8, 49, 38), Shape(4, 8, 196, 20)),
+}
+_DTYPES = ("float32", "bfloat16")
+_GROUPED = (
+    Shape(1, 3, 3136, 32), Shape(1, 6, 784, 32), Shape(1, 12, 196, 32), Shape(1, 24, 49, 32), Shape(4, 6, 784, 32),
+)  # fmt: skip
 
 
 def _relu_eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -34,6 +44,18 @@ def _channels_eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     q, k = (torch.nn.functional.normalize(t, dim=-1) for t in (q, k))
     weights = (q @ k.transpose(-2, -1) * query.size(-1) ** -0.5).softmax(-1)
     return (weights @ v).permute(0, 3, 1, 2)
+
+
+def _groups(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    out: Tensor = vk.channel_attention(key, value, query)
+    return out
+
+
+def _groups_eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """DaViT's module, between its projections."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    weights = ((k * query.size(-1) ** -0.5).transpose(-1, -2) @ v).softmax(-1)
+    return (weights @ q.transpose(-1, -2)).permute(0, 3, 1, 2)
 
 
 def _agents_eager(
@@ -110,6 +132,20 @@ _AGENT_SHAPE = _DIMS[0]
 for _shape in _DIMS:
     register(*_entries("linear_attention", _shape, _linear, _relu_eager, flops=_of_state(_shape)))
     register(*_entries("channel_attention", _shape, _channels, _channels_eager, flops=_of_state(_shape)))
+_of_channels = [
+    *(
+        replace(entry, dtypes=_DTYPES)
+        for model, shapes in _NORMED.items()
+        for shape in shapes
+        for entry in _entries(f"channel_attention/{model}", shape, _channels, _channels_eager, flops=_of_state(shape))
+    ),
+    *(
+        replace(entry, dtypes=_DTYPES)
+        for shape in _GROUPED
+        for entry in _entries("channel_attention/davit", shape, _groups, _groups_eager, flops=_of_state(shape))
+    ),
+]
+register(*_of_channels)
 register(
     *_entries(
         "agent_attention",
@@ -125,6 +161,15 @@ register(
         "linear attention at least 1.5 times as fast as its two products of matrices",
         tuple(f"linear_attention/{direction}/{shape}" for direction in ("forward", "backward") for shape in _DIMS),
         each_at_least=1.5,
+    ),
+    *(
+        Target(
+            f"channel attention never slower than XCiT's, EdgeNeXt's and DaViT's modules, {dtype}",
+            tuple(entry.name for entry in _of_channels),
+            dtype=dtype,
+            each_at_least=1.0,
+        )
+        for dtype in _DTYPES
     ),
     Target(
         "agent attention at least twice as fast as its paper's plain form",
