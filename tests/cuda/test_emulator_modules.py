@@ -9,7 +9,7 @@ from support.devices import HALF
 from support.emulation import needs_emulator
 from support.error_policy import FLOOR, GRADIENT_FACTOR, OUTPUT_FACTOR, Standard, largest_error
 from support.model_zoo import outputs_and_gradients, randomised
-from support.nn_modules import MODULES
+from support.nn_modules import MODULES, ON_CPU_ONLY
 
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -57,6 +57,8 @@ ROWS = {
     "NeighborhoodAttention1D": ("spatial_attention_plain", MODULES["NeighborhoodAttention1D"]),
     "NeighborhoodAttention2D": ("spatial_attention_plain", MODULES["NeighborhoodAttention2D"]),
     "NeighborhoodAttention3D": ("spatial_attention_plain", MODULES["NeighborhoodAttention3D"]),
+    "ProxyTokenAttention": ("attention_plain", MODULES["ProxyTokenAttention"]),
+    "TokenTransformer": ("attention_plain", MODULES["TokenTransformer"]),
     "WindowAttention": ("spatial_attention_plain", MODULES["WindowAttention"]),
     "WindowAttentionV2": ("spatial_attention", MODULES["WindowAttentionV2"]),
     "timm vit": ("attention_plain", lambda: (Attention(DIM, HEADS, qkv_bias=True), SEQUENCE)),
@@ -89,7 +91,7 @@ ROWS = {
         "window_attention", lambda: (Swinv2Layer(Swinv2Config(window_size=WINDOW), **LAYER), TOKENS, SIZE),
     ),
 }  # fmt: skip
-assert ROWS.keys() >= MODULES.keys(), "a module without a row"
+assert ROWS.keys() >= MODULES.keys() - ON_CPU_ONLY, "a module without a row"
 IN_FLOAT32 = {"timm vit": "attention", "timm swin": "spatial_attention"}
 CALLS = [(name, dtype, kernel) for name, (kernel, _) in ROWS.items() for dtype in HALF]
 CALLS += [(name, torch.float32, kernel) for name, kernel in IN_FLOAT32.items()]

@@ -321,7 +321,7 @@ def test_inputs_that_are_no_tensors_or_were_freed(kind):
 def test_empty_inputs(kind):
     """No image gives no result; a map without tokens too, or an error of ours where PyTorch's convolutions see it."""
     module, shape = MODULES[kind]()
-    channels = 1 if kind in ("CrissCrossAttention", "HaloAttention") else len(shape) - 1
+    channels = 1 if kind in ("CrissCrossAttention", "HaloAttention", "LiteMLA") else len(shape) - 1
     for axis in set(range(len(shape))) - {channels}:
         x = torch.randn([0 if i == axis else n for i, n in enumerate(shape)], requires_grad=True)
         try:

@@ -1,17 +1,63 @@
 """Shared by the tests of mechanisms: each states a mechanism twice, and results and gradients are compared."""
 
+import copy
+
 import torch
+from torch.nn import functional as F
 
 DTYPES = {torch.float64: 1e-9, torch.float32: 3e-5}
 
 
-def agree(ours, formula, *inputs):
-    """``ours`` and ``formula`` have the same value and the same gradient for every input."""
+def agree(ours, formula, *inputs, slack=1):
+    """``ours`` and ``formula`` have the same value and the same gradient for every input; ``slack`` is float32's."""
     expected, expected_grads = differentiate(formula, torch.float64, inputs)
     for dtype, tolerance in DTYPES.items():
         found, found_grads = differentiate(ours, dtype, inputs)
+        tolerance *= slack if dtype == torch.float32 else 1
         for a, b in zip([found, *found_grads], [expected, *expected_grads], strict=True):
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+def agree_module(module, formula, *inputs, slack=1):
+    """A module and ``formula(parameters, *inputs)`` agree, also in the gradient for every parameter that learns."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    constants = dict(module.named_buffers()) | {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    constants = {name: t.detach().to(torch.float64, copy=True) for name, t in constants.items()}
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+
+    def split(arguments):
+        return arguments[: len(inputs)], dict(zip(names, arguments[len(inputs) :], strict=True))
+
+    def joined(outputs):
+        return torch.cat([t.flatten() for t in outputs]) if isinstance(outputs, tuple) else outputs
+
+    def ours(*arguments):
+        data, parameters = split(arguments)
+        twin = copy.deepcopy(module).to(data[0].dtype)  # calls may count
+        return joined(torch.func.functional_call(twin, parameters, data))
+
+    def theirs(*arguments):
+        data, parameters = split(arguments)
+        return joined(formula(constants | parameters, *data))
+
+    agree(ours, theirs, *inputs, *(p for p in module.parameters() if p.requires_grad), slack=slack)
+
+
+def linear(parameters, name, x):
+    return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+
+
+def norm(parameters, name, x):
+    return F.layer_norm(x, x.shape[-1:], parameters[f"{name}.weight"], parameters[f"{name}.bias"])
+
+
+def convolution(parameters, name, x, **options):
+    return F.conv2d(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"), **options)
+
+
+def mlp(parameters, name, x):
+    return linear(parameters, f"{name}.fc2", F.gelu(linear(parameters, f"{name}.fc1", x)))
 
 
 def differentiate(function, dtype, inputs):

@@ -4,7 +4,19 @@ from vitkernels.nn.agent import AgentAttention
 from vitkernels.nn.attention import Attention
 from vitkernels.nn.crossing import CrissCrossAttention, CrossShapedWindowAttention
 from vitkernels.nn.halo import HaloAttention
+from vitkernels.nn.latents import FITBlock
+from vitkernels.nn.linear import (
+    FocusedLinearAttention,
+    LinearAngularAttention,
+    LinearAttention,
+    SimplifiedLinearAttention,
+)
+from vitkernels.nn.lite_mla import LiteMLA
+from vitkernels.nn.lookup import LookupViTBlock
 from vitkernels.nn.neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from vitkernels.nn.proxy import ProxyTokenAttention
+from vitkernels.nn.rep_bn import ProgressiveRepBN, RepBN
+from vitkernels.nn.token_transformer import TokenPerformer, TokenTransformer
 from vitkernels.nn.windows import GridAttention, WindowAttention, WindowAttentionV2
 
 __all__ = [
@@ -12,11 +24,23 @@ __all__ = [
     "Attention",
     "CrissCrossAttention",
     "CrossShapedWindowAttention",
+    "FITBlock",
+    "FocusedLinearAttention",
     "GridAttention",
     "HaloAttention",
+    "LinearAngularAttention",
+    "LinearAttention",
+    "LiteMLA",
+    "LookupViTBlock",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "ProgressiveRepBN",
+    "ProxyTokenAttention",
+    "RepBN",
+    "SimplifiedLinearAttention",
+    "TokenPerformer",
+    "TokenTransformer",
     "WindowAttention",
     "WindowAttentionV2",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,7 +10,17 @@ from torch import Tensor, nn
 
 from vitkernels.functional.arguments import why_not_stored
 
-__all__ = ["Restorable", "check_heads", "check_input", "check_map", "integers", "no_dropout", "pair"]
+__all__ = [
+    "Restorable",
+    "check_heads",
+    "check_input",
+    "check_map",
+    "check_stored_input",
+    "integers",
+    "no_dropout",
+    "pair",
+    "ratio",
+]
 
 
 class Restorable(nn.Module):
@@ -51,6 +62,13 @@ def pair(module: str, name: str, option: int | tuple[int, int], at_least: int = 
     return height, width
 
 
+def ratio(module: str, name: str, option: float, channels: int) -> None:
+    """Raise unless ``option`` times ``channels`` is one channel or more."""
+    is_number = isinstance(option, (int, float)) and not isinstance(option, bool)
+    if not is_number or not 1 <= option * channels < math.inf:
+        raise RuntimeError(f"vitkernels.nn.{module}: {name} is {option!r}, takes a number from 1 / {channels} on")
+
+
 def check_heads(module: str, name: str, dim: int, num_heads: int) -> None:
     integers(module, "num_heads", num_heads, 1)
     integers(module, name, dim, 1)
@@ -65,17 +83,20 @@ def no_dropout(module: str, attn_drop: float) -> None:
         )
 
 
-def check_input(module: nn.Module, x: Tensor, layout: str) -> None:
-    """Raise unless ``x`` is a tensor of so many dimensions that has its memory."""
-    why = None
-    if not isinstance(x, Tensor):
-        why = f"x is a {type(x).__name__}, takes a tensor {layout}"
-    elif x.dim() != layout.count(",") + 1:
-        why = f"x has shape {tuple(x.shape)}, takes {layout}"
-    else:
-        why = why_not_stored("x", x)
+def check_stored_input(module: nn.Module, x: Tensor, layout: str, name: str = "x") -> None:
+    """Raise unless ``x``, the argument ``name``, is a tensor that has its memory."""
+    why = (
+        why_not_stored(name, x) if isinstance(x, Tensor) else f"{name} is a {type(x).__name__}, takes a tensor {layout}"
+    )
     if why:
         raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: {why}")
+
+
+def check_input(module: nn.Module, x: Tensor, layout: str, name: str = "x") -> None:
+    """Raise unless ``x``, the argument ``name``, is a tensor of so many dimensions that has its memory."""
+    check_stored_input(module, x, layout, name)
+    if x.dim() != layout.count(",") + 1:
+        raise RuntimeError(f"vitkernels.nn.{type(module).__name__}: {name} has shape {tuple(x.shape)}, takes {layout}")
 
 
 def check_map(
