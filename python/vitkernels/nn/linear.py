@@ -137,10 +137,11 @@ class LinearAttention(nn.Module):
         return resized.flatten(2).transpose(1, 2)
 
     def _convolved(self, conv: nn.Conv2d, v: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """``v``'s heads as images; no head sees another."""
-        heads = torch.unflatten(v, 1, sizes).permute(0, 3, 4, 1, 2)  # [B, H, d, h, w]
-        images = conv(heads.flatten(0, 1))  # [B H, d, h, w]
-        return torch.unflatten(images.flatten(2), 0, (v.shape[0], v.shape[2])).permute(0, 3, 1, 2)  # [B, N, H, d]
+        """``v``'s heads as images, in channels last for the depthwise convolution's sake."""
+        B, N, H, d = v.shape
+        heads = torch.unflatten(v.transpose(1, 2), 2, sizes).reshape(B * H, *sizes, d)  # [B H, h, w, d]
+        images: Tensor = conv(heads.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # [B H, h, w, d]
+        return images.reshape(B, H, N, d).transpose(1, 2)  # [B, N, H, d]
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}, feature_map={self.feature_map!r}"
@@ -235,8 +236,9 @@ class FocusedLinearAttention(LinearAttention):
     def _focused(self, t: Tensor) -> Tensor:
         wide = torch.promote_types(t.dtype, torch.float32)
         u = (t.flatten(2).to(wide).relu() + 1e-6) / F.softplus(self.scale.to(wide))  # [B, N, dim]
-        # The largest channel divides out again; without it powers overflow, and it needs no gradient.
-        powers = (u / u.detach().amax(-1, keepdim=True)) ** self.focusing_factor
+        # The largest channel divides out again; without it high powers overflow, and it needs no gradient.
+        base = u / u.detach().amax(-1, keepdim=True) if self.focusing_factor > 3 else u
+        powers = base**self.focusing_factor
         features: Tensor = powers * (u.norm(dim=-1, keepdim=True) / powers.norm(dim=-1, keepdim=True))
         return features.view(t.shape)
 

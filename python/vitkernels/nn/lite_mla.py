@@ -35,8 +35,8 @@ class LiteMLA(nn.Module):
 
     Queries, keys and values of the map, and of depthwise and grouped convolutions of them (``aggreg``), attend head by
     head. Parameter names and shapes are those of EfficientViT and of timm's ``efficientvit_mit.LiteMLA``, so their
-    published weights load. The sums over the tokens are float32 in every dtype. Maps in ``torch.channels_last`` are
-    not copied for the attention.
+    published weights load. The sums over the tokens are float32 in every dtype (float64 for float64). The convolutions
+    compute in ``torch.channels_last``: inputs in this layout are not copied.
 
     Args:
         in_channels: channels of the input.
@@ -109,20 +109,16 @@ class LiteMLA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, height, width)`` to ``(B, out_channels, height, width)``."""
         check_map(self, x, "(B, in_channels, height, width)", is_convolved=True)
-        qkv = self.qkv(x)  # [B, 3 C, height, width]
+        # In channels last, a pixel is a row: the attention reads it in place, and depthwise convolutions are faster.
+        qkv = self.qkv(x.contiguous(memory_format=torch.channels_last))  # [B, 3 C, height, width]
         scales = torch.cat([qkv, *(convolved(qkv) for convolved in self.aggreg)], 1)  # [B, scales 3 C, height, width]
         # The channels of a head are its query's, its key's and its value's.
-        tokens = scales.permute(0, 2, 3, 1).contiguous().flatten(1, 2)  # [B, N, scales 3 C]
+        tokens = scales.permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, scales 3 C]
         q, k, v = torch.unflatten(tokens, -1, (self.heads, 3, self.dim)).unbind(-2)  # [B, N, H, d]
         out = linear_attention(q, k, v, feature_map=self.feature_map, eps=self.eps)
         on_map = torch.unflatten(out.flatten(2), 1, tuple(x.shape[2:])).permute(0, 3, 1, 2)  # [B, C, height, width]
-        # Convolutions compute in the layout of their input: that of x goes on.
-        projected: Tensor = self.proj(on_map if _is_channels_last(x) else on_map.contiguous())
-        return projected
+        projected: Tensor = self.proj(on_map)
+        return projected.contiguous() if x.is_contiguous() else projected
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, dim={self.dim}, feature_map={self.feature_map.name!r}"
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
