@@ -75,6 +75,8 @@ def random_features(op: str, name: str, x: Tensor, projection: Tensor) -> Tensor
             f"(features, {x.size(-1)}), the head dimension of {name}"
         )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    products = wide @ projection.detach().to(wide).t()  # [*, m]
-    features: Tensor = (products - wide.square().sum(-1, keepdim=True) / 2).exp() * projection.size(0) ** -0.5
-    return features
+    # In rows: of strided heads PyTorch would make a product for each token.
+    rows = wide.flatten(0, -2)  # [tokens heads, d]
+    products = rows @ projection.detach().to(wide).t()  # [tokens heads, m]
+    features: Tensor = (products - rows.square().sum(-1, keepdim=True) / 2).exp() * projection.size(0) ** -0.5
+    return features.view(*x.shape[:-1], projection.size(0))  # [*, m]

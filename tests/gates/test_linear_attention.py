@@ -7,6 +7,7 @@ import pytest
 import torch
 import vitkernels as vk
 from support.mechanisms import agree, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_focused_features():
@@ -148,3 +149,21 @@ def test_random_features_under_autocast(dtype):
     expected = vk.reference.linear_attention(q.double(), k.double(), v.double(), feature_map=features, eps=0.0)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=8e-3 * expected.abs().max().item())
+
+
+def test_random_features_of_strided_heads_are_one_product():
+    """PyTorch multiplies views of a packed projection token by token, unless they are rows."""
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = torch.randn(2, 9, 3, 1, 8).unbind(2)
+    with Products() as seen:
+        vk.linear_attention(q, k, v, feature_map=vk.FeatureMap("performer", projection=torch.randn(6, 8)))
+    assert seen.names.count("aten::mm") == 2 and "aten::bmm" not in seen.names
