@@ -256,6 +256,14 @@ BAD = [
         "LinearAttention: size is None, takes the map's (height, width)",
     ),
     (
+        lambda: N.LinearAttention(16, 2)(torch.zeros(1, 4, 16), (2, 3)),
+        "LinearAttention: x has shape (1, 4, 16), takes 6 tokens, those of a map (2, 3)",
+    ),
+    (
+        lambda: N.LinearAttention(16, 2)(torch.zeros(1, 2, 2, 16), (2, 2)),
+        "LinearAttention: x has shape (1, 2, 2, 16), takes (B, N, dim)",
+    ),
+    (
         lambda: N.SimplifiedLinearAttention(16, 2)(torch.zeros(1, 48, 16)),
         "SimplifiedLinearAttention: x has shape (1, 48, 16), takes 49 tokens, those of a map (7, 7)",
     ),

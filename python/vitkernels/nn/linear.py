@@ -83,8 +83,8 @@ class LinearAttention(nn.Module):
 
         Args:
             x: ``(B, height, width, dim)``, or ``(B, N, dim)``.
-            size: ``(height, width)`` of the map whose tokens are in ``(B, N, dim)``, default ``window_size``. Only
-                the encoding and the convolution ask for it.
+            size: ``(height, width)`` of the map whose tokens are in ``(B, N, dim)``, default ``window_size``. Not
+                needed without encoding and convolution.
 
         Returns:
             The shape of ``x``.
@@ -92,7 +92,7 @@ class LinearAttention(nn.Module):
         Raises:
             RuntimeError: if ``x`` has another shape than that, naming what it takes.
         """
-        is_map = isinstance(x, Tensor) and x.dim() == 4
+        is_map = isinstance(x, Tensor) and x.dim() == 4 and size is None
         if is_map:
             check_map(self, x, is_convolved=self.dwc is not None or self.positional_encoding is not None)
         else:
@@ -115,7 +115,7 @@ class LinearAttention(nn.Module):
     def _sizes(self, x: Tensor, size: Sequence[int] | None) -> tuple[int, ...]:
         """Those of the map whose tokens are in ``(B, N, dim)``; none where nothing asks for them."""
         name = type(self).__name__
-        if self.dwc is None and self.positional_encoding is None:
+        if size is None and self.dwc is None and self.positional_encoding is None:
             return ()
         given = self.window_size if size is None else size
         if given is None:
