@@ -34,7 +34,7 @@ class FITBlock(nn.Module):
     Raises:
         RuntimeError: if ``dim`` or ``latent_dim`` is not a multiple of ``num_heads``, or on a count out of range.
 
-    Source: Chen and Li, "FIT: Far-reaching Interleaved Transformers" (2023), section 2.
+    Source: Chen and Li, "FIT: Far-reaching Interleaved Transformers" (2023).
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class LinearAttention(nn.Module):
         RuntimeError: if ``dim`` is not a multiple of ``num_heads``, or on an option out of range.
 
     Source: Katharopoulos et al., "Transformers are RNNs" (2020), eq. 5; the convolution and the encoding: Han et al.,
-    "FLatten Transformer" (2023), eq. 8, and its published code.
+    "FLatten Transformer" (2023), section 4, and its published code.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class FocusedLinearAttention(LinearAttention):
         device: of the parameters.
         dtype: of the parameters.
 
-    Source: Han et al., "FLatten Transformer: Vision Transformer using Focused Linear Attention" (2023), eq. 5 to 8, and
+    Source: Han et al., "FLatten Transformer: Vision Transformer using Focused Linear Attention" (2023), section 4, and
     its published code.
     """
 

@@ -49,7 +49,7 @@ class LiteMLA(nn.Module):
             ``None``; one value stands for both.
         feature_map: as in :func:`vitkernels.linear_attention`, but no random features.
         scales: kernel sizes of ``aggreg``, odd numbers.
-        eps: added to the denominator.
+        eps: added to the denominator; the default is timm's, EfficientViT's own code has 1e-15.
         device: of the parameters.
         dtype: of the parameters.
 

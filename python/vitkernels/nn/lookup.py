@@ -34,7 +34,7 @@ class LookupViTBlock(nn.Module):
     Raises:
         RuntimeError: if ``dim`` is not a multiple of ``num_heads``, or on a ratio without a channel.
 
-    Source: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens" (2024), section 3.2.
+    Source: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens" (2024), section 3.
     """
 
     def __init__(

@@ -38,8 +38,8 @@ class ProxyTokenAttention(nn.Module):
     Raises:
         RuntimeError: if ``dim`` is not a multiple of ``num_heads``, or on a ``window_size`` out of range.
 
-    Source: Wang et al., "Qihoo-T2X: An Efficient Proxy-Tokenized Diffusion Transformer for Text-to-Any-Task" (2024),
-    section 3.2.
+    Source: Wang et al., "Qihoo-T2X: An Efficiency-Focused Diffusion Transformer via Proxy Tokens for Text-to-Any-Task"
+    (2024), section 3. Its first version draws one token of each window instead of the mean.
     """
 
     def __init__(

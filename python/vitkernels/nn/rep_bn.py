@@ -26,7 +26,7 @@ class RepBN(nn.Module):
         dtype: of the parameters.
 
     Source: Guo et al., "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive
-    Re-parameterized Batch Normalization" (2024), section 3.2, theorem 3.1.
+    Re-parameterized Batch Normalization" (2024), section 3.2.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ProgressiveRepBN(nn.Module):
         dtype: of the parameters.
 
     Source: Guo et al., "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive
-    Re-parameterized Batch Normalization" (2024), section 3.2, eq. 5 and 6.
+    Re-parameterized Batch Normalization" (2024), section 3.2.
     """
 
     warm: Tensor
