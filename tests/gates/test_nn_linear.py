@@ -77,6 +77,15 @@ def test_focused_linear_attention_is_flattens(sizes, power):
     agree_module(module, formula, tokens(2, *sizes, 16), slack=10)
 
 
+def test_high_powers_do_not_overflow():
+    module = randomised(vk.nn.FocusedLinearAttention(16, 2, (4, 6), focusing_factor=8))
+    x = (1e5 * torch.randn(2, 4, 6, 16)).requires_grad_()
+    found = module(x)
+    found.sum().backward()
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(found.double(), module.double()(x.double()), rtol=1e-3, atol=1.0)  # of 1e5
+
+
 SLABS = {
     "qkv.weight": (48, 16), "qkv.bias": (48,), "proj.weight": (16, 16), "proj.bias": (16,), "dwc.weight": (8, 1, 5, 5),
     "dwc.bias": (8,), "positional_encoding": (1, 49, 16),
