@@ -149,6 +149,10 @@ _PARTS = {
 }
 
 
+def _needed(symbol: str) -> re.Pattern[str]:
+    return sass.NEEDED_WITHOUT_SOFTMAX if re.search(r"\dlinear_", symbol) else sass.NEEDED
+
+
 def parse(text: str, loops: Mapping[str, Sequence[sass.Loop]] | None = None) -> list[Kernel]:
     """The kernels that ``ptxas -v`` printed about, with their loops by mangled name."""
     sections = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)[1:]
@@ -193,7 +197,8 @@ class Programs:
             functions = {}
             if self.nvdisasm and architecture == LOOP_ARCHITECTURE:
                 functions = sass.disassemble(self.nvdisasm, cubin)
-        return parse(ran.stderr + ran.stdout, {symbol: sass.loops(code) for symbol, code in functions.items()})
+        loops = {symbol: sass.loops(code, _needed(symbol)) for symbol, code in functions.items()}
+        return parse(ran.stderr + ran.stdout, loops)
 
 
 def measure(

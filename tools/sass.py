@@ -20,7 +20,9 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P[\dT]\s+)?([A-Z][\w.
 _TARGET = re.compile(r"(.*)`\((\.L_\w+)\)")
 
 # What every pass does; copies are of 16 bytes. Other blocks serve arguments that a call may not have.
-_NEEDED = re.compile(r"HMMA|LDSM|MUFU\.EX2|LDGSTS.*\.128$|BAR")
+NEEDED = re.compile(r"HMMA|LDSM|MUFU\.EX2|LDGSTS.*\.128$|BAR")
+# Of kernels that copy through registers, and where exponentials serve a feature map that a call may not have.
+NEEDED_WITHOUT_SOFTMAX = re.compile(r"HMMA|LDSM|LDG\.E\.128|STS\.128|BAR")
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,11 @@ def _instructions(lines: Iterable[str]) -> list[Instruction]:
     return code
 
 
-def loops(code: Sequence[Instruction]) -> list[Loop]:
-    """The loops that hold matrix instructions outside of loops inside them, in the order of the code."""
+def loops(code: Sequence[Instruction], needed: re.Pattern[str] = NEEDED) -> list[Loop]:
+    """The loops that hold matrix instructions outside of loops inside them, in the order of the code.
+
+    ``needed`` are the instructions of the shortest pass.
+    """
     after = [
         [n for n in (i + 1 if x.falls_through else None, x.target) if n is not None and n < len(code)]
         for i, x in enumerate(code)
@@ -124,7 +129,7 @@ def loops(code: Sequence[Instruction]) -> list[Loop]:
         own = body.difference(*(other for other in bodies.values() if other < body))
         if _matrix_instructions(code, own):
             inside = [i for i in order if i in body and not code[i].is_rare]
-            shortest = _best_pass(after, inside, jumps_back, head, lambda i: (bool(_NEEDED.match(code[i].opcode)), -1))
+            shortest = _best_pass(after, inside, jumps_back, head, lambda i: (bool(needed.match(code[i].opcode)), -1))
             longest = _best_pass(after, inside, jumps_back, head, lambda _: (0, 1))
             result.append(Loop(tuple(code[i].opcode for i in shortest), len(longest)))
     return result

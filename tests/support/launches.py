@@ -18,6 +18,7 @@ from support.calls import Call, differentiate
 from support.devices import DTYPES, FUNCTIONS, HALF, is_taken
 from support.emulation import Emulator
 from support.operands import tokens
+from support.sample import Sample
 from support.samples import SAMPLES
 
 from tools.cuda_report import demangle, short_name
@@ -26,7 +27,7 @@ from tools.cuda_report import demangle, short_name
 ROWS: dict[str, dict[str, int]] = {
     "plain": {}, "bias-hqk": {}, "bias-table": {}, "rel-pos-2": {}, "tokens-197-203": {"q": 64, "k": 130},
     "tokens-197-203-bias": {"q": 64, "k": 130}, "all-terms": {}, "all-terms-on-grid": {}, "column-sums": {},
-    "parts-2": {}, "shared-query": {},
+    "parts-2": {}, "shared-query": {}, "relu": {},
 }  # fmt: skip
 HEAD_DIMS = (32, 64, 128, 256)
 
@@ -37,6 +38,12 @@ def windows(dim: int, dtype: torch.dtype) -> None:
     vk.window_attention(query, key, value, 2).sum().backward()
 
 
+def head_dims(sample: Sample, dtype: torch.dtype) -> tuple[int, ...]:
+    if sample.operator == "linear_attention":
+        return (32, 64) if dtype == torch.float32 else (32, 64, 128)
+    return HEAD_DIMS if "d" in sample.sizes else (32, 33)  # vectors, and values one by one
+
+
 @torch.no_grad()
 def outputs(function: Callable[..., object], call: Call) -> None:
     function(**call)
@@ -45,7 +52,7 @@ def outputs(function: Callable[..., object], call: Call) -> None:
 def calls() -> Iterator[Callable[[], object]]:
     for sample in (s for s in SAMPLES if s.id in ROWS and is_taken(s)):
         for dtype in (d for d in DTYPES if d in FUNCTIONS[sample.operator]):
-            for dim in HEAD_DIMS if "d" in sample.sizes else (32, 33):  # vectors, and values one by one
+            for dim in head_dims(sample, dtype):
                 sizes = {**sample.small(), **ROWS[sample.id], "d": dim, "v": dim}
                 if is_taken(replace(sample, sizes=sizes)):
                     yield partial(differentiate, sample.function, sample.call(dtype, sizes=sizes))

@@ -115,6 +115,12 @@ LIMITS = {
     "spatial_attention_plain<SpatialPlainForwardKernel<{}, 64>>": (4.8, 0.35),
     "spatial_attention_plain<SpatialPlainForwardKernel<{}, 128>>": (3.8, 0.4),
     # The whole work on a window: at 32 columns 1600 and 2900 instructions for the four warps of a head.
+    # Of the identity; relu adds half an instruction, other feature maps more.
+    "linear_state<LinearStateKernel<{}, 32>>": (5.0, 0.7),
+    "linear_state<LinearStateKernel<{}, 64>>": (3.5, 0.6),
+    "linear_state<LinearStateKernel<{}, 128>>": (3.0, 0.35),
+    "linear_output<LinearOutputKernel<{}, 64>>": (6.1, 0.4),
+    "linear_output<LinearOutputKernel<{}, 128>>": (4.2, 0.6),
     "window_attention<WindowForwardKernel<{}, 32>>": (12.5, 0.57),
     "window_attention<WindowForwardKernel<{}, 64>>": (8.0, 0.57),
     "window_attention_backward<WindowBackwardKernel<{}, 32>>": (9.06, 0.65),
