@@ -22,7 +22,7 @@ _TARGET = re.compile(r"(.*)`\((\.L_\w+)\)")
 # What every pass does; copies are of 16 bytes. Other blocks serve arguments that a call may not have.
 NEEDED = re.compile(r"HMMA|LDSM|MUFU\.EX2|LDGSTS.*\.128$|BAR")
 # Of kernels that copy through registers, and where exponentials serve a feature map that a call may not have.
-NEEDED_WITHOUT_SOFTMAX = re.compile(r"HMMA|LDSM|LDG\.E\.128|STS\.128|BAR")
+NEEDED_WITHOUT_SOFTMAX = re.compile(r"HMMA|LDSM|LDG\.E\.128|STG|BAR")
 
 
 @dataclass(frozen=True)

@@ -12,5 +12,5 @@ list(APPEND cuda_op_sources ${engine}/op/linear_attention_cuda.cpp)
 
 list(APPEND cuda_kernel_sources ${engine}/cuda/state_sum.cu)
 
-list(APPEND cuda_kernel_sources_by_dtype
+list(APPEND cuda_kernel_sources_of_wide_range
   ${engine}/cuda/grad_key.cu ${engine}/cuda/grad_query.cu ${engine}/cuda/output.cu ${engine}/cuda/state.cu)

@@ -12,6 +12,8 @@ namespace vitkernels::cuda {
 // kLanes neighbouring lanes have kVector columns each, of which the row has `columns`. NaN stays NaN.
 template <int kVector, int kLanes>
 struct Features {
+  static constexpr bool kHasFocused = kVector == 4;  // of float: 16 bits are few for its gradient
+
   FeatureMap map;
   int power, columns, column;  // column: the first of this thread
 
@@ -27,6 +29,7 @@ struct Features {
       case FeatureMap::kExp: return each(x, [](float x) { return expf(x); });
       case FeatureMap::kFocused: break;
     }
+    if constexpr (!kHasFocused) return;
     const FocusedRow row(*this, x);
     CUTE_UNROLL
     for (int i = 0; i < kVector; ++i) x[i] = exists(i) ? row.raised(row.u[i], power) * row.factor * row.largest : 0.0f;
@@ -37,11 +40,13 @@ struct Features {
                                                 float (&grad)[kVector]) const {
     switch (map) {
       case FeatureMap::kIdentity: return;
-      case FeatureMap::kRelu: return each(grad, phi, [](float phi) { return phi > 0.0f ? 1.0f : 0.0f; });
-      case FeatureMap::kElu: return each(grad, phi, [](float phi) { return phi < 1.0f ? phi : 1.0f; });
-      case FeatureMap::kExp: return each(grad, phi, [](float phi) { return phi; });
+      case FeatureMap::kRelu: return each(grad, phi, [](float grad, float phi) { return phi > 0.0f ? grad : 0.0f; });
+      case FeatureMap::kElu:
+        return each(grad, phi, [](float grad, float phi) { return phi < 1.0f ? grad * phi : grad; });
+      case FeatureMap::kExp: return each(grad, phi, [](float grad, float phi) { return grad * phi; });
       case FeatureMap::kFocused: break;
     }
+    if constexpr (!kHasFocused) return;
     const FocusedRow row(*this, x);
     float dot = 0.0f;  // of u^p and its gradient
     CUTE_UNROLL
@@ -70,10 +75,10 @@ struct Features {
     CUTE_UNROLL
     for (int i = 0; i < kVector; ++i) x[i] = exists(i) ? phi(x[i]) : 0.0f;
   }
-  template <class Slope>
-  __device__ void each(float (&grad)[kVector], const float (&phi)[kVector], Slope&& slope) const {
+  template <class Map>
+  __device__ void each(float (&grad)[kVector], const float (&phi)[kVector], Map&& map) const {
     CUTE_UNROLL
-    for (int i = 0; i < kVector; ++i) grad[i] *= slope(phi[i]);
+    for (int i = 0; i < kVector; ++i) grad[i] = map(grad[i], phi[i]);
   }
 
   // phi = u^p |u| / |u^p|, of numbers that are divided by the row's largest first: their powers overflow no more.

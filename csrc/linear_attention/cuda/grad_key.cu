@@ -49,15 +49,11 @@ struct LinearGradKeyKernel : LinearTile<T, kDim, 1> {
       const Held of_values = Tile::hold(others);
       TokenSums grad_value = Tile::template times_state<Depth::kAcrossRows>(Tile::hold(tokens), shared,
                                                                             allow_tf32);  // (MMA,MMA_M,MMA_N)
-      if (grad_state.unit != 1.0f) {
-        CUTE_UNROLL
-        for (int i = 0; i < size(grad_value); ++i) grad_value(i) *= grad_state.unit;
-      }
       if (p.residual != 0.0) add_residual(params, grad_value, batch, head, first, count);
-      __syncwarp();  // all reads of the values are done
-      Tile::store_pairs(grad_value, others);
       Tile::store_sums(Tile::template times_state<Depth::kAlongRows>(of_values, shared, allow_tf32),
                        results);  // (keys,features)
+      __syncwarp();               // all reads of the values are done
+      Tile::store_pairs(grad_value, others);
       __syncwarp();
       v.load_shared(others);
       v.store(grad_values, first, count);
@@ -68,7 +64,7 @@ struct LinearGradKeyKernel : LinearTile<T, kDim, 1> {
         phi.widen(pass, of_row);
         Tile::load_sums(results, pass, grad);
         CUTE_UNROLL
-        for (int i = 0; i < kVector; ++i) grad[i] = fmaf(grad[i], grad_state.unit, grad_sums[i]);
+        for (int i = 0; i < kVector; ++i) grad[i] += grad_sums[i];
         features.differentiate(from, of_row, grad);
         x.round(pass, grad);
       }
@@ -101,7 +97,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
 template <DType kDType>
 cudaError_t LinearLaunches<kDType>::grad_key(const LinearGradKeyParams& p, bool allow_tf32, cudaStream_t stream) {
   return dispatch_linear_dim<kDType>(p.problem, [&]<int kDim>(cute::Int<kDim>) {
-    using Kernel = LinearGradKeyKernel<typename ElementOfDType<kDType>::type, kDim>;
+    using Kernel = LinearGradKeyKernel<LinearElement<kDType>, kDim>;
     const int64_t pairs = p.problem.batch * p.problem.kv_heads;
     const int64_t blocks = linear_blocks_of_pair(pairs, p.problem.num_keys);
     return launch_tasks(linear_grad_key<Kernel>, pairs * blocks, Kernel::kThreads, Kernel::kSharedBytes, stream, p,

@@ -21,6 +21,8 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
   static constexpr int kSharedBytes = kOperandBytes + (Sums::kElements + 2 * kTokens) * int(sizeof(float));
   static constexpr int kMinBlocks = kDim * sizeof(Element) <= 128 ? 2 : 1;
 
+  static constexpr float kMaxFloat = std::numeric_limits<float>::max();
+
   const LinearProblem& p;
   const bool allow_tf32;
   // (features,values), (queries,features), (queries,values), (queries,features)
@@ -29,7 +31,6 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
   float *factors, *grad_sums;  // of the queries: 1 / n, and the gradient of n
   LoadedState<Tile> state;
   StateSums<Tile> sums;
-  float unit = 1.0f;             // of the sums of products
   float features[kVector] = {};  // the sums of features: of the thread's queries
 
   __device__ LinearGradQueryKernel(const LinearGradQueryParams& params, const LinearTask& task, bool allow_tf32,
@@ -74,8 +75,7 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
     __syncwarp();
     float factor[kRowsOfThread];
     normalize(factor);
-    __syncwarp();  // all reads of the warp's features are done
-    if (Tile::kIsHalf || p.normalizes) scale_features(factor);
+    if (p.normalizes) scale_features(factor);
     __syncthreads();
     sums.add(queries, grads, allow_tf32);
     Tile::store_sums(Tile::template times_state<Depth::kAlongRows>(Tile::hold(grads), shared_state, allow_tf32),
@@ -91,7 +91,7 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
       Tile::load_sums(results, pass, grad);
       CUTE_UNROLL
       for (int i = 0; i < kVector; ++i) {
-        grad[i] *= factors[row] * state.unit;
+        grad[i] *= factors[row];
         if (!p.normalizes) continue;
         grad[i] = fmaf(state.sum(Tile::column() + i), grad_sums[row], grad[i]);
         features[i] = fmaf(of_row_phi[i], grad_sums[row], features[i]);
@@ -115,7 +115,8 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
       CUTE_UNROLL
       for (int r = 0; r < kRowsOfThread; ++r) {
         const float n = factor[r] + float(p.eps);
-        factor[r] = n == 0.0f ? 0.0f : 1.0f / n;
+        // Infinity, of the smallest numbers, would make NaN of features that are zero.
+        factor[r] = n == 0.0f ? 0.0f : fminf(fmaxf(1.0f / n, -kMaxFloat), kMaxFloat);
         float dot = 0.0f;
         CUTE_UNROLL
         for (int c = 0; c < kDim / 8; ++c) {
@@ -124,7 +125,7 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
           dot = fmaf(float(pair.y), out(r % 2 * 2 + 1, r / 2, c), dot);
         }
         dot = combine_quad(dot, [](float a, float b) { return a + b; });
-        grad_sum[r] = -(dot * factor[r]) * (state.unit * factor[r]);
+        grad_sum[r] = -(dot * factor[r]) * factor[r];
       }
     }
     CUTE_UNROLL
@@ -133,47 +134,22 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
     }
   }
 
-  // Features are multiplied with 1 / n, for the products with gradients: both may be anything, their product is not. In
-  // float16 it is divided by a power of two near the tile's largest.
+  // Features are multiplied with 1 / n, for their products with gradients.
   __device__ __forceinline__ void scale_features(const float (&factor)[kRowsOfThread]) {
-    float inverse = 1.0f;
-    if constexpr (Tile::kIsHalf) {
-      const float of_tile = power_of_two(largest_of_block<Tile::kWarps>(largest_feature(factor), results));
-      if (of_tile != unit) {
-        CUTE_UNROLL
-        for (int i = 0; i < size(sums.products); ++i) sums.products(i) *= unit / of_tile;
-        unit = of_tile;
-      }
-      inverse = 1.0f / unit;
-    }
+    __syncwarp();  // all reads of the warp's features are done
     CUTE_UNROLL
     for (int r = 0; r < kRowsOfThread; ++r) {
       CUTE_UNROLL
       for (int c = 0; c < kDim / 8; ++c) {
         Pair& pair = Tile::pair_at(queries, r, c);
-        pair = {Element(float(pair.x) * factor[r] * inverse), Element(float(pair.y) * factor[r] * inverse)};
+        pair = {Element(float(pair.x) * factor[r]), Element(float(pair.y) * factor[r])};
       }
     }
-  }
-  __device__ float largest_feature(const float (&factor)[kRowsOfThread]) const {
-    float largest = 0.0f;
-    CUTE_UNROLL
-    for (int r = 0; r < kRowsOfThread; ++r) {
-      CUTE_UNROLL
-      for (int c = 0; c < kDim / 8; ++c) {
-        const Pair pair = Tile::pair_at(queries, r, c);
-        largest = fmaxf(largest, fmaxf(fabsf(float(pair.x) * factor[r]), fabsf(float(pair.y) * factor[r])));
-      }
-    }
-    return largest;
   }
 
   __device__ void store(void* parts, const LinearTask& task) {
-    if constexpr (Tile::kIsHalf) {
-      CUTE_UNROLL
-      for (int i = 0; i < size(sums.products); ++i) sums.products(i) *= unit;
-    }
-    float* const part = sums.store(p, parts, task);
+    const LinearPart part{p.head_dim, p.value_dim};
+    float* const data = sums.store_products(p, parts, task);
     CUTE_UNROLL
     for (int i = 0; i < kVector; ++i) {
       CUTE_UNROLL
@@ -181,7 +157,7 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
         features[i] += __shfl_xor_sync(0xffffffffu, features[i], distance);
       }
     }
-    __syncthreads();  // all reads of results are done, and sums.store() has written zeros
+    __syncthreads();  // all reads of results are done
     if (lane_index() < Tile::kLanesOfRow) {
       CUTE_UNROLL
       for (int i = 0; i < kVector; ++i) {
@@ -193,7 +169,7 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
       float sum = 0.0f;
       CUTE_UNROLL
       for (int warp = 0; warp < Tile::kWarps; ++warp) sum += results[warp * kDim + d];
-      part[LinearPart{p.head_dim, p.value_dim}.features() + d] = sum;
+      data[part.features() + d] = sum;
     }
   }
 };
@@ -211,7 +187,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
 template <DType kDType>
 cudaError_t LinearLaunches<kDType>::grad_query(const LinearGradQueryParams& p, bool allow_tf32, cudaStream_t stream) {
   return dispatch_linear_dim<kDType>(p.problem, [&]<int kDim>(cute::Int<kDim>) {
-    using Kernel = LinearGradQueryKernel<typename ElementOfDType<kDType>::type, kDim>;
+    using Kernel = LinearGradQueryKernel<LinearElement<kDType>, kDim>;
     return launch_tasks(linear_grad_query<Kernel>, p.problem.batch * p.problem.kv_heads * p.splits, Kernel::kThreads,
                         Kernel::kSharedBytes, stream, p, allow_tf32);
   });

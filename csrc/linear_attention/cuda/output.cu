@@ -17,6 +17,8 @@ struct LinearOutputKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
   using typename Tile::Features, typename Tile::State, typename Tile::Tokens, typename Tile::TokenSums,
       typename Tile::Vectors;
   static constexpr int kSharedBytes = (State::kElements + Tokens::kElements) * int(sizeof(Element));
+  // Of float, the products leave no registers for the tile to come.
+  static constexpr bool kPrefetches = sizeof(Element) == 2;
   static constexpr int kMinBlocks = kDim * sizeof(Element) <= 64 ? 3 : 2;
 
   static __device__ void run(const LinearOutputParams& params, int blocks, bool allow_tf32, Element* shared) {
@@ -26,34 +28,43 @@ struct LinearOutputKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
     const int kv_head = head / int(p.heads_per_kv_head());
     const HeadRows queries = Tile::rows_of(p.query, batch, head, p.head_dim);
     const HeadRows outputs = Tile::rows_of(params.out, batch, head, p.value_dim);
-    const HeadRows own_values = HeadRows::of<Element>(p.value, batch, kv_head, p.value_dim, Tile::column_of(0));
+    // With 128 columns it is found where it is read, to save registers.
+    const auto find_own = [&] {
+      return HeadRows::of<Element>(p.value, batch, kv_head, p.value_dim, Tile::column_of(0));
+    };
+    const HeadRows own = find_own();
     const int64_t state_of_pair = (int64_t(batch) * p.kv_heads + kv_head) * p.state_size();
     Element* const tokens = shared + State::kElements;  // of queries, and then of outputs
     const LoadedState<Tile> state(p, static_cast<const float*>(params.state) + state_of_pair, float(p.scale), shared);
-    const auto column = state.column();
+    using Column = typename LoadedState<Tile>::Column;
+    const std::conditional_t<sizeof(Element) == 2, HeldColumn<Element, kDim>, Column> column(state.column());
     const float eps = float(p.eps), residual = float(p.residual);
     const Features features(p, Tile::column());
     Vectors q;
     int first = task.first_tile * Tile::kTokens, count = int(p.num_queries) - first;
     const int end = task.end_tile * Tile::kTokens;
-    if (first < end) q.load(queries, first, count);
+    if (kPrefetches && first < end) q.load(queries, first, count);
     while (first < end) {
-      q.apply(features);
-      q.store_shared(tokens);
+      if constexpr (kPrefetches) {
+        q.apply(features);
+        q.store_shared(tokens);
+      } else {
+        Tile::copy(queries, first, count, tokens, [&](uint4 x) { return Vectors::mapped(x, features); });
+      }
       __syncwarp();
       const auto phi = Tile::hold(tokens);
-      if (first + Tile::kTokens < end) q.load(queries, first + Tile::kTokens, count - Tile::kTokens);
+      if (kPrefetches && first + Tile::kTokens < end) {
+        q.load(queries, first + Tile::kTokens, count - Tile::kTokens);
+      }
       TokenSums out = Tile::template times_state<Depth::kAcrossRows>(phi, shared, allow_tf32);
       if (p.normalizes) {
         float sums[Tile::kRowsOfThread];
         state.read_sums(phi, column, allow_tf32, sums);
         divide(out, sums, eps);
       }
-      if (state.unit != 1.0f) {
-        CUTE_UNROLL
-        for (int i = 0; i < size(out); ++i) out(i) *= state.unit;
+      if (residual != 0.0f) {
+        Tile::add_rows(out, kDim <= 64 ? own : find_own(), first, count, residual);
       }
-      if (residual != 0.0f) Tile::add_rows(out, own_values, first, count, residual);
       __syncwarp();  // all reads of the queries are done
       Tile::store_pairs(out, tokens);
       __syncwarp();
@@ -105,7 +116,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
 template <DType kDType>
 cudaError_t LinearLaunches<kDType>::output(const LinearOutputParams& p, bool allow_tf32, cudaStream_t stream) {
   return dispatch_linear_dim<kDType>(p.problem, [&]<int kDim>(cute::Int<kDim>) {
-    using Kernel = LinearOutputKernel<typename ElementOfDType<kDType>::type, kDim>;
+    using Kernel = LinearOutputKernel<LinearElement<kDType>, kDim>;
     const int64_t pairs = p.problem.batch * p.problem.heads;
     const int64_t blocks = linear_blocks_of_pair(pairs, p.problem.num_queries);
     return launch_tasks(linear_output<Kernel>, pairs * blocks, Kernel::kThreads, Kernel::kSharedBytes, stream, p,

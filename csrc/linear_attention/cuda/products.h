@@ -102,32 +102,34 @@ struct HeldOperand {
   }
 };
 
-// Operand B of one column, or of two of which the second is what the first lacks of its rounded numbers: `at(depth)`.
-template <class Element, int kDepth>
+// Operand B of one column in two: `at(depth)` rounded, and what the rounding lost, also rounded. Steps are made where
+// they are read.
+template <class Element, int kDepth, class At>
 struct ColumnOperand {
   static constexpr int kSteps = kDepth * int(sizeof(Element)) / 32;
 
-  uint32_t steps[kSteps][2];
+  At at;
 
-  template <class At>
-  __device__ explicit ColumnOperand(At&& at) {
+  struct Step {
+    uint32_t words[2];
+  };
+  __device__ Step step(int k) const {
     const int column = lane_index() / 4, t = lane_index() % 4;
     const auto part = [&](int depth) {
       const float x = at(depth), rounded = round(x);
       return column == 0 ? rounded : column == 1 ? round(x - rounded) : 0.0f;
     };
+    Step step;
     CUTE_UNROLL
-    for (int k = 0; k < kSteps; ++k) {
-      CUTE_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (sizeof(Element) == 4) {
-          steps[k][i] = __float_as_uint(part(8 * k + t + 4 * i));
-        } else {
-          const Element pair[2] = {Element(part(16 * k + 2 * t + 8 * i)), Element(part(16 * k + 2 * t + 8 * i + 1))};
-          steps[k][i] = *reinterpret_cast<const uint32_t*>(pair);
-        }
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (sizeof(Element) == 4) {
+        step.words[i] = __float_as_uint(part(8 * k + t + 4 * i));
+      } else {
+        const Element pair[2] = {Element(part(16 * k + 2 * t + 8 * i)), Element(part(16 * k + 2 * t + 8 * i + 1))};
+        step.words[i] = *reinterpret_cast<const uint32_t*>(pair);
       }
     }
+    return step;
   }
 
  private:
@@ -138,6 +140,27 @@ struct ColumnOperand {
       return float(Element(x));
     }
   }
+};
+
+// The steps of such an operand in registers.
+template <class Element, int kDepth>
+struct HeldColumn {
+  static constexpr int kSteps = kDepth * int(sizeof(Element)) / 32;
+
+  struct Step {
+    uint32_t words[2];
+  } steps[kSteps];
+
+  template <class At>
+  __device__ explicit HeldColumn(const ColumnOperand<Element, kDepth, At>& column) {
+    CUTE_UNROLL
+    for (int k = 0; k < kSteps; ++k) steps[k] = {column.step(k).words[0], column.step(k).words[1]};
+  }
+  __device__ Step step(int k) const { return steps[k]; }
+};
+
+struct One {
+  __device__ float operator()(int) const { return 1.0f; }
 };
 
 template <class Element, int kRegisters>
@@ -155,9 +178,12 @@ template <class Element, int kDepth, class Acc, class A, class B>
 __device__ __forceinline__ void add_products(Acc& acc, const A& a, const B& b, bool allow_tf32) {
   constexpr int kRows = decltype(cute::size<1>(acc))::value, kPairs = decltype(cute::size<2>(acc))::value / 2;
   const cute::MMA_Atom<typename TensorCore<Element>::Atom> mma;
+  constexpr int kSteps = kDepth * int(sizeof(Element)) / 32;
+  constexpr int kUnrolled =
+      sizeof(Element) == 2 ? kSteps : 1;  // of float, loads of later steps would fill the registers
   with_arithmetic<Element>(allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
-    CUTE_UNROLL
-    for (int k = 0; k < kDepth * int(sizeof(Element)) / 32; ++k) {
+#pragma unroll kUnrolled
+    for (int k = 0; k < kSteps; ++k) {
       uint32_t rows[kRows][4];
       CUTE_UNROLL
       for (int m = 0; m < kRows; ++m) a.read(rows[m], m, k);
@@ -181,14 +207,14 @@ __device__ __forceinline__ void add_products(Acc& acc, const A& a, const B& b, b
 }
 
 // The products of rows with a column: acc (MMA,MMA_M,1), in whose first two columns they are, in two parts.
-template <class Element, int kDepth, class Acc, class A>
-__device__ __forceinline__ void add_column(Acc& acc, const A& a, const ColumnOperand<Element, kDepth>& b,
-                                           bool allow_tf32) {
+template <class Element, class Acc, class A, class Column>
+__device__ __forceinline__ void add_column(Acc& acc, const A& a, const Column& b, bool allow_tf32) {
+  constexpr int kUnrolled = sizeof(Element) == 2 ? Column::kSteps : 1;  // as above
   const cute::MMA_Atom<typename TensorCore<Element>::Atom> mma;
   with_arithmetic<Element>(allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
-    CUTE_UNROLL
-    for (int k = 0; k < ColumnOperand<Element, kDepth>::kSteps; ++k) {
-      const auto rB = arithmetic.prepare(fragment_of<Element>(b.steps[k]));  // (MMA)
+#pragma unroll kUnrolled
+    for (int k = 0; k < Column::kSteps; ++k) {
+      const auto rB = arithmetic.prepare(fragment_of<Element>(b.step(k).words));  // (MMA)
       CUTE_UNROLL
       for (int m = 0; m < cute::size<1>(acc); ++m) {
         uint32_t rows[4];

@@ -16,7 +16,8 @@ struct LinearStateKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
   using typename Tile::Features, typename Tile::Tokens, typename Tile::Vectors;
   static constexpr int kSharedBytes = 2 * Tokens::kElements * int(sizeof(Element));
   static constexpr int kMinBlocks = kDim * sizeof(Element) <= 64 ? 3 : 2;
-  static constexpr bool kPrefetches = kDim <= 64;  // with 128 columns the sums take the registers
+  // Of float, and with 128 columns, the sums leave no registers for the tile to come.
+  static constexpr bool kPrefetches = sizeof(Element) == 2 && kDim <= 64;
 
   static __device__ void run(const LinearStateParams& params, bool allow_tf32, Element* shared) {
     const LinearProblem& p = params.problem;
@@ -28,18 +29,23 @@ struct LinearStateKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
     Element* const shared_values = shared + Tokens::kElements;
     const Features features(p, Tile::column());
     StateSums<Tile> sums;
-    const typename StateSums<Tile>::Weights ones([](int) { return 1.0f; });
+    using Ones = ColumnOperand<Element, Tile::kTokens, One>;
+    const std::conditional_t<kPrefetches, HeldColumn<Element, Tile::kTokens>, Ones> ones(Ones{});
     Vectors k, v;
     int first = task.first_tile * Tile::kTokens, count = int(p.num_keys) - first;
     const int end = task.end_tile * Tile::kTokens;
     if (kPrefetches && first < end) k.load(keys, first, count), v.load(values, first, count);
     while (first < end) {
-      if (!kPrefetches) k.load(keys, first, count), v.load(values, first, count);
       __syncthreads();  // all reads of the tile before are done
-      k.apply(features);
-      k.clear_behind(count);
-      k.store_shared(shared_keys);
-      v.store_shared(shared_values);
+      if constexpr (kPrefetches) {
+        k.apply(features);
+        k.clear_behind(count);
+        k.store_shared(shared_keys);
+        v.store_shared(shared_values);
+      } else {
+        Tile::copy(keys, first, count, shared_keys, [&](uint4 x) { return Vectors::mapped(x, features); });
+        Tile::copy(values, first, count, shared_values, [](uint4 x) { return x; });
+      }
       __syncthreads();
       first += Tile::kTokens, count -= Tile::kTokens;
       if (kPrefetches && first < end) k.load(keys, first, count), v.load(values, first, count);
@@ -62,7 +68,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
 template <DType kDType>
 cudaError_t LinearLaunches<kDType>::state(const LinearStateParams& p, bool allow_tf32, cudaStream_t stream) {
   return dispatch_linear_dim<kDType>(p.problem, [&]<int kDim>(cute::Int<kDim>) {
-    using Kernel = LinearStateKernel<typename ElementOfDType<kDType>::type, kDim>;
+    using Kernel = LinearStateKernel<LinearElement<kDType>, kDim>;
     return launch_tasks(linear_state<Kernel>, p.problem.batch * p.problem.kv_heads * p.splits, Kernel::kThreads,
                         Kernel::kSharedBytes, stream, p, allow_tf32);
   });

@@ -9,18 +9,9 @@
 
 namespace vitkernels::cuda {
 
+// Of the dtypes with the range of float: sums over many tokens leave that of float16.
 template <DType kDType>
-struct ElementOfDType {
-  using type = cutlass::half_t;
-};
-template <>
-struct ElementOfDType<DType::kFloat32> {
-  using type = float;
-};
-template <>
-struct ElementOfDType<DType::kBFloat16> {
-  using type = cutlass::bfloat16_t;
-};
+using LinearElement = std::conditional_t<kDType == DType::kFloat32, float, cutlass::bfloat16_t>;
 
 // Without branches, behind which the compiler would take the lanes of a warp for diverged.
 __device__ inline void load_16_bytes_if(bool exists, uint4& x, const void* from) {
@@ -66,7 +57,6 @@ struct LinearTile {
   static constexpr int kDim = kColumns, kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kRowTiles = kRowTilesOfWarp, kTokensOfWarp = 16 * kRowTiles;
   static constexpr int kTokens = kWarps * kTokensOfWarp;
-  static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;  // the dtype of a small range
 
   // A thread's vectors of 16 bytes: the same columns of every so many of its warp's tokens.
   static constexpr int kVector = 16 / int(sizeof(Element)), kLanesOfRow = kDim / kVector;
@@ -159,12 +149,7 @@ struct LinearTile {
         return;
       }
       CUTE_UNROLL
-      for (int pass = 0; pass < kPasses; ++pass) {
-        float x[kVector];
-        widen(pass, x);
-        features.apply(x);
-        round(pass, x);
-      }
+      for (int pass = 0; pass < kPasses; ++pass) of_pass[pass] = mapped(of_pass[pass], features);
     }
     // Rows that are no tokens have features like others.
     __device__ void clear_behind(int count) {
@@ -176,6 +161,18 @@ struct LinearTile {
       }
     }
 
+    // Called: inline, the code of all vectors would be interleaved, in more registers than there are.
+    static __device__ __noinline__ uint4 mapped(uint4 vector, Features features) {
+      Element* const elements = reinterpret_cast<Element*>(&vector);
+      float x[kVector];
+      CUTE_UNROLL
+      for (int i = 0; i < kVector; ++i) x[i] = float(elements[i]);
+      features.apply(x);
+      CUTE_UNROLL
+      for (int i = 0; i < kVector; ++i) elements[i] = Element(x[i]);
+      return vector;
+    }
+
    private:
     template <class E>
     static __device__ E* place(E* tile, int pass) {
@@ -183,14 +180,33 @@ struct LinearTile {
     }
     static __device__ void relu(uint4& x) {
       for (uint32_t* pair : {&x.x, &x.y, &x.z, &x.w}) {
-        if constexpr (kIsHalf) {
-          asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(*pair) : "r"(0u));
-        } else if constexpr (sizeof(Element) == 2) {
-          asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(*pair) : "r"(0u));
-        }
+        if constexpr (sizeof(Element) == 2) asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(*pair) : "r"(0u));
       }
     }
   };
+
+  // Copies tokens to a tile as `map` has them, vector by vector: where registers are few.
+  template <class Map>
+  static __device__ __forceinline__ void copy(const HeadRows& rows, int first, int count, Element* tile, Map&& map) {
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row_of(pass);
+      const Element* const from = rows.template at<const Element>(first + row);
+      uint4 vector{};
+      if (rows.is_aligned) {
+        load_16_bytes_if(row < count && column() < rows.columns, vector, from);
+      } else {
+        Element* const elements = reinterpret_cast<Element*>(&vector);
+        CUTE_UNROLL
+        for (int i = 0; i < kVector; ++i) {
+          if (row < count && column() + i < rows.columns) elements[i] = from[i];
+        }
+      }
+      vector = map(vector);  // by all lanes
+      if (row >= count) vector = uint4{};
+      *reinterpret_cast<uint4*>(tile + typename Tokens::Layout{}(row, column())) = vector;
+    }
+  }
 
   // The thread's vector of a row of results.
   static __device__ void load_sums(const float* tile, int pass, float (&x)[kVector]) {
@@ -253,10 +269,9 @@ struct LinearTile {
   }
 
   // The warp's tokens in a tile as operand A, and their products with a state (features,values), or its transpose.
-  using Held = HeldOperand<Element, kRowTiles, kDim>;
-  static __device__ Held hold(const Element* tokens) {
-    return Held(StoredOperand<Element, kTokens, kDim, Depth::kAlongRows, true>(tokens, first_token()));
-  }
+  using Rows = StoredOperand<Element, kTokens, kDim, Depth::kAlongRows, true>;
+  using Held = std::conditional_t<sizeof(Element) == 2, HeldOperand<Element, kRowTiles, kDim>, Rows>;
+  static __device__ Held hold(const Element* tokens) { return Held(Rows(tokens, first_token())); }
   template <Depth kFeatures>
   static __device__ __forceinline__ TokenSums times_state(const Held& tokens, const Element* state, bool allow_tf32) {
     const StoredOperand<Element, kDim, kDim, kFeatures, false> b(state, 0);

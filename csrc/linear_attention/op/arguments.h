@@ -57,11 +57,12 @@ struct LinearArguments {
     return {problem.batch, problem.kv_heads, problem.head_dim, problem.value_dim + 1};
   }
 
- private:
+  // After another tensor has taken the place of one.
   void attach() {
     problem.query = token_tensor(query), problem.key = token_tensor(key), problem.value = token_tensor(value);
   }
 
+ private:
   void check_tensors(const Checker& checker) {
     checker.rank("query", query, 4, "(B, Nq, heads, d)");
     checker.rank("key", key, 4, "(B, Nk, kv_heads, d)");

@@ -16,19 +16,18 @@ class LinearOnDevice {
     const LinearProblem& p = args.problem;
     const int64_t largest = p.dtype == DType::kFloat32 ? kMaxLinearDimFloat32 : kMaxLinearDim;
     checker.check(p.dtype != DType::kFloat64, "query is float64 on CUDA, takes float32, bfloat16 or float16");
-    checker.check(std::max(p.head_dim, p.value_dim) <= largest, "query or value has head dimension ",
-                  std::max(p.head_dim, p.value_dim), " on CUDA, takes at most ", largest,
-                  p.dtype == DType::kFloat32 ? " in float32 (which float16 becomes for the feature map exp)" : "");
+    checker.check(
+        std::max(p.head_dim, p.value_dim) <= largest, "query or value has head dimension ",
+        std::max(p.head_dim, p.value_dim), " on CUDA, takes at most ", largest,
+        p.dtype == DType::kFloat32 ? " in float32, which float16 becomes, and bfloat16 for the focused map" : "");
   }
 
   // Runs a kernel; `launch(launches)` is its launch.
   template <class Params, class Launch>
   void run(const Params& params, Launch&& launch) const {
     const auto run = [&](auto launches) { return launch(launches)(params, args_.allow_tf32, device_.stream()); };
-    const DType dtype = args_.problem.dtype;
-    check_cuda(checker_, dtype == DType::kFloat32    ? run(LinearLaunches<DType::kFloat32>{})
-                         : dtype == DType::kBFloat16 ? run(LinearLaunches<DType::kBFloat16>{})
-                                                     : run(LinearLaunches<DType::kFloat16>{}));
+    check_cuda(checker_, args_.problem.dtype == DType::kFloat32 ? run(LinearLaunches<DType::kFloat32>{})
+                                                                : run(LinearLaunches<DType::kBFloat16>{}));
   }
 
   // The same of a kernel that leaves parts of a state, which `sum` adds up.
@@ -50,15 +49,33 @@ class LinearOnDevice {
   OnDevice device_;
 };
 
-// float16 holds the exponentials of few numbers: the operands are float32 then.
+// Operands that become float32. float16 holds no sums over many tokens; TF32 has its bits, and float's range. The
+// gradient of the focused map is a difference of larger numbers, for which neither has bits enough.
 bool is_widened(const LinearArguments& args) {
-  return args.problem.dtype == DType::kFloat16 && args.problem.feature_map == FeatureMap::kExp;
+  const LinearProblem& p = args.problem;
+  return p.dtype == DType::kFloat16 || (p.dtype == DType::kBFloat16 && p.feature_map == FeatureMap::kFocused);
+}
+// The kernels count the bytes from a token to the next in 32 bits.
+Tensor with_near_tokens(const Tensor& t) {
+  const bool is_far = t.size(1) > 1 && t.stride(1) >= (int64_t(1) << 32) / t.element_size();
+  return is_far ? as_contiguous(t) : t;
+}
+void bring_near(LinearArguments& args) {
+  for (Tensor* t : {&args.query, &args.key, &args.value}) *t = with_near_tokens(*t);
+  args.attach();
+}
+
+template <class Arguments>
+void widen(Arguments& args) {
+  args.convert(DType::kFloat32, ScalarType::Float);
+  args.allow_tf32 = args.problem.feature_map != FeatureMap::kFocused;
 }
 
 void linear_attention(Call& call) {
   LinearArguments args(call);
   const ScalarType type = args.query.scalar_type();
-  if (is_widened(args)) args.convert(DType::kFloat32, ScalarType::Float);
+  bring_near(args);
+  if (is_widened(args)) widen(args);
   const LinearProblem& problem = args.problem;
   const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   const Tensor state = empty_as(args.query, args.state_sizes(), ScalarType::Float);
@@ -79,7 +96,9 @@ void linear_attention_backward(Call& call) {
   LinearBackwardArguments args(call);
   const ScalarType type = args.query.scalar_type();
   const bool is_wide = is_widened(args);
-  if (is_wide) args.convert(DType::kFloat32, ScalarType::Float);
+  bring_near(args);
+  if (args.grad_out) args.grad_out = with_near_tokens(*args.grad_out);
+  if (is_wide) widen(args);
   const LinearOnDevice device(call.checker, args);
   if (args.is_read()) {
     LinearGradQueryParams params = args.grad_query_params();
@@ -91,7 +110,7 @@ void linear_attention_backward(Call& call) {
   if (args.grad_key.numel() > 0) {
     device.run(args.grad_key_params(), [](auto launches) { return launches.grad_key; });
   }
-  if (is_wide) args.convert(DType::kFloat16, type);
+  if (is_wide) args.convert(DType::kFloat32, type);
   args.give(call);
 }
 

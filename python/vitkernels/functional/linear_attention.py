@@ -53,8 +53,9 @@ def linear_attention(
             ``qk_norm="l2"``, ``normalize=False``, ``scale=1 / math.pi`` and 0.5 here this is linear-angular attention.
 
     All three tensors may have any strides as long as the last one is 1. The dtypes are those of
-    :func:`vitkernels.attention`. On the CPU, and on CUDA up to a head dimension of 128 (64 in float32, which
-    ``"exp"`` makes of float16). Positive random features are made by PyTorch before the kernel.
+    :func:`vitkernels.attention`. On the CPU, and on CUDA up to a head dimension of 128 in bfloat16 and of 64 in
+    float32, which float16 becomes there, and bfloat16 for ``"focused"``. Positive random features are made by PyTorch
+    before the kernel.
 
     Returns:
         ``(B, Nq, heads, dv)`` in the dtype of ``query``, with the same bits in every run, gradients included.

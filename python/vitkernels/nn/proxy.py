@@ -70,7 +70,9 @@ class ProxyTokenAttention(nn.Module):
         layout = f"(B, {', '.join(_AXES[-num_axes:])}, dim)"
         check_map(self, x, layout, is_convolved=True)
         pool = _POOLS[num_axes - 1]
-        means = pool(x.movedim(-1, 1), self.window_size, ceil_mode=True)  # [B, dim, *windows]
+        # In float32: PyTorch's pools of three axes know no 16-bit tensors on the CPU.
+        wide = x.movedim(-1, 1).to(torch.promote_types(x.dtype, torch.float32))  # [B, dim, *map]
+        means = pool(wide, self.window_size, ceil_mode=True).to(x.dtype)  # [B, dim, *windows]
         proxies = self.proxy_attn(means.flatten(2).transpose(1, 2))  # [B, windows, dim]
         out: Tensor = self.cross_attn(x.flatten(1, -2), proxies)  # [B, N, dim]
         return out.view(x.shape)
