@@ -235,6 +235,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW2("min.bf16", "16", "16", "16");
   ROW2("max.NaN.bf16", "16", "16", "16");
   ROW2("max.bf16x2", "32", "32", "32");
+  ROW2("max.NaN.bf16x2", "32", "32", "32");
   ROW2("cvt.rn.f16x2.f32", "32", "32", "32");
   ROW2("cvt.rn.bf16x2.f32", "32", "32", "32");
   ROW2("cvt.rz.bf16x2.f32", "32", "32", "32");

@@ -13,7 +13,7 @@ __global__ void memory_kernel(const uint32_t* in, uint32_t* out, int n) {
   __shared__ uint32_t reversed[128];
   const int i = threadIdx.x, threads = blockDim.x;
   if (i % 2) {  // 16 bytes, as four numbers or two
-    reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(in)[i];
+    __stcg(reinterpret_cast<uint4*>(out) + i, reinterpret_cast<const uint4*>(in)[i]);
   } else {
     double a, b;
     asm volatile("ld.global.v2.f64 {%0, %1}, [%2];" : "=d"(a), "=d"(b) : "l"(in + 4 * i));
