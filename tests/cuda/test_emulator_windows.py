@@ -184,6 +184,25 @@ def test_lowest_tables(cuda_kernels):
     assert set(kernels_of(cuda_kernels)) == {"window_attention"}
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gradients_of_lowest_tables(dtype, cuda_kernels):
+    """The log-sum-exp of a row is the lowest number too, whatever the number of its keys."""
+    call = [t.requires_grad_() for t in operands(dtype=dtype)]
+    wide = [t.detach().double().requires_grad_() for t in call]
+    lowest = torch.full((2, 13, 13), torch.finfo(torch.float32).min)
+    grad_out = tokens(1, 14, 14, 2, 32, seed=3).to(dtype)
+    found = torch.autograd.grad(vk.window_attention(*call, 7, bias_table=lowest), call, grad_out)
+    query, key, value, grad = (
+        t.unflatten(2, (2, 7)).unflatten(1, (2, 7)).permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+        for t in (*wide, grad_out)
+    )  # (b,windows,windows,h,7 * 7,d)
+    logits = query @ key.mT * 32**-0.5  # what they add to the lowest number is lost, but not their gradient
+    out = (logits - logits.detach()).softmax(-1) @ value
+    for one, other in zip(found, torch.autograd.grad(out, wide, grad.double()), strict=True):
+        assert (one.double() - other).abs().max() <= 4 * ROUNDING[dtype] * other.abs().max()
+    assert set(kernels_of(cuda_kernels)) == {"window_attention", "window_attention_backward"}
+
+
 @pytest.mark.parametrize(
     ("axes", "offsets"),
     [
@@ -275,6 +294,19 @@ def test_norms(dtype, cuda_kernels):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, rtol=0.05, atol=2 * ROUNDING[dtype] * other.abs().max().item())
     assert {"unit_rows", "window_attention_backward"} <= {n.split("<")[0] for n in kernels_of(cuda_kernels)}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_norms_of_grouped_heads(dtype, cuda_kernels):
+    """Forward and backward round the same unit vectors: with a large scale, others would have other probabilities."""
+    call = [t.requires_grad_() for t in operands(h=4, kv_heads=2, dtype=dtype)]
+    wide = [t.detach().double().requires_grad_() for t in call]
+    grad, axes = tokens(*call[0].shape, dtype=dtype, seed=5), [vk.Block(7)] * 2
+    options = {"qk_norm": "l2", "scale": 1e6}
+    found = torch.autograd.grad(vk.spatial_attention(*call, axes, **options), call, grad)
+    expected = torch.autograd.grad(on_rounded_units(dtype)(*wide, axes, **options), wide, grad.double())
+    assert all(t.isfinite().all() for t in found)
+    assert (found[2].double() - expected[2]).abs().max() <= 4 * ROUNDING[dtype] * expected[2].abs().max()
 
 
 @pytest.mark.parametrize("norm", [None, "l2"])

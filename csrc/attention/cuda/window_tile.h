@@ -269,28 +269,30 @@ struct WindowTile {
     return softmax;
   }
 
-  // Logits before the scale become probabilities, by the log-sum-exps of their rows.
+  // Logits before the scale become probabilities, by the log-sum-exps of their rows. Those do not hold the sums of rows
+  // whose logits are huge: such sums are found again.
   template <class Numbers>
   static __device__ void exponentiate_from(const float (&lse)[kRows], Numbers& numbers, float scale) {
-    float unit = scale * kLog2e, offset[kRows];
+    float offset[kRows];
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) offset[r] = lse[r] * kLog2e;
     if (__any_sync(kAllLanes, !(fmaxf(fabsf(offset[0]), fabsf(offset[1])) <= kMaxExpOffset))) {
       rarely();
-      unit = kLog2e;
+      const Softmax softmax = exponentiate(numbers, scale);
       CUTE_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        offset[r] = 0.0f;
-        // inf - inf must not arise in a row that sees no key.
-        const float subtracted = lse[r] == -std::numeric_limits<float>::infinity() ? 0.0f : lse[r];
+        const float factor = Softmax::factor_of(softmax.sum[r]);
         CUTE_UNROLL
-        for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) = numbers(r, c) * scale - subtracted;
+        for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) *= factor;
       }
+      return;
     }
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       CUTE_UNROLL
-      for (int c = 0; c < cute::size<1>(numbers); ++c) numbers(r, c) = exp2_of(fmaf(numbers(r, c), unit, -offset[r]));
+      for (int c = 0; c < cute::size<1>(numbers); ++c) {
+        numbers(r, c) = exp2_of(fmaf(numbers(r, c), scale * kLog2e, -offset[r]));
+      }
     }
   }
 };

@@ -45,13 +45,15 @@ bool are_small_windows(const SpatialArguments& args, const WindowAxes& axes) {
   const bool is_plain = !args.is_shared_query && !args.score.has_outside && args.pattern.radius == 0.0 &&
                         !args.score.head_map && !terms.key_bias && !terms.multiplier_table &&
                         std::none_of(terms.rel_pos.begin(), terms.rel_pos.end(), has);
+  // The backward has other kernels for groups of heads. Forward and backward must round the same unit vectors.
+  const bool has_units_of_backward = !args.qk_norm || args.kv_heads == args.heads;
   // They look up all pairs of a window: a shift may leave offsets without a pair that is seen, and tables without them.
   bool has_entries = true;
   for (int axis = 0; terms.bias_table && axis < args.axes; ++axis) {
     has_entries = has_entries && terms.bias_table->size(1 + axis) >= 2 * axes[kMaxAxes - args.axes + axis].size - 1;
   }
   const bool are_aligned = can_be_aligned(args.query) && can_be_aligned(args.key) && can_be_aligned(args.value);
-  return args.dtype != DType::kFloat32 && has_entries && are_aligned && fits && is_plain &&
+  return args.dtype != DType::kFloat32 && has_entries && are_aligned && fits && is_plain && has_units_of_backward &&
          args.score.scale > kMinWindowScale && args.score.scale < kMaxWindowScale;
 }
 
