@@ -20,6 +20,7 @@ _NORMED = {
     "xcit": (Shape(1, 4, 196, 48), Shape(4, 4, 196, 48)),
     "edgenext": (Shape(1, 8, 784, 12), Shape(1, 8, 196, 20), Shape(1, 8, 49, 38), Shape(4, 8, 196, 20)),
 }
+_FEW = (Shape(64, 6, 49, 64), Shape(64, 6, 16, 32))  # windows
 _DTYPES = ("float32", "bfloat16")
 _GROUPED = (
     Shape(1, 3, 3136, 32), Shape(1, 6, 784, 32), Shape(1, 12, 196, 32), Shape(1, 24, 49, 32), Shape(4, 6, 784, 32),
@@ -129,6 +130,8 @@ def _of_state(shape: Shape) -> float:
 
 
 _AGENT_SHAPE = _DIMS[0]
+for _shape in _FEW:
+    register(*_entries("linear_attention", _shape, _linear, _relu_eager, flops=_of_state(_shape)))
 for _shape in _DIMS:
     register(*_entries("linear_attention", _shape, _linear, _relu_eager, flops=_of_state(_shape)))
     register(*_entries("channel_attention", _shape, _channels, _channels_eager, flops=_of_state(_shape)))

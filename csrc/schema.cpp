@@ -38,6 +38,8 @@ constexpr const char* kGrads =
     "Tensor grad_multiplier_table, Tensor grad_rel_pos_depth, Tensor grad_rel_pos_height, Tensor grad_rel_pos_width, "
     "Tensor grad_key_fill, Tensor grad_value_fill";
 
+constexpr const char* kPacking = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, ";
+
 // An attention with some pattern, and its backward.
 void add_attention(std::vector<std::string>& schemas, const std::string& op, const std::string& pattern,
                    const std::string& options) {
@@ -51,8 +53,7 @@ std::vector<std::string> make_schemas() {
   const std::string options = "bool is_causal, bool allow_tf32";
   std::vector<std::string> schemas;
   add_attention(schemas, "attention", "", options);
-  add_attention(schemas, "attention_varlen",
-                "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, ", options);
+  add_attention(schemas, "attention_varlen", kPacking, options);
   add_attention(schemas, "spatial_attention", "SymInt[] axes, bool is_shared_query, bool qk_norm, ", "bool allow_tf32");
   // value_q (B, Nq, heads, dv), out (B, Nk, heads, dv), query_weight broadcasts to (B, Nq, heads).
   const std::string rows = "Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, ";
@@ -65,14 +66,22 @@ std::vector<std::string> make_schemas() {
   schemas.push_back("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   schemas.push_back(
       "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> Tensor[]");
-  // state (B, kv_heads, d, dv + 1): the sum of phi(k)^T v, and in its last column that of phi(k). feature_map: 0 identity,
+  // state (B or sequences, kv_heads, d, dv + 1): the sum of phi(k)^T v, and in its last column that of phi(k). feature_map: 0 identity,
   // 1 relu, 2 elu + 1, 3 exp, 4 focused (linear_attention/linear_attention.h).
   const std::string linear =
-      "Tensor query, Tensor key, Tensor value, SymInt feature_map, SymInt power, bool normalize, float eps, float "
-      "scale, float residual_v, bool allow_tf32";
-  schemas.push_back("linear_attention(" + linear + ") -> (Tensor out, Tensor state)");
-  schemas.push_back("linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + linear +
-                    ", Tensor state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "SymInt feature_map, SymInt power, bool normalize, float eps, float scale, float residual_v, Tensor? head_map, "
+      "bool allow_tf32";
+  // Of few queries or keys: without a state.
+  const std::string few = "Tensor query, Tensor key, Tensor value, " + linear;
+  schemas.push_back("linear_attention_quadratic(" + few + ") -> Tensor");
+  schemas.push_back("linear_attention_quadratic_backward(Tensor grad_out, " + few +
+                    ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  for (const auto& [name, packing] : {std::pair{"linear_attention", ""}, {"linear_attention_varlen", kPacking}}) {
+    const std::string arguments = std::string("Tensor query, Tensor key, Tensor value, ") + packing + linear;
+    schemas.push_back(std::string(name) + "(" + arguments + ") -> (Tensor out, Tensor state)");
+    schemas.push_back(std::string(name) + "_backward(Tensor? grad_out, Tensor? grad_state, " + arguments +
+                      ", Tensor state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  }
   // decay (heads), initial_state and state (B, heads, d, dv): the sum of k^T v, each times the decay to the power of the
   // tokens behind it. Without includes_self a token does not see itself.
   const std::string decayed =

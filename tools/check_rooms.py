@@ -26,10 +26,12 @@ INCLUDES = {
 MAY_INCLUDE_TORCH = {
     "common/boxed.h",
     "common/check.h",
+    "common/integer_argument.h",
     "common/parallel.h",
     "common/stable.h",
     "common/token_argument.h",
     "cuda/device.h",
+    "cuda/read_integers.h",
     "cuda/library.cpp",
     "library.cpp",
 }

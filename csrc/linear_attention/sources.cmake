@@ -3,10 +3,12 @@ set(engine csrc/linear_attention)
 
 list(APPEND cpu_kernel_sources
   ${engine}/cpu/channel.cpp ${engine}/cpu/channel_grad.cpp ${engine}/cpu/decayed.cpp ${engine}/cpu/grad_key.cpp
-  ${engine}/cpu/grad_query.cpp ${engine}/cpu/output.cpp ${engine}/cpu/state.cpp)
+  ${engine}/cpu/grad_query.cpp ${engine}/cpu/output.cpp ${engine}/cpu/quadratic.cpp
+  ${engine}/cpu/quadratic_grad.cpp ${engine}/cpu/state.cpp)
 
 list(APPEND cpu_op_sources
-  ${engine}/op/channel_cpu.cpp ${engine}/op/decayed_cpu.cpp ${engine}/op/linear_attention_cpu.cpp)
+  ${engine}/op/channel_cpu.cpp ${engine}/op/decayed_cpu.cpp ${engine}/op/linear_attention_cpu.cpp
+  ${engine}/op/quadratic_cpu.cpp)
 
 list(APPEND cuda_op_sources ${engine}/op/linear_attention_cuda.cpp)
 

@@ -28,6 +28,7 @@ __all__ = [
     "mark_constant",
     "schema_of",
     "sizes_are_tensors",
+    "surely",
     "with_batch",
     "without_autocast",
     "without_batch",
@@ -44,6 +45,17 @@ is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_t
 def sizes_are_tensors() -> bool:
     """Whether sizes of tensors are tensors themselves, as ``torch.jit.trace`` has them."""
     return not torch.compiler.is_compiling() and is_tracing()
+
+
+def surely(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for all that they may be; no guard where sizes are symbols."""
+    if sizes_are_tensors():
+        return False
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # not at once: it loads sympy
+
+    return bool(statically_known_true(condition))
 
 
 def schema_of(overload: Any) -> Any:

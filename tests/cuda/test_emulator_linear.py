@@ -5,6 +5,7 @@ import torch
 import vitkernels as vk
 from support.devices import HALF, ON_TENSOR_CORES
 from support.emulation import nbytes, needs_emulator
+from support.hostile import GOOD, HOSTILE, KEYS, QUERIES, are_disjoint, spans, uncovered
 from support.operands import ROUNDING, tokens
 from vitkernels import reference
 
@@ -178,3 +179,65 @@ def test_nothing(cuda_kernels):
         out = vk.linear_attention(*call)
         assert (out == 0).all()
         assert all((t == 0).all() for t in torch.autograd.grad(out.sum(), call))
+
+
+def by_sequence(query, key, value, of_queries, of_keys, **options):
+    """Each sequence by itself; rows of no sequence are zero."""
+    nothing = 0.0 * sum(t.sum() for t in (query, key, value))  # has gradients
+    out = torch.zeros(*query.shape[:2], value.size(-1), dtype=query.dtype) + nothing
+    for queries, keys in zip(of_queries, of_keys, strict=True):
+        if queries:
+            data = query[queries.start : queries.stop], *(t[keys.start : keys.stop] for t in (key, value))
+            found = reference.linear_attention(*(t[None] for t in data), **options)[0]
+            out = out.index_put((torch.tensor(queries),), found)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("are_queries", "are_keys"), [(True, False), (False, True), (True, True)], ids=["q", "k", "qk"]
+)
+@pytest.mark.parametrize("offsets", HOSTILE, ids=str)
+def test_hostile_offsets(offsets, are_queries, are_keys, cuda_kernels):
+    """Tokens that no sequence covers have results and gradients of zero, the others those of their sequence."""
+    call = [tokens(n, 2, d, dtype=torch.float32, seed=n + d) for n, d in ((QUERIES, 8), (KEYS, 8), (KEYS, 5))]
+    packing = [
+        torch.tensor(offsets if is_it else good) for is_it, good in zip((are_queries, are_keys), GOOD, strict=True)
+    ]
+    of_queries, of_keys = (spans(o.tolist(), n, len(t)) for o, n, t in zip(packing, (4, 6), call[:2], strict=True))
+    grad_out = tokens(QUERIES, 2, 5, dtype=torch.float32, seed=5)
+
+    def function(*data, **options):
+        return vk.linear_attention_varlen(*data, *packing, 4, 6, **options)
+
+    out, *grads = differentiate(function, call, grad_out, eps=0.1)
+    assert not any(t[uncovered(of_queries, QUERIES)].any() for t in (out, grads[0]))
+    assert not any(t[uncovered(of_keys, KEYS)].any() for t in grads[1:])
+    if are_disjoint(of_queries) and are_disjoint(of_keys):
+        expected = differentiate(by_sequence, [t.double() for t in call], grad_out, of_queries=of_queries,
+                                 of_keys=of_keys, eps=0.1)  # fmt: skip
+        for one, other in zip((out, *grads), expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [(0, 6), (4, 0), (0, 0), (2**31, 2**31)], ids=str)
+@pytest.mark.parametrize("offsets", [[0], [3], [0, 11], [-5, 20]], ids=str)
+def test_hostile_lengths(offsets, longest, cuda_kernels):
+    """No sequences, or none that may have tokens: the results are zeros."""
+    call, packing = [tokens(11, 2, 8, dtype=torch.bfloat16, seed=i) for i in range(3)], torch.tensor(offsets)
+    found = differentiate(lambda *data: vk.linear_attention_varlen(*data, packing, packing, *longest), call, call[0])
+    is_empty = 0 in longest or offsets != [0, 11]
+    assert all(t.isfinite().all() and bool(t.any()) != is_empty for t in found)
+
+
+def test_head_map_out_of_range(cuda_kernels):
+    """A query head whose kv head does not exist has results and gradients of zero."""
+    call = operands(q=70, k=90, h=3, g=2)
+    grad_out = tokens(*call[0].shape, seed=5)
+    for wrong in (-1, 2, 2**62, -(2**63)):
+        head_map = torch.tensor([0, wrong, 1])
+        out, *grads = differentiate(vk.linear_attention, call, grad_out, head_map=head_map)
+        assert not out[:, :, 1].any() and not grads[0][:, :, 1].any()
+        two = [call[0][:, :, ::2], *call[1:]]
+        found = differentiate(vk.linear_attention, two, grad_out[:, :, ::2])
+        for one, other in zip((out[:, :, ::2], grads[0][:, :, ::2], *grads[1:]), found, strict=True):
+            torch.testing.assert_close(one, other)

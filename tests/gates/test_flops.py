@@ -41,10 +41,18 @@ def test_vision_transformer():
     assert counted(lambda: vk.attention(x, x, x)) == 29_805_312
 
 
+def test_linear_attention_of_few_tokens():
+    """Products of queries and keys, as of softmax attention."""
+    shapes = (2, 2, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)
+    pairs = 2 * 4 * 2 * 7
+    expected = 2 * pairs * (8 + 6), 2 * pairs * (3 * 8 + 2 * 6)
+    assert forward_and_backward(vk.linear_attention, *shapes) == expected
+
+
 def test_linear_attention():
     """Two products with a state, of every query and of every key; twice as many in the backward."""
-    shapes = (2, 5, 4, 8), (2, 7, 2, 8), (2, 7, 2, 6)
-    forward = 2 * (2 * 5 * 4 + 2 * 7 * 2) * 8 * 6
+    shapes = (2, 9, 4, 8), (2, 11, 2, 8), (2, 11, 2, 6)
+    forward = 2 * (2 * 9 * 4 + 2 * 11 * 2) * 8 * 6
     assert forward_and_backward(vk.linear_attention, *shapes) == (forward, 2 * forward)
 
 

@@ -88,7 +88,7 @@ def test_the_same_bits_at_any_number_of_threads():
 def test_the_state_of_the_operator():
     """What it returns besides the output is differentiable as well."""
     q, k, v = (torch.randn(1, 7, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    state = torch.ops.vitkernels.linear_attention(q, k, v, 1, 3, True, 1e-6, 1.0, 0.0, False)[1]
+    state = torch.ops.vitkernels.linear_attention(q, k, v, 1, 3, True, 1e-6, 1.0, 0.0, None, False)[1]
     expected = torch.einsum("bjhd,bjhe->bhde", k.relu(), torch.cat([v, torch.ones_like(v[..., :1])], -1))
     torch.testing.assert_close(state, expected)
     weight = torch.randn_like(state)
@@ -112,7 +112,8 @@ def test_feature_maps_are_copied(features):
 def test_exponentials_beyond_range_are_infinite(dtype):
     k = torch.tensor([-2000.0, 0.0, 80.0, 1000.0], dtype=dtype).reshape(1, 1, 1, 4)
     q = torch.eye(4, dtype=dtype).reshape(1, 4, 1, 4)
-    state = torch.ops.vitkernels.linear_attention(q, k, torch.ones_like(k), 3, 3, False, 0.0, 1.0, 0.0, False)[1]
+    options = 3, 3, False, 0.0, 1.0, 0.0, None, False
+    state = torch.ops.vitkernels.linear_attention(q, k, torch.ones_like(k), *options)[1]
     expected = k.flatten().to(state.dtype).exp()
     torch.testing.assert_close(state[0, 0, :, -1], expected, rtol=1e-5, atol=0)
 
@@ -134,7 +135,7 @@ def test_small_denominators_are_divided_by():
 
 def test_gradient_of_the_state_without_a_denominator():
     k = torch.randn(1, 3, 1, 2, dtype=torch.float64, requires_grad=True)
-    args = (k.detach(), k, k.detach(), 0, 1, False, 0.0, 1.0, 0.0, False)
+    args = (k.detach(), k, k.detach(), 0, 1, False, 0.0, 1.0, 0.0, None, False)
     state = torch.ops.vitkernels.linear_attention(*args)[1]
     assert torch.equal(torch.autograd.grad(state[..., -1].sum(), k)[0], torch.ones_like(k))
 
@@ -167,3 +168,40 @@ def test_random_features_of_strided_heads_are_one_product():
     with Products() as seen:
         vk.linear_attention(q, k, v, feature_map=vk.FeatureMap("performer", projection=torch.randn(6, 8)))
     assert seen.names.count("aten::mm") == 2 and "aten::bmm" not in seen.names
+
+
+def packed(lengths, heads=2, kv_heads=1, d=8, dtype=torch.float64):
+    """Queries, keys and values of sequences that have as many of each, and where these begin."""
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, d), (kv_heads, d), (kv_heads, 5))
+    tensors = [torch.randn(int(offsets[-1]), *shape, generator=generator, dtype=dtype) for shape in shapes]
+    return [t.requires_grad_() for t in tensors], (offsets, offsets, max(lengths), max(lengths) + 3)
+
+
+@pytest.mark.parametrize("residual_v", [0.0, 0.7])
+def test_packed_sequences_are_calls_of_their_own(residual_v):
+    tensors, packing = packed([3, 0, 300, 1, 64])
+    out = vk.linear_attention_varlen(*tensors, *packing, residual_v=residual_v, eps=0.1)
+    each = zip(*(t.split(packing[0].diff().tolist()) for t in tensors), strict=True)
+    expected = torch.cat([
+        vk.linear_attention(*(t[None] for t in sequence), residual_v=residual_v, eps=0.1)[0] for sequence in each
+    ])  # fmt: skip
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(t, tensors, weight) for t in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_own_values_of_packed_sequences_need_as_many_keys():
+    tensors, packing = packed([3, 4])
+    with pytest.raises(RuntimeError, match=r"linear_attention_varlen: residual_v is 0\.5, takes 0 where query has 6"):
+        offsets = torch.tensor([0, 3, 6])
+        vk.linear_attention_varlen(tensors[0][:6], *tensors[1:], offsets, *packing[1:], residual_v=0.5)
+
+
+def test_a_kv_head_that_no_head_reads_has_gradients_of_zero():
+    query, key, value = (torch.randn(2, 5, heads, 4, requires_grad=True) for heads in (2, 3, 3))
+    out = vk.linear_attention(query, key, value, head_map=torch.tensor([2, 0]))
+    grads = torch.autograd.grad(out.sum(), (key, value))
+    assert all(not g[:, :, 1].any() and g[:, :, 0].any() for g in grads)

@@ -201,7 +201,7 @@ EMPTY = CALLS | {
 ONE_OF_EACH = [
     next(s for s in (COVERING + NAMED_SAMPLES) if s.operator == name)
     for name in vk.functional.__all__
-    if "scale" in inspect.signature(getattr(vk, name)).parameters and name != "linear_attention"
+    if "scale" in inspect.signature(getattr(vk, name)).parameters and not name.startswith("linear_attention")
 ]
 
 

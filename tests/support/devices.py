@@ -26,12 +26,13 @@ FUNCTIONS = {
     "attention_transposed": ON_TENSOR_CORES,
     "spatial_attention": ON_TENSOR_CORES,
     "linear_attention": ON_TENSOR_CORES,
+    "linear_attention_varlen": ON_TENSOR_CORES,
 }
 
 
 def is_taken(sample: Any) -> bool:
     """Whether CUDA kernels compute a sample in some dtype, forward and backward."""
-    narrow = sample.operator in ("spatial_attention", "linear_attention")
+    narrow = sample.operator in ("spatial_attention", "linear_attention", "linear_attention_varlen")
     return sample.operator in FUNCTIONS and not (narrow and max(sample.sizes["d"], sample.sizes["v"]) > 128)
 
 

@@ -39,7 +39,7 @@ def windows(dim: int, dtype: torch.dtype) -> None:
 
 
 def head_dims(sample: Sample, dtype: torch.dtype) -> tuple[int, ...]:
-    if sample.operator == "linear_attention":
+    if sample.operator.startswith("linear_attention"):
         return (32, 64, 128) if dtype == torch.bfloat16 else (32, 64)
     return HEAD_DIMS if "d" in sample.sizes else (32, 33)  # vectors, and values one by one
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,12 @@ def varlen(
         "cu_seqlens_k": Offsets("n", "u", offsets), "max_seqlen_q": Length("t"), "max_seqlen_k": Length("u"),
     }  # fmt: skip
     return Sample("attention_varlen", id, {**tensors, "return_lse": True, **arguments}, sizes, frozenset(tags.split()))
+
+
+def linear_varlen(id: str, *, h: int = 4, g: int = 2, **arguments: Any) -> Sample:
+    packed = varlen(id, h=h, g=g, **arguments)
+    given = {name: value for name, value in packed.arguments.items() if name != "return_lse"}
+    return replace(packed, operator="linear_attention_varlen", arguments=given)
 
 
 def transposed(
@@ -325,6 +332,32 @@ SAMPLES = [
     linear("residual", eps=0.1, scale=2.0, residual_v=-1.0, g=1, tags="core", **OWN_VALUE),
     linear("one-of-each", b=1, q=1, k=1, h=1, g=1, d=1, v=1),
     linear("shared-key", key=Input("1kgd", expand="bkgd"), query=Input("bq1d", expand="bqhd")),
+    # In the quadratic form.
+    linear("few-queries", q=2, k=257, d=33, v=24, tags="core"),
+    linear("few-keys", q=200, k=2, d=20, v=33, feature_map="elu", eps=0.1),
+    linear("few-tokens-focused", q=2, k=9, d=33, feature_map="focused", scale=0.5),
+    linear("few-tokens-residual", residual_v=0.5, normalize=False, g=4, scale=0.3, k=2, d=32, **OWN_VALUE),
+    linear("few-head-map", q=70, k=2, g=3, feature_map="exp", head_map=Input("h", uneven_map, dtype=torch.int64)),
+    linear("head-map", g=3, head_map=Input("h", uneven_map, dtype=torch.int64), tags="core"),
+    linear(
+        "head-map-residual", g=3, residual_v=0.5, head_map=Input("h", uneven_map, dtype=torch.int32), **OWN_VALUE
+    ),
+    linear_varlen("relu", tags="core deploy"),
+    linear_varlen("int64-offsets", feature_map="elu", offsets=torch.int64),
+    linear_varlen("one-sequence", n=1, feature_map="exp", h=2),
+    linear_varlen("many-sequences", n=30, feature_map="focused"),
+    linear_varlen("long", n=2, t=1203, u=1801, h=2, g=1, tags="core"),
+    linear_varlen("performer", feature_map=RandomFeatures(20), tags="mixed"),
+    linear_varlen(
+        "head-map", g=3, head_map=Input("h", uneven_map, dtype=torch.int64), normalize=False,
+        feature_map="identity", scale=0.3, qk_norm="l2", tags="mixed",
+    ),
+    linear_varlen(
+        "residual", n=1, eps=0.1, residual_v=0.5, key=Input("tgd"), value=Input("tgv"),
+        cu_seqlens_k=Offsets("n", "t", torch.int32), max_seqlen_k=Length("t"),
+    ),
+    linear_varlen("no-keys", u=0),
+    linear_varlen("no-tokens", t=0, u=0, n=2),
     channels("plain", tags="core deploy"),
     channels("number-scale", scale=0.05, d=33, v=5),
     channels("head-scale", scale=statistic("h", fraction), tags="core"),

@@ -49,6 +49,7 @@ _OPERATORS = {
     "channel_attention",
     "decayed_linear_attention",
     "linear_attention",
+    "linear_attention_varlen",
     "merge_attentions",
     "spatial_attention",
 }

@@ -2,38 +2,26 @@
 #pragma once
 
 #include "attention/dense.h"
+#include "common/integers.h"
 
 namespace vitkernels {
 
 inline constexpr int64_t kMaxCudaHeadDim = 256;
 
-// Integers in a tensor on the device: kernels read and check them.
-struct DeviceIntegers {
-  const void* data = nullptr;  // null: absent
-  bool is_int64 = false;
-
-  VK_HOST_DEVICE explicit operator bool() const { return data; }
-  VK_HOST_DEVICE int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
 struct DeviceHeadMap {
-  DeviceIntegers kv_head_of;  // [heads], or absent: equal groups
+  Integers kv_head_of;  // [heads], or absent: equal groups
 
   // The kv head that a query head reads, -1 if the map names none that exists.
   VK_HOST_DEVICE int64_t kv_head(const Problem& p, int64_t head) const {
-    if (!kv_head_of) return head / (p.heads / p.kv_heads);
-    const int64_t mapped = kv_head_of[head];
-    return mapped >= 0 && mapped < p.kv_heads ? mapped : -1;
+    return vitkernels::kv_head_of(kv_head_of, head, p.heads, p.kv_heads);
   }
 };
 
-// A packed batch: the tokens of all sequences follow one another along the token axis. The offsets are not trusted:
-// whatever they hold, kernels touch existing tokens only and write every token of their outputs.
+// A packed batch: the tokens of all sequences follow one another along the token axis. Whatever the offsets hold, kernels
+// write every token of their outputs.
 struct DevicePacking {
-  DeviceIntegers cu_seqlens_q, cu_seqlens_k;  // [batch + 1], or absent: the batch is not packed
-  int64_t num_queries = 0, num_keys = 0;      // of the packed tensors
+  Integers cu_seqlens_q, cu_seqlens_k;    // [batch + 1], or absent: the batch is not packed
+  int64_t num_queries = 0, num_keys = 0;  // of the packed tensors
 
   VK_HOST_DEVICE explicit operator bool() const { return bool(cu_seqlens_q); }
   VK_HOST_DEVICE int64_t num_rows(const Problem& p) const { return *this ? num_queries : p.batch * p.num_queries(); }
@@ -76,15 +64,12 @@ struct DevicePacking {
   }
 
   // Existing tokens, and at most as many as the longest sequence has.
-  static VK_HOST_DEVICE Range tokens_of(const Problem& p, const DeviceIntegers& offsets, int64_t batch, int64_t longest,
+  static VK_HOST_DEVICE Range tokens_of(const Problem& p, const Integers& offsets, int64_t batch, int64_t longest,
                                         int64_t count) {
-    if (batch >= p.batch) return {0, 0};
-    const int64_t begin = offsets[batch], end = offsets[batch + 1];
-    if (begin < 0 || begin > count || end < begin) return {0, 0};
-    return intersect({begin, begin + longest}, {begin, end < count ? end : count});
+    return batch < p.batch ? packed_tokens(offsets, batch, longest, count) : Range{0, 0};
   }
 
-  static VK_HOST_DEVICE Range slot(const Problem& p, const DeviceIntegers& offsets, int64_t batch, int64_t count) {
+  static VK_HOST_DEVICE Range slot(const Problem& p, const Integers& offsets, int64_t batch, int64_t count) {
     const auto begin_of = [&](int64_t b) {
       const int64_t begin = offsets[b];
       return begin < 0 ? 0 : begin < count ? begin : count;

@@ -180,7 +180,7 @@ enum class SpatialPath {
 struct SpatialCudaParams {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  DeviceIntegers kv_head_of;  // [heads], or absent: equal groups
+  Integers kv_head_of;  // [heads], or absent: equal groups
   SpatialCut cut;
   int64_t radius_squared = -1;  // rounded down, as all distances are whole numbers; -1: none
   bool is_shared_query = false, allow_tf32 = false;

@@ -7,13 +7,6 @@
 
 namespace vitkernels {
 
-// Reads the values of an int64 or int32 vector (head_map, cu_seqlens), to be checked up front. Null: they are not read,
-// and kernels check them.
-using ReadIntegers = std::vector<int64_t> (*)(const Checker& checker, const Tensor& t);
-std::vector<int64_t> read_host_integers(const Checker& checker, const Tensor& t);
-
-inline constexpr int64_t kMaxHeads = 1 << 20;  // the head map is a table in memory
-
 // Which kv head a query head reads, and the inverse (dense.h). Empty if the values stay on a device.
 struct HeadMap {
   HeadMap() = default;

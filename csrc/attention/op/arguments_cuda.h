@@ -6,8 +6,6 @@
 
 namespace vitkernels {
 
-// Values of integer tensors stay on the device, where kernels read and check them. With VITKERNELS_CHECK=1 in the
-// environment, they are also copied to the host, which waits for them, and checked as on the CPU.
 DevicePolicy device_policy();
 
 void fill_on_device(const AttentionArguments& args, const Tensor& out, const Tensor& lse, AttentionCudaParams& params);

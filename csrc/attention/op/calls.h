@@ -5,6 +5,7 @@
 
 #include "attention/op/score_fields.h"
 #include "common/boxed.h"
+#include "common/integer_argument.h"
 
 namespace vitkernels {
 
@@ -23,12 +24,6 @@ struct ScoreArguments {
   OptionalTensor head_map;
   double radius;
   bool has_outside;
-};
-
-// Packed sequences: where each begins, and the lengths of the longest.
-struct Packing {
-  Tensor cu_seqlens_q, cu_seqlens_k;  // [sequences + 1], int32 or int64
-  int64_t max_seqlen_q, max_seqlen_k;
 };
 
 struct DenseCall {

@@ -8,10 +8,7 @@
 namespace vitkernels {
 namespace {
 
-DeviceIntegers integers(const OptionalTensor& t) {
-  if (!t) return {};
-  return {t->const_data_ptr(), t->scalar_type() == ScalarType::Long};
-}
+Integers integers_if_given(const OptionalTensor& t) { return t ? integers(*t) : Integers{}; }
 
 bool is_aligned_fill(const OptionalTensor& fill) { return !fill || has_aligned_rows(*fill); }
 
@@ -56,7 +53,7 @@ SpatialCudaParams uncut_params(const SpatialArguments& args) {
                            .kv_heads = args.kv_heads,
                            .head_dim = args.head_dim,
                            .value_dim = args.value_dim,
-                           .kv_head_of = integers(args.score.head_map),
+                           .kv_head_of = integers_if_given(args.score.head_map),
                            .radius_squared = squared(args.pattern.radius),
                            .is_shared_query = args.is_shared_query,
                            .is_aligned = has_aligned_rows(args.query) && has_aligned_rows(args.key) &&

@@ -19,12 +19,14 @@ class LinearGradKey {
   void run(int64_t begin, int64_t end) {
     const int64_t tiles = linear_tiles(p.num_keys);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % tiles * kLinearTile, pair = task / tiles;
+      const int64_t pair = task / tiles;
+      const Range tile = linear_tile(p.keys(pair / p.kv_heads), task % tiles);
+      if (tile.empty()) continue;
       if (loaded != pair) {
         grad_state.load_from(static_cast<const T*>(params.grad_state) + pair * p.state_size(), T(1));
         loaded = pair;
       }
-      for_each_block({first, std::min(first + kLinearTile, p.num_keys)},
+      for_each_block(tile,
                      [&](int64_t key, int64_t count) { block(pair / p.kv_heads, pair % p.kv_heads, key, count); });
     }
   }
@@ -55,8 +57,9 @@ class LinearGradKey {
 
   // The token's own value is in the outputs of all heads that share it.
   void add_residual(int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
-    const int64_t group = p.heads_per_kv_head();
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    const Range heads = p.candidates(kv_head);
+    for (int64_t head = heads.begin; head < heads.end; ++head) {
+      if (p.kv_head(head) != kv_head) continue;
       const EvenRows<S> rows = rows_of<S>(params.grad_out, batch, first, head);
       for (int64_t r = 0; r < count; ++r) {
         T* const to = grad_value + r * grad_state.width;

@@ -21,11 +21,12 @@ class LinearGradQuery {
   void run(int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t pair = task / params.splits, split = task % params.splits;
-      const int64_t batch = pair / p.kv_heads, kv_head = pair % p.kv_heads, group = p.heads_per_kv_head();
-      const Range queries{p.num_queries * split / params.splits, p.num_queries * (split + 1) / params.splits};
+      const int64_t batch = pair / p.kv_heads, kv_head = pair % p.kv_heads;
+      const Range queries = share_of(p.queries(batch), split, params.splits), heads = p.candidates(kv_head);
       state.load_from(static_cast<const T*>(params.state) + pair * p.state_size(), T(p.scale));
       T* const part = parts.cleared(split, pair);
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      for (int64_t head = heads.begin; head < heads.end; ++head) {
+        if (p.kv_head(head) != kv_head) continue;
         for_each_block(queries, [&](int64_t first, int64_t count) { block(batch, head, first, count, part); });
       }
     }

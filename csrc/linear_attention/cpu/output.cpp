@@ -18,14 +18,15 @@ class LinearOutput {
   void run(int64_t begin, int64_t end) {
     const int64_t tiles = linear_tiles(p.num_queries);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % tiles * kLinearTile;
-      tile(task / tiles / p.heads, task / tiles % p.heads, {first, std::min(first + kLinearTile, p.num_queries)});
+      const int64_t batch = task / tiles / p.heads;
+      tile(batch, task / tiles % p.heads, linear_tile(p.queries(batch), task % tiles));
     }
   }
 
  private:
   void tile(int64_t batch, int64_t head, Range queries) {
-    const int64_t kv_head = head / p.heads_per_kv_head(), pair = batch * p.kv_heads + kv_head;
+    if (queries.empty()) return;
+    const int64_t kv_head = p.kv_head(head), pair = batch * p.kv_heads + kv_head;
     if (loaded != pair) {
       state.load_from(static_cast<const T*>(params.state) + pair * p.state_size(), T(p.scale));
       loaded = pair;

@@ -20,8 +20,7 @@ class LinearState {
   void run(int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t pair = task / params.splits, split = task % params.splits;
-      sum(pair, {p.num_keys * split / params.splits, p.num_keys * (split + 1) / params.splits},
-          parts.cleared(split, pair));
+      sum(pair, share_of(p.keys(pair / p.kv_heads), split, params.splits), parts.cleared(split, pair));
     }
   }
 

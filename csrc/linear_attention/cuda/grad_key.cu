@@ -20,12 +20,13 @@ struct LinearGradKeyKernel : LinearTile<T, kDim, 1> {
 
   static __device__ void run(const LinearGradKeyParams& params, int blocks, bool allow_tf32, Element* shared) {
     const LinearProblem& p = params.problem;
-    const LinearTask task(blocks, p.num_keys, Tile::kTokens);
-    const int batch = task.pair / int(p.kv_heads), head = task.pair - batch * int(p.kv_heads);
-    const HeadRows keys = Tile::rows_of(p.key, batch, head, p.head_dim);
-    const HeadRows values = Tile::rows_of(p.value, batch, head, p.value_dim);
-    const HeadRows grad_keys = Tile::rows_of(params.grad_key, batch, head, p.head_dim);
-    const HeadRows grad_values = Tile::rows_of(params.grad_value, batch, head, p.value_dim);
+    const LinearTask task(blocks, p.kv_heads, Tile::kTokens, [&](int batch) { return p.keys(batch); });
+    const auto rows_of = [&](const TokenTensor& t, int64_t columns) {
+      return Tile::rows_of(t, task.batch, task.head, columns, task.first_token);
+    };
+    const HeadRows keys = rows_of(p.key, p.head_dim), values = rows_of(p.value, p.value_dim);
+    const HeadRows grad_keys = rows_of(params.grad_key, p.head_dim);
+    const HeadRows grad_values = rows_of(params.grad_value, p.value_dim);
     Element* const tokens = shared + State::kElements;   // of keys
     Element* const others = tokens + Tokens::kElements;  // of values, and then of their gradients
     float* const results = reinterpret_cast<float*>(others + Tokens::kElements);
@@ -37,7 +38,7 @@ struct LinearGradKeyKernel : LinearTile<T, kDim, 1> {
     for (int i = 0; i < kVector; ++i) grad_sums[i] = grad_state.sum(Tile::column() + i);
     const int end = task.end_tile * Tile::kTokens;
     for (int first = task.first_tile * Tile::kTokens; first < end; first += Tile::kTokens) {
-      const int count = int(p.num_keys) - first;
+      const int count = task.count - first;
       Vectors x, v;
       x.load(keys, first, count);
       v.load(values, first, count);
@@ -49,7 +50,7 @@ struct LinearGradKeyKernel : LinearTile<T, kDim, 1> {
       const Held of_values = Tile::hold(others);
       TokenSums grad_value = Tile::template times_state<Depth::kAcrossRows>(Tile::hold(tokens), shared,
                                                                             allow_tf32);  // (MMA,MMA_M,MMA_N)
-      if (p.residual != 0.0) add_residual(params, grad_value, batch, head, first, count);
+      if (p.residual != 0.0) add_residual(params, grad_value, task, first, count);
       Tile::store_sums(Tile::template times_state<Depth::kAlongRows>(of_values, shared, allow_tf32),
                        results);  // (keys,features)
       __syncwarp();               // all reads of the values are done
@@ -74,12 +75,14 @@ struct LinearGradKeyKernel : LinearTile<T, kDim, 1> {
   }
 
   // The token's own value is in the outputs of all heads that share it.
-  static __device__ void add_residual(const LinearGradKeyParams& params, TokenSums& grad_value, int batch, int kv_head,
+  static __device__ void add_residual(const LinearGradKeyParams& params, TokenSums& grad_value, const LinearTask& task,
                                       int first, int count) {
     const LinearProblem& p = params.problem;
-    const int group = int(p.heads_per_kv_head());
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      const HeadRows rows = HeadRows::of<Element>(params.grad_out, batch, head, p.value_dim, Tile::column_of(0));
+    const Range heads = p.candidates(task.head);
+    for (int head = int(heads.begin); head < int(heads.end); ++head) {
+      if (p.kv_head(head) != task.head) continue;
+      const HeadRows rows =
+          HeadRows::of<Element>(params.grad_out, task.batch, head, p.value_dim, Tile::column_of(0), task.first_token);
       Tile::add_rows(grad_value, rows, first, count, float(p.residual));
     }
   }

@@ -47,14 +47,14 @@ struct LinearGradQueryKernel : LinearTile<T, kDim, 1> {
               shared) {}
 
   __device__ void run(const LinearGradQueryParams& params, const LinearTask& task) {
-    const int batch = task.pair / int(p.kv_heads), kv_head = task.pair - batch * int(p.kv_heads);
-    const int group = int(p.heads_per_kv_head());
-    for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      const HeadRows from = Tile::rows_of(p.query, batch, head, p.head_dim);
-      const HeadRows grad_out = Tile::rows_of(params.grad_out, batch, head, p.value_dim);
-      const HeadRows to = Tile::rows_of(params.grad_query, batch, head, p.head_dim);
+    const Range heads = p.candidates(task.head);
+    for (int head = int(heads.begin); head < int(heads.end); ++head) {
+      if (p.kv_head(head) != task.head) continue;
+      const HeadRows from = Tile::rows_of(p.query, task.batch, head, p.head_dim, task.first_token);
+      const HeadRows grad_out = Tile::rows_of(params.grad_out, task.batch, head, p.value_dim, task.first_token);
+      const HeadRows to = Tile::rows_of(params.grad_query, task.batch, head, p.head_dim, task.first_token);
       for (int tile = task.first_tile; tile < task.end_tile; ++tile) {
-        const int first = tile * kTokens, count = int(p.num_queries) - first;
+        const int first = tile * kTokens, count = task.count - first;
         Vectors x, grad;
         x.load(from, first, count);
         grad.load(grad_out, first, count);
@@ -178,7 +178,8 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     linear_grad_query(const __grid_constant__ LinearGradQueryParams p, bool allow_tf32) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const LinearTask task(int(p.splits), p.problem.num_queries, Kernel::kTokens);
+  const LinearTask task(int(p.splits), p.problem.kv_heads, Kernel::kTokens,
+                        [&](int batch) { return p.problem.queries(batch); });
   Kernel(p, task, allow_tf32, reinterpret_cast<typename Kernel::Element*>(shared)).run(p, task);
 }
 

@@ -23,17 +23,17 @@ struct LinearOutputKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
 
   static __device__ void run(const LinearOutputParams& params, int blocks, bool allow_tf32, Element* shared) {
     const LinearProblem& p = params.problem;
-    const LinearTask task(blocks, p.num_queries, Tile::kTokens);
-    const int batch = task.pair / int(p.heads), head = task.pair - batch * int(p.heads);
-    const int kv_head = head / int(p.heads_per_kv_head());
-    const HeadRows queries = Tile::rows_of(p.query, batch, head, p.head_dim);
-    const HeadRows outputs = Tile::rows_of(params.out, batch, head, p.value_dim);
+    const LinearTask task(blocks, p.heads, Tile::kTokens, [&](int batch) { return p.queries(batch); });
+    const int kv_head = int(p.kv_head(task.head));
+    if (kv_head < 0) return;
+    const HeadRows queries = Tile::rows_of(p.query, task.batch, task.head, p.head_dim, task.first_token);
+    const HeadRows outputs = Tile::rows_of(params.out, task.batch, task.head, p.value_dim, task.first_token);
     // With 128 columns it is found where it is read, to save registers.
     const auto find_own = [&] {
-      return HeadRows::of<Element>(p.value, batch, kv_head, p.value_dim, Tile::column_of(0));
+      return HeadRows::of<Element>(p.value, task.batch, kv_head, p.value_dim, Tile::column_of(0), task.first_token);
     };
     const HeadRows own = find_own();
-    const int64_t state_of_pair = (int64_t(batch) * p.kv_heads + kv_head) * p.state_size();
+    const int64_t state_of_pair = (int64_t(task.batch) * p.kv_heads + kv_head) * p.state_size();
     Element* const tokens = shared + State::kElements;  // of queries, and then of outputs
     const LoadedState<Tile> state(p, static_cast<const float*>(params.state) + state_of_pair, float(p.scale), shared);
     using Column = typename LoadedState<Tile>::Column;
@@ -41,7 +41,7 @@ struct LinearOutputKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
     const float eps = float(p.eps), residual = float(p.residual);
     const Features features(p, Tile::column());
     Vectors q;
-    int first = task.first_tile * Tile::kTokens, count = int(p.num_queries) - first;
+    int first = task.first_tile * Tile::kTokens, count = task.count - first;
     const int end = task.end_tile * Tile::kTokens;
     if (kPrefetches && first < end) q.load(queries, first, count);
     while (first < end) {

@@ -21,10 +21,9 @@ struct LinearStateKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
 
   static __device__ void run(const LinearStateParams& params, bool allow_tf32, Element* shared) {
     const LinearProblem& p = params.problem;
-    const LinearTask task(int(params.splits), p.num_keys, Tile::kTokens);
-    const int batch = task.pair / int(p.kv_heads), head = task.pair - batch * int(p.kv_heads);
-    const HeadRows keys = Tile::rows_of(p.key, batch, head, p.head_dim);
-    const HeadRows values = Tile::rows_of(p.value, batch, head, p.value_dim);
+    const LinearTask task(int(params.splits), p.kv_heads, Tile::kTokens, [&](int batch) { return p.keys(batch); });
+    const HeadRows keys = Tile::rows_of(p.key, task.batch, task.head, p.head_dim, task.first_token);
+    const HeadRows values = Tile::rows_of(p.value, task.batch, task.head, p.value_dim, task.first_token);
     Element* const shared_keys = shared;
     Element* const shared_values = shared + Tokens::kElements;
     const Features features(p, Tile::column());
@@ -32,7 +31,7 @@ struct LinearStateKernel : LinearTile<T, kDim, kRowTilesOfForward<T, kDim>> {
     using Ones = ColumnOperand<Element, Tile::kTokens, One>;
     const std::conditional_t<kPrefetches, HeldColumn<Element, Tile::kTokens>, Ones> ones(Ones{});
     Vectors k, v;
-    int first = task.first_tile * Tile::kTokens, count = int(p.num_keys) - first;
+    int first = task.first_tile * Tile::kTokens, count = task.count - first;
     const int end = task.end_tile * Tile::kTokens;
     if (kPrefetches && first < end) k.load(keys, first, count), v.load(values, first, count);
     while (first < end) {

@@ -26,7 +26,7 @@ __device__ inline void store_16_bytes_if(bool exists, void* to, uint4 x) {
       : "memory");
 }
 
-// The tokens of a head, from a column on that the thread chooses once.
+// The tokens of a head from one on, from a column on that the thread chooses once.
 struct HeadRows {
   char* first;
   unsigned row_bytes;
@@ -34,8 +34,9 @@ struct HeadRows {
   int columns;  // of the head
 
   template <class Element>
-  static __device__ HeadRows of(const TokenTensor& t, int batch, int head, int64_t columns, int column) {
-    const Element* const first = t.at<Element>(batch, 0, head) + column;
+  static __device__ HeadRows of(const TokenTensor& t, int batch, int head, int64_t columns, int column,
+                                int64_t token = 0) {
+    const Element* const first = t.at<Element>(batch, token, head) + column;
     return {reinterpret_cast<char*>(const_cast<Element*>(first)), unsigned(t.token_stride) * unsigned(sizeof(Element)),
             t.is_aligned, int(columns)};
   }
@@ -65,8 +66,8 @@ struct LinearTile {
 
   static __device__ int first_token() { return int(threadIdx.x) / kWarpSize * kTokensOfWarp; }
   static __device__ int row_of(int pass) { return first_token() + pass * kRowsOfPass + lane_index() / kLanesOfRow; }
-  static __device__ HeadRows rows_of(const TokenTensor& t, int batch, int head, int64_t columns) {
-    return HeadRows::of<Element>(t, batch, head, columns, column());
+  static __device__ HeadRows rows_of(const TokenTensor& t, int batch, int head, int64_t columns, int64_t token = 0) {
+    return HeadRows::of<Element>(t, batch, head, columns, column(), token);
   }
   static __device__ int column() { return lane_index() % kLanesOfRow * kVector; }
 
@@ -282,13 +283,20 @@ struct LinearTile {
   }
 };
 
-// The (batch, head) pair of a block and its share of tiles, one of `blocks`.
+// The (batch, head) pair of a block and its share of tiles, one of `blocks`. Tiles count from the batch's first token.
 struct LinearTask {
-  int pair, block, first_tile, end_tile;
+  int pair, block, batch, head;
+  int64_t first_token;
+  int count, first_tile, end_tile;
 
-  __device__ LinearTask(int blocks, int64_t tokens, int tokens_of_tile) {
+  // `find_tokens(batch)` is the range of its tokens.
+  template <class FindTokens>
+  __device__ LinearTask(int blocks, int64_t heads, int tokens_of_tile, FindTokens&& find_tokens) {
     pair = int(blockIdx.x) / blocks, block = int(blockIdx.x) - pair * blocks;
-    const int64_t tiles = (tokens + tokens_of_tile - 1) / tokens_of_tile;
+    batch = pair / int(heads), head = pair - batch * int(heads);
+    const Range tokens = find_tokens(batch);
+    first_token = tokens.begin, count = int(tokens.end - tokens.begin);
+    const int64_t tiles = (int64_t(count) + tokens_of_tile - 1) / tokens_of_tile;
     first_tile = int(tiles * block / blocks), end_tile = int(tiles * (block + 1) / blocks);
   }
 };

@@ -20,10 +20,11 @@ void run_with_parts(Params& params, const Tensor& like) {
                               [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
 }
 
+template <bool kIsPacked>
 void linear_attention(Call& call) {
-  const LinearArguments args(call);
+  const LinearArguments args(call, kIsPacked, read_host_integers);
   const LinearProblem& problem = args.problem;
-  const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
+  const Tensor out = args.result(args.query, args.out_sizes());
   const Tensor state = empty_as(args.query, args.state_sizes(), statistics_type(problem.dtype));
   if (problem.batch > 0) {
     LinearStateParams sums{.problem = problem, .state = state.mutable_data_ptr()};
@@ -47,8 +48,9 @@ void add(const Tensor& sum, const Tensor& other) {
   });
 }
 
+template <bool kIsPacked>
 void linear_attention_backward(Call& call) {
-  const LinearBackwardArguments args(call);
+  const LinearBackwardArguments args(call, kIsPacked, read_host_integers);
   const LinearProblem& problem = args.problem;
   if (args.is_read()) {
     LinearGradQueryParams params = args.grad_query_params();
@@ -69,6 +71,9 @@ void linear_attention_backward(Call& call) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   using namespace vitkernels;
-  m.impl("linear_attention", &boxed<"linear_attention", linear_attention>);
-  m.impl("linear_attention_backward", &boxed<"linear_attention_backward", linear_attention_backward>);
+  m.impl("linear_attention", &boxed<"linear_attention", linear_attention<false>>);
+  m.impl("linear_attention_backward", &boxed<"linear_attention_backward", linear_attention_backward<false>>);
+  m.impl("linear_attention_varlen", &boxed<"linear_attention_varlen", linear_attention<true>>);
+  m.impl("linear_attention_varlen_backward",
+         &boxed<"linear_attention_varlen_backward", linear_attention_backward<true>>);
 }

@@ -1,5 +1,5 @@
 // The operators vitkernels::linear_attention and vitkernels::linear_attention_backward on a GPU.
-#include "cuda/device.h"
+#include "cuda/read_integers.h"
 #include "linear_attention/cuda/launches.h"
 #include "linear_attention/op/arguments.h"
 
@@ -57,7 +57,8 @@ bool is_widened(const LinearArguments& args) {
 }
 // The kernels count the bytes from a token to the next in 32 bits.
 Tensor with_near_tokens(const Tensor& t) {
-  const bool is_far = t.size(1) > 1 && t.stride(1) >= (int64_t(1) << 32) / t.element_size();
+  const int64_t tokens = t.dim() - 3;  // the axis
+  const bool is_far = t.size(tokens) > 1 && t.stride(tokens) >= (int64_t(1) << 32) / t.element_size();
   return is_far ? as_contiguous(t) : t;
 }
 void bring_near(LinearArguments& args) {
@@ -71,13 +72,14 @@ void widen(Arguments& args) {
   args.allow_tf32 = args.problem.feature_map != FeatureMap::kFocused;
 }
 
+template <bool kIsPacked>
 void linear_attention(Call& call) {
-  LinearArguments args(call);
+  LinearArguments args(call, kIsPacked, device_integers_reader());
   const ScalarType type = args.query.scalar_type();
   bring_near(args);
   if (is_widened(args)) widen(args);
   const LinearProblem& problem = args.problem;
-  const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
+  const Tensor out = args.result(args.query, args.out_sizes());
   const Tensor state = empty_as(args.query, args.state_sizes(), ScalarType::Float);
   const LinearOnDevice device(call.checker, args);
   if (problem.batch > 0) {
@@ -92,8 +94,9 @@ void linear_attention(Call& call) {
   call.give(state, "state");
 }
 
+template <bool kIsPacked>
 void linear_attention_backward(Call& call) {
-  LinearBackwardArguments args(call);
+  LinearBackwardArguments args(call, kIsPacked, device_integers_reader());
   const ScalarType type = args.query.scalar_type();
   const bool is_wide = is_widened(args);
   bring_near(args);
@@ -119,6 +122,9 @@ void linear_attention_backward(Call& call) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CUDA, m) {
   using namespace vitkernels;
-  m.impl("linear_attention", &boxed<"linear_attention", linear_attention>);
-  m.impl("linear_attention_backward", &boxed<"linear_attention_backward", linear_attention_backward>);
+  m.impl("linear_attention", &boxed<"linear_attention", linear_attention<false>>);
+  m.impl("linear_attention_backward", &boxed<"linear_attention_backward", linear_attention_backward<false>>);
+  m.impl("linear_attention_varlen", &boxed<"linear_attention_varlen", linear_attention<true>>);
+  m.impl("linear_attention_varlen_backward",
+         &boxed<"linear_attention_varlen_backward", linear_attention_backward<true>>);
 }

@@ -8,6 +8,7 @@ from vitkernels.functional.channel_attention import channel_attention
 from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_window_attention
 from vitkernels.functional.decayed_linear_attention import decayed_linear_attention
 from vitkernels.functional.linear_attention import linear_attention
+from vitkernels.functional.linear_attention_varlen import linear_attention_varlen
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.neighborhood import na1d, na2d, na3d
 from vitkernels.functional.spatial_attention import spatial_attention
@@ -25,6 +26,7 @@ __all__ = [
     "grid_attention",
     "halo_attention",
     "linear_attention",
+    "linear_attention_varlen",
     "merge_attentions",
     "na1d",
     "na2d",

@@ -71,7 +71,7 @@ def _of_tokens(of_queries: int, of_keys: int) -> Count:
 
     def count(given: Arguments) -> int:
         query, key, value = (given[name] for name in ("query", "key", "value"))
-        rows = of_queries * prod(query.shape[:3]) + of_keys * prod(key.shape[:3])
+        rows = of_queries * prod(query.shape[:-1]) + of_keys * prod(key.shape[:-1])
         return int(2 * rows * query.size(-1) * value.size(-1))
 
     return count
@@ -105,5 +105,8 @@ _register("channel_attention", _of_channels(1))
 _register("channel_attention_backward", _of_channels(2))
 _register("decayed_linear_attention", _of_tokens(1, 1))
 _register("decayed_linear_attention_backward", _of_tokens(2, 2))
-_register("linear_attention", _of_tokens(1, 1))
-_register("linear_attention_backward", _of_tokens(2, 2))
+_register("linear_attention_quadratic", _of_pairs(1, 1))
+_register("linear_attention_quadratic_backward", _of_pairs(3, 2))
+for _name in ("linear_attention", "linear_attention_varlen"):
+    _register(_name, _of_tokens(1, 1))
+    _register(f"{_name}_backward", _of_tokens(2, 2))

@@ -8,18 +8,34 @@ from vitkernels.ops.attention import statistics_dtype
 from vitkernels.ops.registration import register
 from vitkernels.ops.schema import Arguments
 
-__all__ = ["channel_attention", "decayed_linear_attention", "linear_attention"]
+__all__ = [
+    "channel_attention",
+    "decayed_linear_attention",
+    "linear_attention",
+    "linear_attention_quadratic",
+    "linear_attention_varlen",
+]
 
 
 def _out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:
-    query, key, value = given["query"], given["key"], given["value"]
+    query, value = given["query"], given["value"]
+    batch = given["cu_seqlens_q"].shape[0] - 1 if "cu_seqlens_q" in given else query.shape[0]
     state = query.new_empty(
-        (query.shape[0], key.shape[2], query.shape[3], value.shape[3] + 1), dtype=statistics_dtype(query.dtype)
+        (batch, value.shape[-2], query.shape[-1], value.shape[-1] + 1), dtype=statistics_dtype(query.dtype)
     )
-    return query.new_empty((*query.shape[:3], value.shape[3])), state
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), state
 
 
 linear_attention = register("linear_attention", _out_and_state)
+linear_attention_varlen = register("linear_attention_varlen", _out_and_state)
+
+
+def _out(given: Arguments) -> Tensor:
+    query: Tensor = given["query"]
+    return query.new_empty((*query.shape[:-1], given["value"].shape[-1]))
+
+
+linear_attention_quadratic = register("linear_attention_quadratic", _out)
 
 
 def _decayed_out_and_state(given: Arguments) -> tuple[Tensor, Tensor]:

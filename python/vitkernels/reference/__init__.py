@@ -6,7 +6,7 @@ from vitkernels.reference.attention_transposed import attention_transposed
 from vitkernels.reference.attention_varlen import attention_varlen
 from vitkernels.reference.channel_attention import channel_attention
 from vitkernels.reference.decayed_linear_attention import decayed_linear_attention
-from vitkernels.reference.linear_attention import linear_attention
+from vitkernels.reference.linear_attention import linear_attention, linear_attention_varlen
 from vitkernels.reference.merge_attentions import merge_attentions
 from vitkernels.reference.spatial_attention import spatial_attention
 
@@ -18,6 +18,7 @@ __all__ = [
     "channel_attention",
     "decayed_linear_attention",
     "linear_attention",
+    "linear_attention_varlen",
     "merge_attentions",
     "spatial_attention",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitkernels.feature_map import FeatureMap
-from vitkernels.reference.attention import normalized
+from vitkernels.reference.attention import head_map_of, normalized
 
-__all__ = ["features", "linear_attention"]
+__all__ = ["features", "linear_attention", "linear_attention_varlen"]
 
 
 def linear_attention(
@@ -23,6 +25,7 @@ def linear_attention(
     scale: float = 1.0,
     qk_norm: str | None = None,
     residual_v: float = 0.0,
+    head_map: Tensor | None = None,
 ) -> Tensor:
     """Same arguments, shapes and results as :func:`vitkernels.linear_attention`."""
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -30,7 +33,8 @@ def linear_attention(
         query, key = normalized(query), normalized(key)
     q, k = (features(t.to(wide), feature_map).transpose(1, 2) for t in (query, key))  # [B, H, N, D]
     v = value.to(wide).transpose(1, 2)  # [B, H, Nk, Dv]
-    k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+    read = head_map_of(query, key, head_map)
+    k, v = k[:, read], v[:, read]
     q = q * scale
     out = q @ (k.transpose(-1, -2) @ v)  # [B, H, Nq, Dv]
     if normalize:
@@ -39,6 +43,24 @@ def linear_attention(
     if residual_v:
         out = out + residual_v * v
     return out.transpose(1, 2).to(query.dtype)
+
+
+def linear_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    **options: Any,
+) -> Tensor:
+    """Same arguments, shapes and results as :func:`vitkernels.linear_attention_varlen`: a call for each sequence."""
+    count, parts = len(cu_seqlens_q) - 1, []
+    for i in range(max(count, 1)):  # no sequences: the attention of none
+        rows, columns = (slice(int(c[i]), int(c[min(i + 1, count)])) for c in (cu_seqlens_q, cu_seqlens_k))
+        parts.append(linear_attention(query[None, rows], key[None, columns], value[None, columns], **options)[0])
+    return torch.cat(parts)
 
 
 def features(x: Tensor, feature_map: str | FeatureMap) -> Tensor:

@@ -159,6 +159,11 @@ VALUE_ERRORS = [
         (vk.attention_varlen, VARLEN | wrong, f"vitkernels::attention_varlen: {text}")
         for wrong, text in HEAD_MAP_ERRORS + OFFSET_ERRORS
     ),
+    *((vk.linear_attention, QKV | wrong, f"vitkernels::linear_attention: {text}") for wrong, text in HEAD_MAP_ERRORS),
+    *(
+        (vk.linear_attention_varlen, VARLEN | wrong, f"vitkernels::linear_attention_varlen: {text}")
+        for wrong, text in HEAD_MAP_ERRORS + OFFSET_ERRORS
+    ),
 ]
 ON_MAP = {
     "query": tokens(2, 5, 7, 4, 8), "key": tokens(2, 5, 7, 2, 8), "value": tokens(2, 5, 7, 2, 3),
@@ -306,6 +311,7 @@ CALLS = [
     (vk.attention_transposed, TRANSPOSED),
     (vk.spatial_attention, ON_MAP),
     (vk.linear_attention, QKV),
+    (vk.linear_attention_varlen, VARLEN),
     (vk.channel_attention, CHANNELS),
     *((f, DATA_ON_MAP | options) for f, options in NAMED.items()),
 ]
@@ -374,6 +380,11 @@ LINEAR_ERRORS = [
 
 ERRORS = [
     *((vk.linear_attention, QKV | wrong, f"vitkernels::linear_attention: {text}") for wrong, text in LINEAR_ERRORS),
+    *(
+        (vk.linear_attention_varlen, VARLEN | wrong, f"vitkernels::linear_attention_varlen: {text}")
+        for wrong, text in VARLEN_ERRORS
+        if "bias" not in wrong
+    ),
     *(
         (vk.spatial_attention, ON_MAP | wrong, f"vitkernels::spatial_attention: {text}")
         for wrong, text in SPATIAL_ERRORS
