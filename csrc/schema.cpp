@@ -94,7 +94,8 @@ std::vector<std::string> make_schemas() {
   // query (B, N, heads, d), key (B, N, heads, dv), value and out (B, M, heads, dv) and (B, M, heads, d). state
   // (B, heads, d + 1, dv + 1): the products of channels, and their norms (linear_attention/channel.h).
   const std::string channel =
-      "Tensor query, Tensor key, Tensor value, float scale, Tensor? head_scale, bool normalize_channels";
+      "Tensor query, Tensor key, Tensor value, float scale, Tensor? head_scale, bool normalize_channels, bool "
+      "allow_tf32";
   schemas.push_back("channel_attention(" + channel + ") -> (Tensor out, Tensor state)");
   schemas.push_back("channel_attention_backward(Tensor? grad_out, Tensor? grad_state, " + channel +
                     ", Tensor state, bool need_head_scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "

@@ -24,8 +24,8 @@ struct ChannelProblem {
   int64_t splits = 1;     // of what kSum adds up
   void* parts = nullptr;  // its partial sums
 
-  int64_t num_pairs() const { return batch * heads; }
-  int64_t state_size() const { return (head_dim + 1) * (value_dim + 1); }
+  VK_HOST_DEVICE int64_t num_pairs() const { return batch * heads; }
+  VK_HOST_DEVICE int64_t state_size() const { return (head_dim + 1) * (value_dim + 1); }
 };
 
 // kSum adds up the tokens of query and key; kRead reads the weights with those of value.

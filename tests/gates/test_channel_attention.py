@@ -72,15 +72,15 @@ def test_errors_are_the_callers(wrong, text):
 def test_operators_own_errors():
     op = torch.ops.vitkernels.channel_attention
     with pytest.raises(RuntimeError, match=r"channel_attention: head_scale has shape \(3\), takes \(4\)"):
-        op(Q, Q, Q, 1.0, torch.ones(3), False)
+        op(Q, Q, Q, 1.0, torch.ones(3), False, False)
     with pytest.raises(RuntimeError, match="channel_attention: scale is inf, takes a finite number in float32"):
-        op(Q, Q, Q, float("inf"), None, False)
+        op(Q, Q, Q, float("inf"), None, False, False)
 
 
 @pytest.mark.parametrize("normalizes", [False, True])
 def test_gradient_of_the_state(normalizes):
     def read(q, k, v):
-        out, state = torch.ops.vitkernels.channel_attention(q, k, v, 0.5, None, normalizes)
+        out, state = torch.ops.vitkernels.channel_attention(q, k, v, 0.5, None, normalizes, False)
         return out, state
 
     data = [tokens(2, n, 2, d).requires_grad_() for n, d in ((5, 3), (5, 4), (6, 4))]
@@ -91,7 +91,7 @@ def test_gradient_of_the_state(normalizes):
 def test_state_of_split_tokens():
     """The sums of squares are those of all splits."""
     q = torch.rand(1, 2000, 2, 5, dtype=torch.float64) + 0.5
-    _, state = torch.ops.vitkernels.channel_attention(q, q, q, 1.0, None, True)
+    _, state = torch.ops.vitkernels.channel_attention(q, q, q, 1.0, None, True, False)
     unit = torch.nn.functional.normalize(q, dim=1)
     torch.testing.assert_close(state[..., :5, :5], torch.einsum("bnhc,bnhe->bhce", unit, unit))
     torch.testing.assert_close(state[..., :5, 5], q.norm(dim=1))

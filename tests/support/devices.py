@@ -27,13 +27,16 @@ FUNCTIONS = {
     "spatial_attention": ON_TENSOR_CORES,
     "linear_attention": ON_TENSOR_CORES,
     "linear_attention_varlen": ON_TENSOR_CORES,
+    "channel_attention": ON_TENSOR_CORES,
 }
 
 
 def is_taken(sample: Any) -> bool:
     """Whether CUDA kernels compute a sample in some dtype, forward and backward."""
-    narrow = sample.operator in ("spatial_attention", "linear_attention", "linear_attention_varlen")
-    return sample.operator in FUNCTIONS and not (narrow and max(sample.sizes["d"], sample.sizes["v"]) > 128)
+    narrow = ("spatial_attention", "linear_attention", "linear_attention_varlen", "channel_attention")
+    return sample.operator in FUNCTIONS and not (
+        sample.operator in narrow and max(sample.sizes["d"], sample.sizes["v"]) > 128
+    )
 
 
 def why_not(sample: Any, dtype: torch.dtype | None = None) -> str | None:

@@ -128,6 +128,12 @@ BFLOAT16_LIMITS = {
     "linear_state<LinearStateKernel<{}, 128>>": (3.0, 0.36),
     "linear_output<LinearOutputKernel<{}, 64>>": (6.0, 0.4),
     "linear_output<LinearOutputKernel<{}, 128>>": (4.2, 0.6),
+    # With the squares of channels.
+    "channel_sum<ChannelSumKernel<{}, 32>>": (4.2, 1.05),
+    "channel_sum<ChannelSumKernel<{}, 64>>": (2.9, 0.8),
+    "channel_sum<ChannelSumKernel<{}, 128>>": (2.2, 0.5),
+    "channel_grad<ChannelGradKernel<{}, 64>>": (7.3, 0.4),
+    "channel_grad<ChannelGradKernel<{}, 128>>": (4.8, 0.6),
 }
 # The same of a kernel's second loop, with a table.
 SECOND_LIMITS = {

@@ -1,12 +1,10 @@
 // The operators vitkernels::linear_attention and vitkernels::linear_attention_backward on a GPU.
 #include "cuda/read_integers.h"
-#include "linear_attention/cuda/launches.h"
 #include "linear_attention/op/arguments.h"
+#include "linear_attention/op/on_device.h"
 
 namespace vitkernels {
 namespace {
-
-float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 // One call's kernels.
 class LinearOnDevice {
@@ -55,12 +53,7 @@ bool is_widened(const LinearArguments& args) {
   const LinearProblem& p = args.problem;
   return p.dtype == DType::kFloat16 || (p.dtype == DType::kBFloat16 && p.feature_map == FeatureMap::kFocused);
 }
-// The kernels count the bytes from a token to the next in 32 bits.
-Tensor with_near_tokens(const Tensor& t) {
-  const int64_t tokens = t.dim() - 3;  // the axis
-  const bool is_far = t.size(tokens) > 1 && t.stride(tokens) >= (int64_t(1) << 32) / t.element_size();
-  return is_far ? as_contiguous(t) : t;
-}
+
 void bring_near(LinearArguments& args) {
   for (Tensor* t : {&args.query, &args.key, &args.value}) *t = with_near_tokens(*t);
   args.attach();

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitkernels._torch_private import sizes_are_tensors
 from vitkernels.functional.arguments import check_stored, check_tensors, number, whole_number
 from vitkernels.functional.score import of_each_head
-from vitkernels.ops.attention import statistics_dtype
+from vitkernels.ops.attention import allow_tf32, statistics_dtype
 from vitkernels.ops.linear_attention import channel_attention as _channel_attention
 
 __all__ = ["channel_attention"]
@@ -42,8 +42,9 @@ def channel_attention(
         groups: divide the channels of all heads into so many groups instead, of equally many channels.
 
     All tensors may have any strides as long as the last one is 1. The dtypes are those of :func:`vitkernels.attention`;
-    the logits are float32 (float64 for float64). On the CPU. DaViT calls its keys, values and queries what are the
-    query, the key and the value here.
+    the logits are float32 (float64 for float64). On CUDA ``d`` and ``dv`` are at most 128, and 64 in float32, which
+    float16 becomes; float32 is rounded to TF32 if PyTorch's matrix products are. DaViT calls its keys, values and
+    queries what are the query, the key and the value here.
 
     Returns:
         ``(B, M, heads, d)`` in the dtype of ``query``, with the same bits in every run, gradients included.
@@ -81,7 +82,8 @@ def channel_attention(
         factor = number(_OP, "scale", scale, statistics_dtype(query.dtype))
     elif query.shape[3]:
         factor = (int(query.shape[3]) if sizes_are_tensors() else query.shape[3]) ** -0.5
-    out: Tensor = _channel_attention(query, key, value, factor, of_heads, qk_norm is not None)[0]
+    options = factor, of_heads, qk_norm is not None, allow_tf32(query)
+    out: Tensor = _channel_attention(query, key, value, *options)[0]
     return out
 
 
