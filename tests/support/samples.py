@@ -333,7 +333,7 @@ SAMPLES = [
     linear("one-of-each", b=1, q=1, k=1, h=1, g=1, d=1, v=1),
     linear("shared-key", key=Input("1kgd", expand="bkgd"), query=Input("bq1d", expand="bqhd")),
     # In the quadratic form.
-    linear("few-queries", q=2, k=257, d=33, v=24, tags="core"),
+    linear("few-queries", q=2, k=257, d=33, v=24, eps=0.5, tags="core"),
     linear("few-keys", q=200, k=2, d=20, v=33, feature_map="elu", eps=0.1),
     linear("few-tokens-focused", q=2, k=9, d=33, feature_map="focused", scale=0.5),
     linear("few-tokens-residual", residual_v=0.5, normalize=False, g=4, scale=0.3, k=2, d=32, **OWN_VALUE),
