@@ -86,7 +86,7 @@ std::vector<std::string> make_schemas() {
   // tokens behind it. Without includes_self a token does not see itself.
   const std::string decayed =
       "Tensor query, Tensor key, Tensor value, Tensor decay, Tensor? initial_state, bool is_reversed, "
-      "bool includes_self";
+      "bool includes_self, bool allow_tf32";
   schemas.push_back("decayed_linear_attention(" + decayed + ") -> (Tensor out, Tensor state)");
   schemas.push_back("decayed_linear_attention_backward(Tensor? grad_out, Tensor? grad_state, " + decayed +
                     ", bool need_initial_state) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "

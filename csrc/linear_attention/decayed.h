@@ -26,7 +26,7 @@ struct DecayedParams {
   void* chunk_states = nullptr;  // of kSum and kRead: [batch, heads, chunks][padded state]
 
   DType element_type() const { return dtype; }
-  int64_t num_pairs() const { return batch * heads; }
+  VK_HOST_DEVICE int64_t num_pairs() const { return batch * heads; }
   int64_t num_groups() const { return (num_pairs() + group - 1) / group; }
 };
 

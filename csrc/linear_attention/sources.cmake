@@ -10,10 +10,10 @@ list(APPEND cpu_op_sources
   ${engine}/op/channel_cpu.cpp ${engine}/op/decayed_cpu.cpp ${engine}/op/linear_attention_cpu.cpp
   ${engine}/op/quadratic_cpu.cpp)
 
-list(APPEND cuda_op_sources ${engine}/op/channel_cuda.cpp ${engine}/op/linear_attention_cuda.cpp)
+list(APPEND cuda_op_sources ${engine}/op/channel_cuda.cpp ${engine}/op/decayed_cuda.cpp ${engine}/op/linear_attention_cuda.cpp)
 
-list(APPEND cuda_kernel_sources ${engine}/cuda/channel_weights.cu ${engine}/cuda/state_sum.cu)
+list(APPEND cuda_kernel_sources ${engine}/cuda/channel_weights.cu ${engine}/cuda/decayed_prefix.cu ${engine}/cuda/state_sum.cu)
 
 list(APPEND cuda_kernel_sources_of_wide_range
-  ${engine}/cuda/channel_grad.cu ${engine}/cuda/channel_sum.cu ${engine}/cuda/grad_key.cu ${engine}/cuda/grad_query.cu
+  ${engine}/cuda/channel_grad.cu ${engine}/cuda/channel_sum.cu ${engine}/cuda/decayed.cu ${engine}/cuda/grad_key.cu ${engine}/cuda/grad_query.cu
   ${engine}/cuda/output.cu ${engine}/cuda/state.cu)

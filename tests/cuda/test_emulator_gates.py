@@ -122,7 +122,7 @@ def test_functions_have_kernels(emulator):
 def launches_expected(sample):
     owners = {
         "attention_transposed": "bqhk", "spatial_attention": "bhzyx", "linear_attention": "bh",
-        "linear_attention_varlen": "nh", "channel_attention": "bh",
+        "linear_attention_varlen": "nh", "channel_attention": "bh", "decayed_linear_attention": "bh",
     }.get(sample.operator, "bqht")  # fmt: skip
     return all(n > 0 for letter, n in sample.sizes.items() if letter in owners)
 

@@ -85,6 +85,6 @@ def test_a_learnable_decay_serves_without_gradients():
 def test_the_operator_refuses_a_decay_that_learns():
     """A gradient that does not exist is an error, not nothing."""
     q, decay = torch.randn(1, 5, 2, 4, requires_grad=True), torch.full((2,), 0.5, requires_grad=True)
-    out, _ = torch.ops.vitkernels.decayed_linear_attention(q, q, q, decay, None, False, True)
+    out, _ = torch.ops.vitkernels.decayed_linear_attention(q, q, q, decay, None, False, True, False)
     with pytest.raises(RuntimeError, match="decay requires a gradient, which it does not have"):
         out.sum().backward()

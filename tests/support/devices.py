@@ -28,12 +28,16 @@ FUNCTIONS = {
     "linear_attention": ON_TENSOR_CORES,
     "linear_attention_varlen": ON_TENSOR_CORES,
     "channel_attention": ON_TENSOR_CORES,
+    "decayed_linear_attention": ON_TENSOR_CORES,
 }
 
 
 def is_taken(sample: Any) -> bool:
     """Whether CUDA kernels compute a sample in some dtype, forward and backward."""
-    narrow = ("spatial_attention", "linear_attention", "linear_attention_varlen", "channel_attention")
+    narrow = (
+        "spatial_attention", "linear_attention", "linear_attention_varlen", "channel_attention",
+        "decayed_linear_attention",
+    )  # fmt: skip
     return sample.operator in FUNCTIONS and not (
         sample.operator in narrow and max(sample.sizes["d"], sample.sizes["v"]) > 128
     )

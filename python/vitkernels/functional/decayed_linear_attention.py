@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.functional.arguments import check_flag, check_floating, check_stored, check_tensors, number
-from vitkernels.ops.attention import statistics_dtype
+from vitkernels.ops.attention import allow_tf32, statistics_dtype
 from vitkernels.ops.linear_attention import decayed_linear_attention as _decayed_linear_attention
 
 __all__ = ["decayed_linear_attention"]
@@ -65,7 +65,8 @@ def decayed_linear_attention(
 
     ``initial_state`` and ``return_state`` are for the causal form without ``axes``. All tensors may have any strides as
     long as the last one is 1. The dtypes are those of :func:`vitkernels.attention`; the state is float32 (float64 for
-    float64). On the CPU.
+    float64). On CUDA ``d`` and ``dv`` are at most 128, and 64 in float32, which float16 becomes; float32 is rounded to
+    TF32 if PyTorch's matrix products are; and a decay that is not from 0 to 1 makes NaN instead of an error.
 
     Returns:
         ``(B, N, heads, dv)`` in the dtype of ``query``; with ``return_state`` also ``state (B, heads, d, dv)``. They
@@ -119,10 +120,11 @@ def _of_heads(query: Tensor, decay: float | Tensor) -> Tensor:
 def _along(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, initial_state: Tensor | None, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _decayed_linear_attention(query, key, value, decay, initial_state, False, True)
+    tf32 = allow_tf32(query)
+    found: tuple[Tensor, Tensor] = _decayed_linear_attention(query, key, value, decay, initial_state, False, True, tf32)
     if is_causal:
         return found
-    later: Tensor = _decayed_linear_attention(query, key, value, decay, None, True, False)[0]
+    later: Tensor = _decayed_linear_attention(query, key, value, decay, None, True, False, tf32)[0]
     return found[0] + later, found[1]
 
 
