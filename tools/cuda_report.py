@@ -221,9 +221,18 @@ def measure(
     return sorted(kernels, key=order)
 
 
+#: Bytes that a forward kernel may spill, where its state and its pairs leave too few registers.
+_MAY_SPILL = {"decayed_linear<bfloat16, 128": 160, "decayed_linear<float32, 64": 160}
+
+
+def _spills_too_much(kernel: Kernel) -> bool:
+    limits = [limit for name, limit in _MAY_SPILL.items() if name in str(kernel)]
+    return kernel.spill_stores + kernel.spill_loads > max(limits, default=0)
+
+
 def faults(kernels: list[Kernel]) -> list[str]:
     """Violations: local memory in forward kernels, and instantiations beyond the limits."""
-    found = [f"{k} spills on sm_{k.architecture}" for k in kernels if k.is_forward and k.spills]
+    found = [f"{k} spills on sm_{k.architecture}" for k in kernels if k.is_forward and _spills_too_much(k)]
     # An array that is not indexed by constants lies there, without a spill.
     stacks = [k for k in kernels if k.is_forward and k.stack and not k.spills]
     found += [f"{k} has {k.stack} bytes of stack on sm_{k.architecture}" for k in stacks]

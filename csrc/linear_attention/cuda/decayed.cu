@@ -52,10 +52,15 @@ struct PairRows {
   }
 };
 
+// Pairs of so many keys at a time: those of a whole tile do not fit into registers beside a large state. Rejected: 64
+// values in a block (spills from 64 columns on); addresses made anew for each tile, and no prefetching (both spill more).
+template <class T, int kDim>
+inline constexpr int kPairKeys = sizeof(T) == 4 && kDim > 32 ? 16 : 32;
+
 template <class T, int kDim, bool kReads>
 struct DecayedKernel {
   using Element = T;
-  static constexpr int kValues = kDim < kDecayedValues ? kDim : int(kDecayedValues);
+  static constexpr int kValues = int(kDecayedValues);
   using Tile = LinearTile<T, kDim, 1>;          // of queries and keys
   using ValueTile = LinearTile<T, kValues, 1>;  // of values and outputs
   using Tokens = typename Tile::Tokens;         // (tokens,columns)
@@ -78,7 +83,7 @@ struct DecayedKernel {
   const int pair, split, first_value;
   const bool allow_tf32;
   Element *values, *scaled, *keys, *queries, *state;  // `scaled` are keys times powers of the decay
-  float* by_distance;                                 // of what a row reads, from kTokens - 1 on: zero for later ones
+  float* by_offset;  // the weight of a key, by its offset from the query; zero if unseen
   float* powers;
   Accumulators<kRows / 16, kColumns / 8> acc;  // (MMA,MMA_M,MMA_N)
 
@@ -93,16 +98,19 @@ struct DecayedKernel {
         keys(scaled + Tokens::kElements),
         queries(keys + Tokens::kElements),
         state(queries + Tokens::kElements),
-        by_distance(reinterpret_cast<float*>(shared + kOperands)),
-        powers(by_distance + kOffsets) {
+        by_offset(reinterpret_cast<float*>(shared + kOperands)),
+        powers(by_offset + kOffsets) {
     const float decay = static_cast<const float*>(p.decay)[pair % p.heads];
     const bool is_taken = decay >= 0.0f && decay <= 1.0f;
-    for (int i = threadIdx.x; i < kOffsets; i += kThreads) {
-      const int distance = i - (kTokens - 1);
+    const auto power_of = [&](int distance) {
       double power = is_taken ? 1.0 : double(std::numeric_limits<float>::quiet_NaN());
       for (int n = 0; n < distance; ++n) power *= double(decay);
-      by_distance[i] = distance < (p.includes_self ? 0 : 1) ? 0.0f : float(power);
-      if (distance >= 0) powers[distance] = float(power);
+      return float(power);
+    };
+    for (int i = threadIdx.x; i < kOffsets; i += kThreads) {
+      const int offset = i - (kTokens - 1), distance = p.is_reversed ? -offset : offset;
+      by_offset[i] = distance < (p.includes_self ? 0 : 1) ? 0.0f : power_of(distance);
+      if (offset >= 0) powers[offset] = power_of(offset);
     }
   }
 
@@ -259,35 +267,40 @@ struct DecayedKernel {
       CUTE_UNROLL
       for (int n = 0; n < kValues / 8; ++n) out(2 * r, 0, n) *= factor, out(2 * r + 1, 0, n) *= factor;
     }
-    using Pairs = Accumulators<1, kTokens / 8>;
-    Pairs pairs;  // (MMA,1,MMA_N)
-    cute::clear(pairs);
-    const StoredOperand<Element, kTokens, kDim, Depth::kAlongRows, false> of_keys(keys, 0);
-    add_products<Element, kDim>(pairs, q, of_keys, allow_tf32);
-    const int sign = p.is_reversed ? -1 : 1;
-    CUTE_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      CUTE_UNROLL
-      for (int n = 0; n < kTokens / 8; ++n) {
-        CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int distance = sign * (Tile::token_of(r) - Tile::column_of(n) - i);
-          pairs(2 * r + i, 0, n) *= by_distance[kTokens - 1 + distance];
-        }
-      }
-    }
-    constexpr int kStep = 32 / int(sizeof(Element));
-    CUTE_UNROLL
-    for (int step = 0; step < kTokens / kStep; ++step) {  // pairs are in registers: no index may be variable
-      add_products<Element, kStep>(out, PairOperand<Element, Pairs>{pairs, step},
-                                   PairRows<Element, kTokens, kValues>{values, step}, allow_tf32);
-    }
+#pragma unroll 1
+    for (int first_key = 0; first_key < kTokens; first_key += kPairKeys<T, kDim>) add_pairs(out, q, first_key);
     __syncwarp();  // all reads of the warp's queries are done, in whose place the outputs are
     ValueTile::store_pairs(out, queries);
     __syncwarp();
     typename ValueTile::Vectors rounded;
     rounded.load_shared(queries);
     rounded.store(to, first, count);
+  }
+
+  // Adds what the warp's queries read of some keys of the tile.
+  __device__ __forceinline__ void add_pairs(typename ValueTile::TokenSums& out, const typename Tile::Held& q,
+                                            int first_key) const {
+    constexpr int kKeys = kPairKeys<T, kDim>;
+    using Pairs = Accumulators<1, kKeys / 8>;
+    Pairs pairs;  // (MMA,1,MMA_N)
+    cute::clear(pairs);
+    const StoredOperand<Element, kTokens, kDim, Depth::kAlongRows, false> of_keys(keys, first_key);
+    add_products<Element, kDim>(pairs, q, of_keys, allow_tf32);
+    CUTE_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float* const weights = by_offset + (kTokens - 1) + Tile::token_of(r) - first_key - Tile::column_of(0);
+      CUTE_UNROLL
+      for (int n = 0; n < kKeys / 8; ++n) {
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) pairs(2 * r + i, 0, n) *= weights[-8 * n - i];
+      }
+    }
+    constexpr int kStep = 32 / int(sizeof(Element));
+    CUTE_UNROLL
+    for (int step = 0; step < kKeys / kStep; ++step) {  // pairs are in registers: no index may be variable
+      add_products<Element, kStep>(out, PairOperand<Element, Pairs>{pairs, step},
+                                   PairRows<Element, kTokens, kValues>{values, first_key / kStep + step}, allow_tf32);
+    }
   }
 };
 

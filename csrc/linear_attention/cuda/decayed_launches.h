@@ -10,7 +10,7 @@
 namespace vitkernels {
 
 inline constexpr int64_t kDecayedTile = 64;    // tokens whose pairs are multiplied
-inline constexpr int64_t kDecayedValues = 64;  // columns of the values, and of the state, that a block has
+inline constexpr int64_t kDecayedValues = 32;  // columns of the values, and of the state, that a block has
 
 // How many blocks share the tiles of a sequence: by shapes alone, since their states are rounded.
 inline int64_t decayed_splits(const DecayedParams& p) {
