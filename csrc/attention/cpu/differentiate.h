@@ -141,9 +141,42 @@ VK_INLINE void differentiate_products(Range visible, RowNumbers<T> with, T* logi
   });
 }
 
+// With a bias alone that differs from key to key, whose loop asks for no other term. Sum: the type of the bias gradient.
+template <class T, class Sum>
+VK_NOINLINE void differentiate_bias(const T* bias, Sum* sums, Range visible, RowNumbers<T> with, T* logits,
+                                    T* gradients) {
+  constexpr int64_t kN = kWidth<T>;
+  for_each_vector<T>(visible, [&](int64_t c, Range lanes) VK_BODY {
+    const Vec<T> term = lanes.end == kN ? load(bias + c) : load_partial(bias + c, lanes.end);
+    const Vec<T> prob = keep(exp<T>(load(logits + c) * with.scale + term - with.offset), lanes, T(0));
+    const Vec<T> grad = keep(prob * (load(gradients + c) - with.delta), lanes, T(0));
+    store(logits + c, prob);
+    store(gradients + c, grad);
+    if (!sums) return;
+    if (lanes.end == kN) {
+      typedef Sum Sums __attribute__((vector_size(kN * sizeof(Sum)), aligned(alignof(Sum)), may_alias));
+      *reinterpret_cast<Sums*>(sums + c) += __builtin_convertvector(grad, Sums);
+    } else {
+      for (int64_t i = 0; i < lanes.end; ++i) sums[c + i] += grad[i];
+    }
+  });
+}
+
+// Whether the only term is a bias along the keys.
+inline bool is_bias_along_keys(const Score& s) {
+  return s.bias.data && s.bias.strides.key == 1 && !s.multiplier.data && !s.key_bias.data && !s.by_offset.any();
+}
+
 template <class T>
 VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
                                   OffsetRow<T>* offset_row, int64_t part) {
+  if (is_bias_along_keys(s) && (!s.bias.grad || s.bias.grad_strides.key == 1)) {
+    const T* bias =
+        static_cast<const T*>(s.bias.data) + s.bias.strides.offset(at.batch, at.head, at.query, at.first_key);
+    const TermGradRow<T> sums(s.bias, at.batch, at.head, at.query, at.first_key);
+    if (sums.sums) return differentiate_bias(bias, sums.sums, at.visible, with, logits, gradients);
+    return differentiate_bias(bias, sums.data, at.visible, with, logits, gradients);
+  }
   const ScoreGradRow<T> score_gradients(s, at);
   if (!s.by_offset.any()) {
     const ScoreRow<T> score(s, at.batch, at.head, at.query, at.first_key);
