@@ -3,6 +3,7 @@
 //
 // A block has a share of a sequence's tiles, and some columns of the values: the columns of a state do not mix.
 
+#include <algorithm>
 #include <limits>
 
 #include "linear_attention/cuda/decayed_launches.h"
@@ -269,11 +270,14 @@ struct DecayedKernel {
     }
 #pragma unroll 1
     for (int first_key = 0; first_key < kTokens; first_key += kPairKeys<T, kDim>) add_pairs(out, q, first_key);
-    __syncwarp();  // all reads of the warp's queries are done, in whose place the outputs are
-    ValueTile::store_pairs(out, queries);
+    __syncwarp();  // all reads of the warp's queries are done, in whose place the outputs are: rows of fewer columns
+    constexpr int kRow =
+        std::min(kDim, 128 / int(sizeof(Element)));  // a tile of more columns has them beside each other
+    Element* const outputs = queries + Tile::first_token() * (kRow - kValues);
+    ValueTile::store_pairs(out, outputs);
     __syncwarp();
     typename ValueTile::Vectors rounded;
-    rounded.load_shared(queries);
+    rounded.load_shared(outputs);
     rounded.store(to, first, count);
   }
 
