@@ -69,6 +69,8 @@ def test_faults():
     backward, forward = cuda_report.parse(RECORDED)
     assert cuda_report.faults([backward, forward]) == [], "a backward kernel may spill"
     assert cuda_report.faults([replace(forward, spill_loads=8)]) == ["attention<bfloat16, 64> spills on sm_90"]
+    decayed = replace(forward, name="decayed_linear", arguments="DecayedKernel<float32, 64, true>", spill_loads=20)
+    assert cuda_report.faults([decayed]) == [] != cuda_report.faults([replace(decayed, spill_stores=60)])
     assert cuda_report.faults([replace(forward, stack=512)]) == [
         "attention<bfloat16, 64> has 512 bytes of stack on sm_90"
     ]
@@ -136,7 +138,7 @@ LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernel
 
 @pytest.mark.parametrize("architecture", ["80", pytest.param("90", marks=pytest.mark.full)])
 def test_kernels_of_the_library(architecture):
-    """No forward kernel spills, and none has more instantiations than dtypes and head dimensions."""
+    """No forward kernel spills more than it may, and none has more instantiations than dtypes and head dimensions."""
     programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
     if programs is None or library is None:
         pytest.skip("no ptxas" if programs is None else "built without CUDA")
