@@ -53,15 +53,15 @@ struct PairRows {
   }
 };
 
-// Pairs of so many keys at a time: those of a whole tile do not fit into registers beside a large state. Rejected: 64
-// values in a block (spills from 64 columns on); addresses made anew for each tile, and no prefetching (both spill more).
+// Pairs of so many keys at a time: those of a whole tile do not fit into registers beside a large state. Rejected:
+// addresses made anew for each tile, and no prefetching (both spill more).
 template <class T, int kDim>
 inline constexpr int kPairKeys = sizeof(T) == 4 && kDim > 32 ? 16 : 32;
 
 template <class T, int kDim, bool kReads>
 struct DecayedKernel {
   using Element = T;
-  static constexpr int kValues = int(kDecayedValues);
+  static constexpr int kValues = int(decayed_values(sizeof(T) == 4, kDim));
   using Tile = LinearTile<T, kDim, 1>;          // of queries and keys
   using ValueTile = LinearTile<T, kValues, 1>;  // of values and outputs
   using Tokens = typename Tile::Tokens;         // (tokens,columns)

@@ -9,14 +9,19 @@
 
 namespace vitkernels {
 
-inline constexpr int64_t kDecayedTile = 64;    // tokens whose pairs are multiplied
-inline constexpr int64_t kDecayedValues = 32;  // columns of the values, and of the state, that a block has
+inline constexpr int64_t kDecayedTile = 64;  // tokens whose pairs are multiplied
+
+// Columns of the values, and of the state, that a block has. More would not fit into registers.
+constexpr int64_t decayed_values(bool is_float32, int64_t head_dim) {
+  return !is_float32 && head_dim > 32 && head_dim <= 64 ? 64 : 32;
+}
 
 // How many blocks share the tiles of a sequence: by shapes alone, since their states are rounded.
 inline int64_t decayed_splits(const DecayedParams& p) {
   constexpr int64_t kBlocks = 2 * 132;  // enough for a large GPU
   constexpr int64_t kMinTokens = 256;   // fewer would not pay for reading keys and values twice
-  const int64_t owners = p.num_pairs() * ((p.value_dim + kDecayedValues - 1) / kDecayedValues);
+  const int64_t values = decayed_values(p.dtype == DType::kFloat32, p.head_dim);
+  const int64_t owners = p.num_pairs() * ((p.value_dim + values - 1) / values);
   return std::clamp<int64_t>(kBlocks / std::max<int64_t>(owners, 1), 1, std::max<int64_t>(p.tokens / kMinTokens, 1));
 }
 
