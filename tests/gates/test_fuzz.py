@@ -55,4 +55,6 @@ def test_every_operator_was_called(report):
     for schema in defined_operators():
         if why_no_kernel(schema.name.removeprefix(f"{NAMESPACE}::"), DEVICE.type):
             continue
-        assert sum(count for key, count in report["bad"].items() if f" {schema.name} " in key) >= 100, schema.name
+        # A function of two forms shares its calls between their operators.
+        count = sum(count for key, count in report["bad"].items() if f" {schema.name} " in key)
+        assert count >= 50, schema.name
