@@ -66,8 +66,8 @@ std::vector<std::string> make_schemas() {
   schemas.push_back("merge_attentions(Tensor[] outs, Tensor[] lses) -> (Tensor out, Tensor lse)");
   schemas.push_back(
       "merge_attentions_backward(Tensor grad_out, Tensor? grad_lse, Tensor[] outs, Tensor[] lses) -> Tensor[]");
-  // state (B or sequences, kv_heads, d, dv + 1): the sum of phi(k)^T v, and in its last column that of phi(k). feature_map: 0 identity,
-  // 1 relu, 2 elu + 1, 3 exp, 4 focused (linear_attention/linear_attention.h).
+  // state (B or sequences, kv_heads, d, dv + 1): the sum of phi(k)^T v, and in its last column that of phi(k).
+  // feature_map: 0 identity, 1 relu, 2 elu + 1, 3 exp, 4 focused (linear_attention/linear_attention.h).
   const std::string linear =
       "SymInt feature_map, SymInt power, bool normalize, float eps, float scale, float residual_v, Tensor? head_map, "
       "bool allow_tf32";
