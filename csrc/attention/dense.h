@@ -89,7 +89,9 @@ struct AttentionBackwardParams {
   bool heads_are_shared = false;   // likewise for the heads
   int64_t max_batch_groups = std::numeric_limits<int64_t>::max();  // fewer, longer groups if each costs memory
   int64_t splits = 1;
-  void* grad_query_parts = nullptr;      // [splits, heads, rows, padded head_dim], zero at first
+  // [splits, heads, rows, padded head_dim], zero at first; null: a task has all keys of its queries at once, and stores
+  // their gradient itself.
+  void* grad_query_parts = nullptr;
   void* grad_rel_query_parts = nullptr;  // likewise, from the relative logits, whose query is not scaled; or null
   void* query_dot = nullptr;             // [heads, rows]: q.dq before scaling (gradient of the scale), or null
 

@@ -38,25 +38,19 @@ class Backward {
     for (int64_t pair = begin; pair < end; ++pair) {
       batch = pair / p.heads, head = pair % p.heads;
       start_sequence();
+      if (!params.grad_query_parts) {
+        if (axis.num_keys == 0) clear_query_gradients({0, axis.num_queries});
+        continue;
+      }
       for (int64_t query = 0; query < axis.num_queries; ++query) {
-        const int64_t token = sequence.first_query + query;
         T* sum = query_gradient(0, query, params.grad_query_parts);
         sum_splits(sum, query_width, params.splits, part_size);
-        if (params.query_dot) {
-          static_cast<T*>(params.query_dot)[head * forward.num_rows() + sequence.first_row + query] =
-              dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
-        }
-        T scale = p.score.scale_of<T>(head);
+        T* relative = nullptr;
         if (params.grad_rel_query_parts) {
-          T* relative = query_gradient(0, query, params.grad_rel_query_parts);
+          relative = query_gradient(0, query, params.grad_rel_query_parts);
           sum_splits(relative, query_width, params.splits, part_size);
-          for (int64_t c = 0; c < query_width; c += kWidth<T>) {
-            store(sum + c, load(sum + c) * scale + load(relative + c));
-          }
-          scale = T(1);
         }
-        unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, params.grad_query.at<S>(batch, token, head),
-                       params.grad_query.token_stride);
+        finish_query(query, sum, relative);
       }
     }
   }
@@ -67,6 +61,30 @@ class Backward {
     axis = sequence.axis;
   }
 
+  // Stores dQ of one query: the scale applies to the products alone, not to the relative logits.
+  void finish_query(int64_t query, T* sum, const T* relative) const {
+    const int64_t token = sequence.first_query + query;
+    if (params.query_dot) {
+      static_cast<T*>(params.query_dot)[head * forward.num_rows() + sequence.first_row + query] =
+          dot_rows<T>(p.query.at<const S>(batch, token, head), sum, p.head_dim);
+    }
+    T scale = p.score.scale_of<T>(head);
+    if (relative) {
+      for (int64_t c = 0; c < query_width; c += kWidth<T>) store(sum + c, load(sum + c) * scale + load(relative + c));
+      scale = T(1);
+    }
+    unpack_rows<T>(sum, query_width, 1, p.head_dim, scale, params.grad_query.at<S>(batch, token, head), 0);
+  }
+
+  // Of queries that see no key.
+  void clear_query_gradients(Range queries) const {
+    for (int64_t query = queries.begin; query < queries.end; ++query) {
+      const int64_t token = sequence.first_query + query, row = head * forward.num_rows() + sequence.first_row + query;
+      if (params.query_dot) static_cast<T*>(params.query_dot)[row] = T(0);
+      std::fill_n(params.grad_query.at<S>(batch, token, head), p.head_dim, S{});
+    }
+  }
+
   void tile_of_keys(Range tile) {
     const int64_t count = tile.end - tile.begin, first = sequence.first_key + tile.begin;
     key_tile.pack({p.key.at<const S>(batch, first, kv_head), p.key.token_stride},
@@ -75,7 +93,9 @@ class Backward {
     const int64_t blocks = divide_up(axis.num_queries, kBackwardQueryBlock);
     for (int64_t i = forward.groups.first_head[kv_head]; i < forward.groups.first_head[kv_head + 1]; ++i) {
       head = forward.groups.head_list[i];
+      const bool is_last_head = i + 1 == forward.groups.first_head[kv_head + 1];
       for (int64_t block = 0; block < blocks; ++block) {
+        is_last_block = is_last_head && block + 1 == blocks;
         block_of_queries({axis.num_queries * block / blocks, axis.num_queries * (block + 1) / blocks}, tile);
       }
     }
@@ -87,7 +107,10 @@ class Backward {
 
   void block_of_queries(Range rows, Range tile) {
     const Range seen = relative_to(intersect(axis.any_keys(rows), tile), tile.begin);
-    if (seen.empty()) return;
+    if (seen.empty()) {
+      if (stores_query_gradient) clear_query_gradients(rows);
+      return;
+    }
     const int64_t first = sequence.first_query + rows.begin;
     const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
     const EvenRows out_gradient{params.grad_out.at<const S>(batch, first, head), params.grad_out.token_stride};
@@ -96,8 +119,9 @@ class Backward {
       offset_row.start_rows(queries, rows, tile);
     }
     const T scale = p.score.scale_of<T>(head);
+    T* sums = stores_query_gradient ? query_sums : query_gradient(split, rows.begin, params.grad_query_parts);
     key_tile.add(
-        {queries, out_gradient, rows.end - rows.begin, query_gradient(split, rows.begin, params.grad_query_parts)},
+        {queries, out_gradient, rows.end - rows.begin, sums, stores_query_gradient},
         {0, seen.end}, scale,
         [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
           const int64_t query = rows.begin + r;
@@ -105,9 +129,44 @@ class Backward {
           differentiate_row(p.score, {batch, head, query, tile.begin, visible, width},
                             numbers_of_row(query, kFoldsScale<E> ? T(1) : scale), logits, gradients, &offset_row, part);
         },
-        [](int) {});
+        [&](int turn) VK_BODY { prefetch(rows, tile, turn); });
+    if (stores_query_gradient) {
+      for (int64_t r = 0; r < rows.end - rows.begin; ++r) {
+        finish_query(rows.begin + r, query_sums + r * query_width, nullptr);
+      }
+    }
     if (params.grad_rel_query_parts) {
       offset_row.finish_rows(part, rows, query_gradient(split, rows.begin, params.grad_rel_query_parts), query_width);
+    }
+  }
+
+  // Within a head: the next block of queries, or at the end of a tile of keys its gradients and the next tile.
+  VK_INLINE void prefetch(Range rows, Range tile, int turn) const {
+    constexpr int kTurns = 8;
+    if (is_last_block) {
+      const int64_t count = tile.end - tile.begin, first = sequence.first_key + tile.begin;
+      const EvenRows keys{p.key.at<const S>(batch, first + count, kv_head), p.key.token_stride};
+      const EvenRows values{p.value.at<const S>(batch, first + count, kv_head), p.value.token_stride};
+      const EvenRows<S> key_gradients{params.grad_key.at<S>(batch, first, kv_head), params.grad_key.token_stride};
+      const EvenRows<S> value_gradients{params.grad_value.at<S>(batch, first, kv_head), params.grad_value.token_stride};
+      for (int64_t i = count * turn / kTurns; i < count * (turn + 1) / kTurns; ++i) {
+        prefetch_row<true>(key_gradients, i, p.head_dim);
+        prefetch_row<true>(value_gradients, i, p.value_dim);
+        prefetch_row(keys, i, p.head_dim);
+        prefetch_row(values, i, p.value_dim);
+      }
+    } else {
+      const int64_t count = rows.end - rows.begin, first = sequence.first_query + rows.end;
+      const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
+      const EvenRows outputs{forward.out.at<const S>(batch, first, head), forward.out.token_stride};
+      const EvenRows out_gradients{params.grad_out.at<const S>(batch, first, head), params.grad_out.token_stride};
+      const EvenRows<S> query_gradients{params.grad_query.at<S>(batch, first, head), params.grad_query.token_stride};
+      for (int64_t i = count * turn / kTurns; i < count * (turn + 1) / kTurns; ++i) {
+        prefetch_row(queries, i, p.head_dim);
+        prefetch_row(outputs, i, p.value_dim);
+        prefetch_row(out_gradients, i, p.value_dim);
+        if (stores_query_gradient) prefetch_row<true>(query_gradients, i, p.head_dim);
+      }
     }
   }
 
@@ -133,9 +192,12 @@ class Backward {
 
   BackwardTile<S> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t query_width = key_tile.query_width;
+  const bool stores_query_gradient = !params.grad_query_parts;
+  T* query_sums = scratch.take<T>(stores_query_gradient ? kBackwardQueryBlock * query_width : 0);
   OffsetRow<T> offset_row{p.score, {p.head_dim, kBackwardQueryBlock, kBackwardQueryBlock, max_keys, true}, scratch};
 
   int64_t batch = 0, head = 0, kv_head = 0, split = 0, part = 0;
+  bool is_last_block = false;  // of queries that see the tile
   Sequence sequence;
   Axis axis;
 };

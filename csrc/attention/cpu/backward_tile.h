@@ -32,7 +32,8 @@ class BackwardTile {
   struct Rows {
     Source queries, out_gradient;
     int64_t count;
-    T* query_gradient;  // [count, query_width], without the scale: dS K is added
+    T* query_gradient;  // [count, query_width], without the scale: dS K is added, or stored if this is the only tile
+    bool is_only_tile = false;
   };
 
   // Adds the contribution of at most kBackwardQueryBlock rows, limited to the keys `seen`. differentiate(r, first_key,
@@ -67,9 +68,14 @@ class BackwardTile {
     matmul<E, true>({grads, kGroup<E>, group_stride}, {query_groups, query_width * kGroup<E>, panel_stride}, columns,
                     query_width, depth, key_gradient + first_key * query_width, query_width);  // [keys, d]
     prefetch(6);
-    matmul<E, true>({grad_rows, logits_stride, kGroup<E>},
-                    {key_groups + first_key * query_width, query_width * kGroup<E>, panel_stride}, count, query_width,
-                    key_depth, rows.query_gradient, query_width);  // [count, d]
+    const MatmulA<E> score_gradients{grad_rows, logits_stride, kGroup<E>};
+    const MatmulB<E> key_rows{key_groups + first_key * query_width, query_width * kGroup<E>, panel_stride};
+    if (rows.is_only_tile) {
+      matmul<E, false>(score_gradients, key_rows, count, query_width, key_depth, rows.query_gradient,
+                       query_width);  // [count, d]
+    } else {
+      matmul<E, true>(score_gradients, key_rows, count, query_width, key_depth, rows.query_gradient, query_width);
+    }
     prefetch(7);
   }
 

@@ -162,11 +162,6 @@ VK_NOINLINE void differentiate_bias(const T* bias, Sum* sums, Range visible, Row
   });
 }
 
-// Whether the only term is a bias along the keys.
-inline bool is_bias_along_keys(const Score& s) {
-  return s.bias.data && s.bias.strides.key == 1 && !s.multiplier.data && !s.key_bias.data && !s.by_offset.any();
-}
-
 template <class T>
 VK_WHOLE void differentiate_terms(const Score& s, const LogitRow& at, RowNumbers<T> with, T* logits, T* gradients,
                                   OffsetRow<T>* offset_row, int64_t part) {

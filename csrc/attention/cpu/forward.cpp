@@ -77,7 +77,7 @@ class Forward {
   }
 
   void pack(int64_t tile, Range tile_keys) {
-    const int64_t kv_head = params.groups.kv_head_of[head];
+    const int64_t kv_head = head_of_keys();
     if (packed_head == kv_head && packed_tile == tile) return;
     packed_head = kv_head, packed_tile = tile;
     const int64_t first = sequence.first_key + tile_keys.begin;
@@ -92,16 +92,47 @@ class Forward {
     if (seen.empty()) return;
     const EvenRows queries{p.query.at<const S>(batch, sequence.first_query + rows.begin, head), p.query.token_stride};
     if (p.score.by_offset.any()) offset_row.start_rows(queries, rows, tile_keys);
-    const int64_t first_row = rows.begin - block.begin;
+    const int64_t first_row = rows.begin - block.begin, count = rows.end - rows.begin;
+    const ScoreTerm& bias = p.score.bias;
+    const T* of_rows = is_bias ? static_cast<const T*>(bias.data) +
+                                     bias.strides.offset(batch, head, rows.begin, tile_keys.begin)
+                               : nullptr;
     key_tile.add(
-        {queries, rows.end - rows.begin, acc + first_row * value_width, states + first_row, keys.count == 1},
+        {queries, count, acc + first_row * value_width, states + first_row, keys.count == 1, of_rows,
+         bias.strides.query, false},
         {0, seen.end}, p.score.scale_of<T>(head), p.score.has_terms(),
         [&](int64_t r)
             VK_BODY { return relative_to(intersect(axis.keys(rows.begin + r), tile_keys), tile_keys.begin); },
         [&](T* row, int64_t r, Range visible, int64_t, T scale)
             VK_BODY { return apply_terms(row, visible, scale, rows.begin + r, tile_keys.begin); },
-        [](int) {});
+        [&](int turn) VK_BODY { prefetch(block, rows, tile_keys, turn); });
   }
+
+  // While the last queries of a block are worked on or all of them are few: the next tile of keys. Otherwise the next
+  // queries.
+  VK_INLINE void prefetch(Range block, Range rows, Range tile_keys, int turn) const {
+    constexpr int kTurns = 4;
+    const int64_t count = rows.end - rows.begin;
+    const int64_t first = sequence.first_query + rows.end;
+    const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
+    const EvenRows<S> outputs{params.out.at<S>(batch, first - count, head), params.out.token_stride};
+    for (int64_t i = count * turn / kTurns; i < count * (turn + 1) / kTurns; ++i) {
+      prefetch_row(queries, i, p.head_dim);
+      prefetch_row<true>(outputs, i, p.value_dim);
+    }
+    if (keys.count == 1) return;
+    const int64_t rows_of_block = block.end - block.begin, tile = keys.size;
+    const int64_t begin = (rows.begin - block.begin) * kTurns + count * turn, end = begin + count;
+    const int64_t first_key = sequence.first_key + tile_keys.end;
+    const EvenRows next_keys{p.key.at<const S>(batch, first_key, head_of_keys()), p.key.token_stride};
+    const EvenRows next_values{p.value.at<const S>(batch, first_key, head_of_keys()), p.value.token_stride};
+    for (int64_t i = tile * begin / (rows_of_block * kTurns); i < tile * end / (rows_of_block * kTurns); ++i) {
+      prefetch_row(next_keys, i, p.head_dim);
+      prefetch_row(next_values, i, p.value_dim);
+    }
+  }
+
+  int64_t head_of_keys() const { return params.groups.kv_head_of[head]; }
 
   T apply_terms(T* row, Range visible, T scale, int64_t query, int64_t first_key) {
     if (p.score.by_offset.any()) {
@@ -125,6 +156,7 @@ class Forward {
   Scratch scratch;
   const int64_t tasks_per_batch = p.heads * forward_query_blocks(p.axis);  // without packing
   const int64_t max_keys = std::min(round_up(p.num_keys(), kTileAlignment), kForwardKeyTile);
+  const bool is_bias = is_bias_along_keys(p.score);
   const int64_t max_queries = std::min(p.num_queries(), kForwardQueryBlockLong);
 
   ForwardTile<S> key_tile{p.head_dim, p.value_dim, max_keys, scratch};

@@ -41,9 +41,10 @@ class ForwardTile {
     T* acc;               // [count, value_width]
     RowState<T>* states;  // [count]
     bool is_only_tile;
-    // [count, bias_stride] if the terms reduce to a bias, which is read in whole vectors.
+    // [count, bias_stride] if the terms reduce to a bias. If it is padded, it is read in whole vectors.
     const T* bias = nullptr;
     int64_t bias_stride = 0;
+    bool bias_is_padded = true;
   };
 
   // Adds the keys that each row sees: visible(r), a range within `seen`. If `has_terms`, apply_terms(logits, r, columns,
@@ -73,7 +74,8 @@ class ForwardTile {
     if (are_alike && !has_terms) {
       find_maxima(group, left_scale, largest);
     } else if (are_alike && rows.bias) {
-      add_bias(group, left_scale, rows.bias + first, rows.bias_stride, largest);
+      const auto add = rows.bias_is_padded ? &add_bias<true, T> : &add_bias<false, T>;
+      add(group, left_scale, rows.bias + first, rows.bias_stride, largest);
     } else {
       for (int64_t r = 0; r < count; ++r) {
         T* row = logits + r * logits_stride;

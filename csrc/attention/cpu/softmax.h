@@ -80,12 +80,20 @@ struct ScoreRow {
   }
 };
 
-// A bias alone, which may be read in whole vectors.
-template <class T>
+// Whether the only term is a bias along the keys.
+inline bool is_bias_along_keys(const Score& s) {
+  return s.bias.data && s.bias.strides.key == 1 && !s.multiplier.data && !s.key_bias.data && !s.by_offset.any();
+}
+
+// A bias alone. If it is padded, it may be read in whole vectors.
+template <class T, bool kIsPadded = true>
 struct BiasRow {
   const T* bias;
 
-  VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range) const { return product + load(bias + column); }
+  VK_INLINE Vec<T> apply(Vec<T> product, int64_t column, Range lanes) const {
+    if (kIsPadded || lanes.end == kWidth<T>) return product + load(bias + column);
+    return product + load_partial(bias + column, lanes.end);
+  }
   VK_INLINE Vec<T> to_product(Vec<T> grad, int64_t, Range) const { return grad; }
 };
 
@@ -217,10 +225,10 @@ VK_NOINLINE void find_maxima(const LogitRows<T>& rows, T scale, T* largest) {
   for (int64_t r = 0; r < rows.count; ++r) largest[r] = row_max(rows.data + r * rows.stride, {0, rows.columns}, scale);
 }
 
-template <class T>
+template <bool kIsPadded, class T>
 VK_NOINLINE void add_bias(const LogitRows<T>& rows, T scale, const T* bias, int64_t bias_stride, T* largest) {
   for (int64_t r = 0; r < rows.count; ++r) {
-    const BiasRow<T> of_row{bias + r * bias_stride};
+    const BiasRow<T, kIsPadded> of_row{bias + r * bias_stride};
     largest[r] = apply_score(rows.data + r * rows.stride, {0, rows.columns}, scale, of_row);
   }
 }

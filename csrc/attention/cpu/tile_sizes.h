@@ -91,4 +91,10 @@ inline int64_t backward_splits(const AttentionBackwardParams& params) {
   return splits < 1 || tiles < 1 ? 1 : splits < tiles ? splits : tiles;
 }
 
+// Whether a task has all keys of its queries in one tile, so that their gradient needs no partial sums.
+inline bool has_one_key_tile(const AttentionBackwardParams& params) {
+  const Problem& p = params.forward.problem;
+  return params.splits == 1 && backward_keys(p.axis).count <= 1 && !p.score.by_offset.has_rel_pos();
+}
+
 }  // namespace vitkernels

@@ -186,9 +186,11 @@ void AttentionArguments::fill(AttentionParams& params) const {
 Tensor attach_gradient(ScoreTerm& term, const Tensor& tensor, int64_t rank, const Problem& problem) {
   const ScoreStrides strides = score_strides(tensor, rank, true);
   term.grad_strides = strides;
-  term.grad_is_double = (strides.batch == 0 && problem.batch > 1) || (strides.head == 0 && problem.heads > 1) ||
-                        (strides.query == 0 && problem.num_queries() > 1) ||
-                        (strides.key == 0 && problem.num_keys() > 1);
+  // Few numbers add up in float32 as exactly as they were computed.
+  constexpr int64_t kMaxFloatSums = 8;
+  const int64_t sums = (strides.batch == 0 ? problem.batch : 1) * (strides.head == 0 ? problem.heads : 1) *
+                       (strides.query == 0 ? problem.num_queries() : 1) * (strides.key == 0 ? problem.num_keys() : 1);
+  term.grad_is_double = sums > kMaxFloatSums;
   Tensor grad = zeros_as(tensor, sizes_of(tensor), term.grad_is_double ? ScalarType::Double : tensor.scalar_type());
   term.grad = grad.mutable_data_ptr();
   return grad;

@@ -39,7 +39,7 @@ void attention_backward(Call& call) {
   params.forward.lse = const_cast<void*>(from.lse.const_data_ptr());
   params.grad_lse = from.grad_lse ? from.grad_lse->const_data_ptr() : nullptr;
   params.grad_value = token_tensor(grad_value);
-  LogitGradients grads(args, from.needed, params);
+  LogitGradients grads(args, from.needed, params, true);
 
   // An empty tensor may have any batch size, however large.
   const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;

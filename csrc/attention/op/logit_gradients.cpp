@@ -22,7 +22,7 @@ Tensor sum_head_scale(const AttentionArguments& args, const Tensor& query_dot) {
 }  // namespace
 
 LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed,
-                               AttentionBackwardParams& params)
+                               AttentionBackwardParams& params, bool stores_query_gradient)
     : query(empty_as(args.query)), key(empty_as(args.key)), offset_gradients(args.by_offset, needed) {
   const ScalarType statistics = statistics_type(args.dtype);
   Problem& problem = params.forward.problem;
@@ -46,8 +46,10 @@ LogitGradients::LogitGradients(const AttentionArguments& args, const ScoreFields
 
   const int64_t element_size = args.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   const int64_t part_elements = kernel<AttentionBackwardParams>().parts(params) / element_size;
-  query_parts = zeros_as(args.query, {part_elements}, statistics);
-  params.grad_query_parts = query_parts->mutable_data_ptr();
+  if (!stores_query_gradient || !has_one_key_tile(params)) {
+    query_parts = zeros_as(args.query, {part_elements}, statistics);
+    params.grad_query_parts = query_parts->mutable_data_ptr();
+  }
   if (problem.score.by_offset.has_rel_pos()) {
     relative_query_parts = zeros_as(args.query, {part_elements}, statistics);
     params.grad_rel_query_parts = relative_query_parts->mutable_data_ptr();

@@ -7,10 +7,12 @@
 
 namespace vitkernels {
 
-// Attaches the gradients to `params`, which `args` has filled; the partition of the work depends on them.
+// Attaches the gradients to `params`, which `args` has filled; the partition of the work depends on them. Kernels that
+// have all keys of their queries at once store the query gradient themselves if they say that they can.
 class LogitGradients {
  public:
-  LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed, AttentionBackwardParams& params);
+  LogitGradients(const AttentionArguments& args, const ScoreFields<bool>& needed, AttentionBackwardParams& params,
+                 bool stores_query_gradient);
 
   // After the kernel: adds the partial sums.
   void finish(const AttentionArguments& args, const AttentionBackwardParams& params);

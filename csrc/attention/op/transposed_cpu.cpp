@@ -69,7 +69,7 @@ void attention_transposed_backward(Call& call) {
   attention.grad_value = token_tensor(grad_value);
   params.grad_row_lse = grad_lse.mutable_data_ptr();
   params.grad_row_weight = grad_row_weight.mutable_data_ptr();
-  LogitGradients grads(args.attention, needed, attention);
+  LogitGradients grads(args.attention, needed, attention, false);
   const Kernel<AttentionTransposedBackwardParams>& kernel = vitkernels::kernel<AttentionTransposedBackwardParams>();
   const int64_t part_elements = kernel.parts(params) / int64_t(lse.element_size());
   const Tensor value_parts = zeros_as(lse, {part_elements}, lse.scalar_type());
