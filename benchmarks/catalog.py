@@ -9,6 +9,7 @@ from benchmarks import (
     linear_attention,
     merge_attentions,
     models,
+    monarch,
     neighborhood_attention,
     window_attention,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "linear_attention",
     "merge_attentions",
     "models",
+    "monarch",
     "neighborhood_attention",
     "targets",
     "window_attention",

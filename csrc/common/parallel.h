@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "common/range.h"
 #include "common/stable.h"
 
 namespace vitkernels {
@@ -33,11 +34,19 @@ void parallel_ranges(int64_t tasks, int64_t unit, const Function& f) {
   });
 }
 
-// All tasks of a kernel (cpu/kernel.h), in ranges as above.
+// Some tasks of a kernel (cpu/kernel.h), in ranges as above.
+template <class Kernel, class Params>
+void run_kernel(const Kernel& kernel, const Params& params, Range tasks, int64_t unit, const Tensor& like) {
+  const int64_t first = tasks.begin, count = tasks.end - tasks.begin;
+  const ThreadScratch scratch(like, kernel.scratch(params), count);
+  parallel_ranges(count, unit,
+                  [&](int64_t begin, int64_t end) { kernel.run(params, first + begin, first + end, scratch.mine()); });
+}
+
+// All of them.
 template <class Kernel, class Params>
 void run_kernel(const Kernel& kernel, const Params& params, int64_t tasks, int64_t unit, const Tensor& like) {
-  const ThreadScratch scratch(like, kernel.scratch(params), tasks);
-  parallel_ranges(tasks, unit, [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, scratch.mine()); });
+  run_kernel(kernel, params, Range{0, tasks}, unit, like);
 }
 
 }  // namespace vitkernels

@@ -145,6 +145,8 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
     if "groups" in call and slot.argument == "query":
         dims = dims[:-2]  # whose channels may be any number
+    if "w1" in call:
+        dims = [slot.tensor.dim() + d for d in decided(target, call, slot)]
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
     shape[dim] = rng.choice([n for n in (0, shape[dim] - 1, shape[dim] + 1) if n != 1])
@@ -229,6 +231,9 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
     free: set[int] = set()
     if any(other.tensor.numel() == 0 for other in slots(call)):
         return []  # nothing is read
+    if "w1" in call and not is_backward:  # any rows, and any number of results
+        free |= {"x": set(range(-count, -1)), "w2": {-2}}.get(name, set())
+        return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]
     if target.name.endswith("channel_attention") and not is_backward:
         free |= {"query": {-2, -1} if "groups" in call else {-1}, "value": {-3}}.get(name, set())
         return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]

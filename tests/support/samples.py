@@ -107,6 +107,16 @@ def channels(
     )  # fmt: skip
 
 
+def monarch(
+    id: str, first: tuple[int, int, int], second: tuple[int, int, int], *, b: int = 2, q: int = 67, tags: str = "",
+    **arguments: Any,
+) -> Sample:  # fmt: skip
+    """``first`` and ``second`` are (blocks, outputs, inputs)."""
+    sizes = {"b": b, "q": q, "c": first[0] * first[2]} | dict(zip("fghlms", first + second, strict=True))
+    data = {"x": Input("bqc"), "w1": Input("fgh"), "w2": Input("lms")}
+    return Sample("blockdiag_butterfly_multiply", id, {**data, **arguments}, sizes, frozenset(tags.split()))
+
+
 SAME_DIMS = {"key": Input("bqhd"), "value": Input("bkhd")}
 OWN_VALUE = {name: Input(f"bk{heads}") for name, heads in (("query", "hd"), ("key", "gd"), ("value", "gv"))}
 
@@ -358,6 +368,17 @@ SAMPLES = [
     ),
     linear_varlen("no-keys", u=0),
     linear_varlen("no-tokens", t=0, u=0, n=2),
+    monarch("plain", (4, 6, 5), (4, 9, 6), tags="core deploy"),
+    monarch("more-blocks", (3, 8, 5), (6, 7, 4), tags="core"),
+    monarch("16-blocks", (16, 12, 10), (16, 33, 12)),
+    monarch("32-blocks", (8, 24, 17), (32, 3, 6), q=131),
+    monarch("odd-blocks", (2, 10, 33), (5, 3, 4)),
+    monarch("one-block", (1, 40, 7), (8, 20, 5)),
+    monarch("of-one-each", (1, 1, 1), (1, 1, 1), b=1, q=1),
+    monarch("wide", (2, 64, 300), (2, 70, 64), q=150),
+    monarch("expanded", (4, 6, 5), (4, 9, 6), x=Input("b1c", expand="bqc")),
+    monarch("shared-block", (4, 6, 5), (4, 9, 6), w2=Input("1ms", expand="lms")),
+    monarch("no-batch", (4, 6, 5), (4, 9, 6), b=0, tags="core"),
     channels("plain", tags="core deploy"),
     channels("number-scale", scale=0.05, d=33, v=5),
     channels("head-scale", scale=statistic("h", fraction), tags="core"),

@@ -46,6 +46,7 @@ _OPERATORS = {
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "blockdiag_butterfly_multiply",
     "channel_attention",
     "decayed_linear_attention",
     "linear_attention",

@@ -121,8 +121,7 @@ class Backward {
     const T scale = p.score.scale_of<T>(head);
     T* sums = stores_query_gradient ? query_sums : query_gradient(split, rows.begin, params.grad_query_parts);
     key_tile.add(
-        {queries, out_gradient, rows.end - rows.begin, sums, stores_query_gradient},
-        {0, seen.end}, scale,
+        {queries, out_gradient, rows.end - rows.begin, sums, stores_query_gradient}, {0, seen.end}, scale,
         [&](int64_t r, int64_t, int64_t width, T* logits, T* gradients) VK_BODY {
           const int64_t query = rows.begin + r;
           const Range visible = relative_to(intersect(axis.keys(query), tile), tile.begin);

@@ -94,9 +94,9 @@ class Forward {
     if (p.score.by_offset.any()) offset_row.start_rows(queries, rows, tile_keys);
     const int64_t first_row = rows.begin - block.begin, count = rows.end - rows.begin;
     const ScoreTerm& bias = p.score.bias;
-    const T* of_rows = is_bias ? static_cast<const T*>(bias.data) +
-                                     bias.strides.offset(batch, head, rows.begin, tile_keys.begin)
-                               : nullptr;
+    const T* of_rows =
+        is_bias ? static_cast<const T*>(bias.data) + bias.strides.offset(batch, head, rows.begin, tile_keys.begin)
+                : nullptr;
     key_tile.add(
         {queries, count, acc + first_row * value_width, states + first_row, keys.count == 1, of_rows,
          bias.strides.query, false},

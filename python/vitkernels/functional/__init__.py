@@ -4,6 +4,7 @@ from vitkernels.functional.agent_attention import agent_attention
 from vitkernels.functional.attention import attention
 from vitkernels.functional.attention_transposed import attention_transposed
 from vitkernels.functional.attention_varlen import attention_varlen
+from vitkernels.functional.blockdiag_butterfly_multiply import blockdiag_butterfly_multiply
 from vitkernels.functional.channel_attention import channel_attention
 from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_window_attention
 from vitkernels.functional.decayed_linear_attention import decayed_linear_attention
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "blockdiag_butterfly_multiply",
     "channel_attention",
     "criss_cross_attention",
     "cross_shaped_window_attention",

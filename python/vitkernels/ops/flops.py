@@ -88,6 +88,15 @@ def _of_channels(products: int) -> Count:
     return count
 
 
+def _of_blocks(products: int) -> Count:
+    """So many products with both weights for each row."""
+
+    def count(given: Arguments) -> int:
+        return int(2 * products * given["x"].size(0) * (given["w1"].numel() + given["w2"].numel()))
+
+    return count
+
+
 def _register(name: str, count: Count) -> None:
     names = Operator(name).arguments
 
@@ -103,6 +112,8 @@ for _name in ("attention", "attention_varlen", "attention_transposed", "spatial_
     _register(f"{_name}_backward", _of_pairs(3, 2))
 _register("channel_attention", _of_channels(1))
 _register("channel_attention_backward", _of_channels(2))
+_register("blockdiag_butterfly_multiply", _of_blocks(1))
+_register("blockdiag_butterfly_multiply_backward", _of_blocks(2))
 _register("decayed_linear_attention", _of_tokens(1, 1))
 _register("decayed_linear_attention_backward", _of_tokens(2, 2))
 _register("linear_attention_quadratic", _of_pairs(1, 1))

@@ -65,7 +65,7 @@ def _gradients_of(backward: Operator) -> Results:
             return [t.new_empty(t.shape) for t in chain(*lists)]
         names = [name.removeprefix(GRAD) for name in backward.results]
         wanted = [given[name] if given.get(NEED + name, True) else None for name in names]
-        like: Tensor = given["lse" if "lse" in given else "query"]  # of what was not requested
+        like: Tensor = next(given[name] for name in ("lse", "query", "x") if name in given)  # of what was not requested
         return tuple(like.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
     return gradients

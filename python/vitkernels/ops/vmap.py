@@ -20,6 +20,7 @@ _library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untype
 
 #: Arguments whose first axis is the batch; terms that broadcast to one, and their rank with it.
 _BATCHES = (
+    "x",
     "query",
     "key",
     "value",

@@ -4,6 +4,7 @@ from vitkernels.reference.agent_attention import agent_attention
 from vitkernels.reference.attention import attention
 from vitkernels.reference.attention_transposed import attention_transposed
 from vitkernels.reference.attention_varlen import attention_varlen
+from vitkernels.reference.blockdiag_butterfly_multiply import blockdiag_butterfly_multiply
 from vitkernels.reference.channel_attention import channel_attention
 from vitkernels.reference.decayed_linear_attention import decayed_linear_attention
 from vitkernels.reference.linear_attention import linear_attention, linear_attention_varlen
@@ -15,6 +16,7 @@ __all__ = [
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "blockdiag_butterfly_multiply",
     "channel_attention",
     "decayed_linear_attention",
     "linear_attention",

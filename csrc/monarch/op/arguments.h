@@ -1,0 +1,50 @@
+// From the tensors of a Monarch product to the Params of its kernels, with all checks.
+#pragma once
+
+#include "common/boxed.h"
+#include "monarch/monarch.h"
+
+namespace vitkernels {
+
+// Owns what the problem points to.
+struct MonarchArguments {
+  Tensor x, w1, w2;
+  bool allow_tf32;
+  MonarchProblem problem;
+
+  explicit MonarchArguments(Call& call)
+      : x(call.take<Tensor>("x")),
+        w1(call.take<Tensor>("w1")),
+        w2(call.take<Tensor>("w2")),
+        allow_tf32(call.take<bool>("allow_tf32")) {
+    check(call.checker);
+    x = with_unit_last_stride(x), w1 = as_contiguous(w1), w2 = as_contiguous(w2);
+    problem.x = matrix(x);
+    problem.first.data = w1.const_data_ptr(), problem.second.data = w2.const_data_ptr();
+  }
+
+  static Matrix matrix(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
+
+  std::vector<int64_t> out_sizes() const { return {problem.rows, problem.outputs()}; }
+
+ private:
+  void check(const Checker& checker) {
+    checker.rank("x", x, 2, "(rows, k * p)");
+    checker.rank("w1", w1, 3, "(k, q, p)");
+    checker.rank("w2", w2, 3, "(l, s, r)");
+    problem.dtype = checker.element_type("x", x);
+    checker.tensor("w1", w1, x, x.scalar_type());
+    checker.tensor("w2", w2, x, x.scalar_type());
+    problem.rows = x.size(0);
+    problem.first = {nullptr, w1.size(0), w1.size(1), w1.size(2)};
+    problem.second = {nullptr, w2.size(0), w2.size(1), w2.size(2)};
+    for (const auto& [name, w] : {std::pair{"w1", &w1}, {"w2", &w2}}) {
+      checker.check(w->numel() > 0, name, " has shape ", Shape{sizes_of(*w)}, ", takes at least one element");
+    }
+    checker.size("x", x, 1, problem.inputs(), "the columns of w1's blocks together");
+    checker.check(problem.second.blocks * problem.second.inputs == problem.inner(), "w2 has shape ",
+                  Shape{sizes_of(w2)}, ", takes ", problem.inner(), " columns in all blocks together (w1's rows)");
+  }
+};
+
+}  // namespace vitkernels

@@ -1,0 +1,94 @@
+"""Products with Monarch matrices beyond the sample table: layouts, tasks, needs and errors."""
+
+import pytest
+import torch
+import vitkernels as vk
+
+op = vk.blockdiag_butterfly_multiply
+
+
+def weights(first, second, dtype=torch.float32):
+    return tuple(torch.randn(shape, dtype=dtype) / shape[-1] ** 0.5 for shape in (first, second))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 27, 28, 29, 113, 1576, 1793])
+def test_rows_do_not_depend_on_each_other(rows, dtype):
+    """Bit by bit, however rows are divided between tasks."""
+    w1, w2 = weights((4, 24, 40), (4, 33, 24), dtype)
+    x = torch.randn(rows, 160).to(dtype)
+    whole = op(x, w1, w2)
+    for part in (slice(rows // 2), slice(rows // 3, rows // 3 + 17), slice(rows - 1, rows)):
+        assert torch.equal(op(x[part], w1, w2), whole[part])
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (2, 3, 4)])
+def test_any_leading_dimensions(shape):
+    w1, w2 = weights((2, 6, 5), (3, 7, 4))
+    x = torch.randn(*shape, 10)
+    out = op(x, w1, w2)
+    assert out.shape == (*shape, 21)
+    torch.testing.assert_close(out, vk.reference.blockdiag_butterfly_multiply(x, w1, w2), rtol=1e-5, atol=1e-5)
+
+
+def test_strides():
+    w1, w2 = weights((2, 6, 5), (2, 7, 6))
+    whole = torch.randn(4, 9, 30)
+    for x in (
+        whole[..., 7:17],
+        whole[:, ::2, :10],
+        whole.transpose(0, 1)[..., :10],
+        whole[..., ::3],
+        whole[:1, :, :10].expand(3, 9, 10),
+    ):
+        assert torch.equal(op(x, w1, w2), op(x.contiguous(), w1, w2))
+    assert torch.equal(op(whole[..., :10], w1.mT.contiguous().mT, w2), op(whole[..., :10], w1, w2))
+
+
+def test_only_requested_gradients():
+    x, (w1, w2) = torch.randn(40, 10), weights((2, 6, 5), (2, 7, 6))
+    grad = torch.randn(40, 14)
+    backward = torch.ops.vitkernels.blockdiag_butterfly_multiply_backward
+    of_x, of_w1, of_w2 = backward(grad, x, w1, w2, False, True, True)
+    for needs in ((True, False), (False, True), (False, False)):
+        found = backward(grad, x, w1, w2, False, *needs)
+        assert torch.equal(found[0], of_x)
+        for need, given, expected in zip(needs, found[1:], (of_w1, of_w2), strict=True):
+            assert torch.equal(given, expected) if need else given.numel() == 0
+
+
+def test_no_row_is_a_gradient_of_zero():
+    w1, w2 = (w.requires_grad_() for w in weights((2, 6, 5), (2, 7, 6)))
+    grads = torch.autograd.grad(op(torch.randn(0, 10), w1, w2).sum(), (w1, w2))
+    assert all(g.eq(0).all() for g in grads)
+
+
+def test_nan_stays_in_its_row():
+    x, (w1, w2) = torch.randn(90, 20).bfloat16(), weights((4, 12, 5), (4, 7, 12), torch.bfloat16)
+    x[41, 3] = float("nan")
+    assert op(x, w1, w2).isnan().any(-1).nonzero().flatten().tolist() == [41]
+
+
+X, W1, W2 = torch.zeros(3, 10), torch.zeros(2, 6, 5), torch.zeros(3, 7, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"x": None}, "x is None, takes a tensor"),
+        ({"x": X[0, 0]}, "x has shape (), takes at least 1 dimension (..., k * p)"),
+        ({"x": X.long()}, "x is int64, takes float64, float32, bfloat16 or float16"),
+        ({"x": X[:, :9]}, "x has size 9 in dimension 1, takes 10 (the columns of w1's blocks together)"),
+        ({"w1": W1[0]}, "w1 has shape (6, 5), takes 3 dimensions (k, q, p)"),
+        ({"w1": W1.half()}, "w1 is float16, takes float32"),
+        ({"w1": W1[:, :0]}, "w1 has shape (2, 0, 5), takes at least one element"),
+        ({"w2": W2[0]}, "w2 has shape (7, 4), takes 3 dimensions (l, s, r)"),
+        ({"w2": W2.double()}, "w2 is float64, takes float32"),
+        ({"w2": W2[..., :3]}, "w2 has shape (3, 7, 3), takes 12 columns in all blocks together (w1's rows)"),
+        ({"w2": [1.0]}, "w2 is a list, takes a tensor"),
+    ],
+)
+def test_errors_are_the_callers(wrong, text):
+    with pytest.raises(RuntimeError) as raised:
+        op(**{"x": X, "w1": W1, "w2": W2} | wrong)
+    assert str(raised.value).startswith("vitkernels::blockdiag_butterfly_multiply: ") and text in str(raised.value)
