@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.attention import Shape
 from benchmarks.ours import vk
-from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Target, register
+from benchmarks.prepare import prepared
+from benchmarks.registry import OURS, Entry, Inputs, Peer, Target, register
 
 Function = Callable[..., Tensor]
 _DIMS = (Shape(4, 2, 3136, 32), Shape(4, 2, 3136, 64))
@@ -78,21 +79,6 @@ def _linear(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def _prepare(function: Function, *, grad: bool) -> Callable[[Inputs], Call]:
-    def prepare(inputs: Inputs) -> Call:
-        if not grad:
-            return lambda: (function(*inputs["data"]),)
-        leaves = [t.detach().requires_grad_() for t in inputs["data"]]
-
-        def call() -> tuple[Tensor, ...]:
-            out = function(*leaves)
-            return (out.detach(), *torch.autograd.grad(out, leaves, inputs["grad_out"]))
-
-        return call
-
-    return prepare
-
-
 def _inputs(shape: Shape, *, agents: int = 0) -> Callable[[torch.dtype, torch.device], Inputs]:
     b, h, n, d = shape.batch, shape.heads, shape.tokens, shape.dim
 
@@ -116,7 +102,7 @@ def _entries(name: str, shape: Shape, ours: Function, eager: Function, *, flops:
         Entry(
             name=f"{name}/{direction}/{shape}",
             inputs=_inputs(shape, agents=agents),
-            peers=(Peer(OURS, _prepare(ours, grad=grad)), Peer("eager", _prepare(eager, grad=grad))),
+            peers=(Peer(OURS, prepared(ours, grad=grad)), Peer("eager", prepared(eager, grad=grad))),
             flops=flops * (3 if grad else 1),
             elements=shape.elements * (7 if grad else 4),
         )

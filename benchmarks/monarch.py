@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.ours import vk
-from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Target, register
+from benchmarks.prepare import prepared
+from benchmarks.registry import OURS, Entry, Inputs, Peer, Target, register
 
 Function = Callable[..., Tensor]
 _DTYPES = ("float32", "bfloat16")
@@ -52,23 +53,6 @@ def _dense(x: Tensor, w1: Tensor, w2: Tensor, dense: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, dense)
 
 
-def _prepare(function: Function, used: tuple[int, ...], *, grad: bool) -> Callable[[Inputs], Call]:
-    def prepare(inputs: Inputs) -> Call:
-        data = inputs["data"]
-        if not grad:
-            return lambda: (function(*data),)
-        leaves = [t.detach().requires_grad_(i in used) for i, t in enumerate(data)]
-        learning = [leaves[i] for i in used]
-
-        def call() -> tuple[Tensor, ...]:
-            out = function(*leaves)
-            return (out.detach(), *torch.autograd.grad(out, learning, inputs["grad_out"]))
-
-        return call
-
-    return prepare
-
-
 def _inputs(layer: _Layer) -> Callable[[torch.dtype, torch.device], Inputs]:
     def make(dtype: torch.dtype, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(0)
@@ -98,9 +82,9 @@ for _layer in _LAYERS:
                 name=_name(_layer, _direction),
                 inputs=_inputs(_layer),
                 peers=(
-                    Peer(OURS, _prepare(_ours, (0, 1, 2), grad=_grad)),
-                    Peer("two-bmm", _prepare(_two_products, (0, 1, 2), grad=_grad)),
-                    Peer("linear", _prepare(_dense, (0, 3), grad=_grad)),
+                    Peer(OURS, prepared(_ours, grad=_grad, learns=(0, 1, 2))),
+                    Peer("two-bmm", prepared(_two_products, grad=_grad, learns=(0, 1, 2))),
+                    Peer("linear", prepared(_dense, grad=_grad, learns=(0, 3))),
                 ),
                 flops=2.0 * _layer.rows * _layer.weights * (3 if _grad else 1),
                 elements=_layer.rows * (_layer.inputs + _layer.outputs) * (2 if _grad else 1),

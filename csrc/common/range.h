@@ -25,4 +25,10 @@ VK_HOST_DEVICE Range intersect(Range a, Range b) {
 // From the whole axis to the coordinates of a tile.
 VK_HOST_DEVICE Range relative_to(Range r, int64_t offset) { return {r.begin - offset, r.end - offset}; }
 
+// The i-th of n shares, as even as possible.
+VK_HOST_DEVICE Range share_of(Range r, int64_t i, int64_t n) {
+  const int64_t count = r.end - r.begin;
+  return {r.begin + count * i / n, r.begin + count * (i + 1) / n};
+}
+
 }  // namespace vitkernels

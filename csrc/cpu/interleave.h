@@ -42,23 +42,16 @@ VK_INLINE void separate_vectors(Vec<T> (&v)[kCount]) {
   }
 }
 
-// Calls f.operator()<n>() for a number of rows that vectors hold whole turns of.
-template <class T, class Function>
-VK_INLINE bool with_turns(int64_t n, Function&& f) {
-  constexpr int kN = kWidth<T>;
-  if constexpr (kN > 1) {
-    if (n == 1) return f.template operator()<1>(), true;
+// Calls f.operator()<n>() for a number of rows that takes few riffles; others return false.
+template <class Function>
+VK_INLINE bool with_few_rows(int64_t n, Function&& f) {
+  switch (n) {
+    case 1: f.template operator()<1>(); return true;
+    case 2: f.template operator()<2>(); return true;
+    case 4: f.template operator()<4>(); return true;
+    case 8: f.template operator()<8>(); return true;
+    default: return false;
   }
-  if constexpr (kN > 2) {
-    if (n == 2) return f.template operator()<2>(), true;
-  }
-  if constexpr (kN > 4) {
-    if (n == 4) return f.template operator()<4>(), true;
-  }
-  if constexpr (kN > 8) {
-    if (n == 8) return f.template operator()<8>(), true;
-  }
-  return false;
 }
 
 // Columns [0, columns) of n rows, in turn: store(position, vector, count).
@@ -66,7 +59,7 @@ template <class T, class Store>
 VK_INLINE void interleave_rows(const T* rows, int64_t row_stride, int64_t n, int64_t columns, Store&& store) {
   constexpr int kN = kWidth<T>;
   int64_t c = 0;
-  const bool is_done = with_turns<T>(n, [&]<int kCount>() VK_BODY {
+  const bool is_done = with_few_rows(n, [&]<int kCount>() VK_BODY {
     for (; c + kN <= columns; c += kN) {
       Vec<T> v[kCount];
 #pragma GCC unroll 8
@@ -103,7 +96,7 @@ template <class T, class Load, class Store>
 VK_INLINE void separate_rows(int64_t n, int64_t columns, Load&& load, Store&& store) {
   constexpr int kN = kWidth<T>;
   int64_t c = 0;
-  const bool is_done = with_turns<T>(n, [&]<int kCount>() VK_BODY {
+  const bool is_done = with_few_rows(n, [&]<int kCount>() VK_BODY {
     for (; c + kN <= columns; c += kN) {
       Vec<T> v[kCount];
 #pragma GCC unroll 8

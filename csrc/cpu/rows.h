@@ -19,13 +19,12 @@ struct EvenRows {
   EvenRows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// Prefetches row `row` of `columns` elements into the second level: the first is for the rows at hand. Always inlined: GCC
-// drops calls of a function that only prefetches.
+// Into the second level: L1 is for the rows at hand. Always inlined: GCC drops calls of a function that only prefetches.
 template <bool kWrite = false, class S>
-VK_INLINE void prefetch_row(EvenRows<S> rows, int64_t row, int64_t columns) {
+VK_INLINE void prefetch_row(const S* row, int64_t columns) {
   constexpr int64_t kCacheLine = 64 / sizeof(S);
   constexpr int kSecondLevel = 2;
-  for (int64_t c = 0; c < columns; c += kCacheLine) __builtin_prefetch(rows[row] + c, kWrite, kSecondLevel);
+  for (int64_t c = 0; c < columns; c += kCacheLine) __builtin_prefetch(row + c, kWrite, kSecondLevel);
 }
 
 // Rows anywhere: as far from those of a list as another tensor with the same strides is.

@@ -18,11 +18,6 @@ constexpr int64_t linear_splits(int64_t pairs, int64_t tokens) {
   return std::clamp<int64_t>(kTasks / pairs, 1, std::max<int64_t>(tokens / kMinTokens, 1));
 }
 
-inline Range share_of(Range tokens, int64_t split, int64_t splits) {
-  const int64_t count = tokens.end - tokens.begin;
-  return {tokens.begin + count * split / splits, tokens.begin + count * (split + 1) / splits};
-}
-
 constexpr int64_t linear_tiles(int64_t tokens) { return (tokens + kLinearTile - 1) / kLinearTile; }
 inline Range linear_tile(Range tokens, int64_t tile) {
   const int64_t first = tokens.begin + tile * kLinearTile;

@@ -43,6 +43,7 @@ struct MonarchProblem {
   int64_t inputs() const { return first.blocks * first.inputs; }
   int64_t inner() const { return first.blocks * first.outputs; }
   int64_t outputs() const { return second.blocks * second.outputs; }
+  int64_t num_blocks() const { return first.blocks + second.blocks; }
   DType element_type() const { return dtype; }
 };
 
@@ -56,18 +57,16 @@ inline int64_t monarch_tasks(const MonarchProblem& p) {
 }
 
 inline Range monarch_rows(const MonarchProblem& p, int64_t task) {
-  const int64_t tasks = monarch_tasks(p);
-  return {p.rows * task / tasks, p.rows * (task + 1) / tasks};
+  return share_of({0, p.rows}, task, monarch_tasks(p));
 }
 
-// The weights as operands of the products, in the instruction set's own layout.
+// The weights as operands of the products, in the instruction set's own layout. A task is a block.
 struct MonarchPackParams {
   MonarchProblem problem;
   bool is_transposed = false;  // for the backward: inputs from outputs
   void* packed = nullptr;      // the first's blocks, then the second's
 
   DType element_type() const { return problem.dtype; }
-  int64_t num_tasks() const { return problem.first.blocks + problem.second.blocks; }
 };
 
 struct MonarchParams {
@@ -82,7 +81,7 @@ struct MonarchParams {
 struct MonarchGradInputParams {
   MonarchProblem problem;
   Matrix grad_out, grad_x;
-  const void* packed = nullptr;             // as in the forward
+  const void* packed = nullptr;             // the first's blocks, as in the forward; null: nobody asks for t
   const void* packed_transposed = nullptr;  // the way back
   void* inner = nullptr;                    // operands: t shared out between the second's blocks, and the gradient of t
 

@@ -148,11 +148,12 @@ class Backward {
       const EvenRows values{p.value.at<const S>(batch, first + count, kv_head), p.value.token_stride};
       const EvenRows<S> key_gradients{params.grad_key.at<S>(batch, first, kv_head), params.grad_key.token_stride};
       const EvenRows<S> value_gradients{params.grad_value.at<S>(batch, first, kv_head), params.grad_value.token_stride};
-      for (int64_t i = count * turn / kTurns; i < count * (turn + 1) / kTurns; ++i) {
-        prefetch_row<true>(key_gradients, i, p.head_dim);
-        prefetch_row<true>(value_gradients, i, p.value_dim);
-        prefetch_row(keys, i, p.head_dim);
-        prefetch_row(values, i, p.value_dim);
+      const Range share = share_of({0, count}, turn, kTurns);
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        prefetch_row<true>(key_gradients[i], p.head_dim);
+        prefetch_row<true>(value_gradients[i], p.value_dim);
+        prefetch_row(keys[i], p.head_dim);
+        prefetch_row(values[i], p.value_dim);
       }
     } else {
       const int64_t count = rows.end - rows.begin, first = sequence.first_query + rows.end;
@@ -160,11 +161,12 @@ class Backward {
       const EvenRows outputs{forward.out.at<const S>(batch, first, head), forward.out.token_stride};
       const EvenRows out_gradients{params.grad_out.at<const S>(batch, first, head), params.grad_out.token_stride};
       const EvenRows<S> query_gradients{params.grad_query.at<S>(batch, first, head), params.grad_query.token_stride};
-      for (int64_t i = count * turn / kTurns; i < count * (turn + 1) / kTurns; ++i) {
-        prefetch_row(queries, i, p.head_dim);
-        prefetch_row(outputs, i, p.value_dim);
-        prefetch_row(out_gradients, i, p.value_dim);
-        if (stores_query_gradient) prefetch_row<true>(query_gradients, i, p.head_dim);
+      const Range share = share_of({0, count}, turn, kTurns);
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        prefetch_row(queries[i], p.head_dim);
+        prefetch_row(outputs[i], p.value_dim);
+        prefetch_row(out_gradients[i], p.value_dim);
+        if (stores_query_gradient) prefetch_row<true>(query_gradients[i], p.head_dim);
       }
     }
   }

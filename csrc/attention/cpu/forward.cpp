@@ -108,27 +108,31 @@ class Forward {
         [&](int turn) VK_BODY { prefetch(block, rows, tile_keys, turn); });
   }
 
-  // While the last queries of a block are worked on or all of them are few: the next tile of keys. Otherwise the next
-  // queries.
+  // Within a head. With a single tile of keys: the next queries, and where these rows' results go. With several, each group
+  // of rows takes its share of the next tile.
   VK_INLINE void prefetch(Range block, Range rows, Range tile_keys, int turn) const {
     constexpr int kTurns = 4;
     const int64_t count = rows.end - rows.begin;
-    const int64_t first = sequence.first_query + rows.end;
-    const EvenRows queries{p.query.at<const S>(batch, first, head), p.query.token_stride};
-    const EvenRows<S> outputs{params.out.at<S>(batch, first - count, head), params.out.token_stride};
-    for (int64_t i = count * turn / kTurns; i < count * (turn + 1) / kTurns; ++i) {
-      prefetch_row(queries, i, p.head_dim);
-      prefetch_row<true>(outputs, i, p.value_dim);
+    if (keys.count == 1) {
+      const int64_t first = sequence.first_query + rows.begin;
+      const EvenRows queries{p.query.at<const S>(batch, first + count, head), p.query.token_stride};
+      const EvenRows<S> outputs{params.out.at<S>(batch, first, head), params.out.token_stride};
+      const Range share = share_of({0, count}, turn, kTurns);
+      for (int64_t i = share.begin; i < share.end; ++i) {
+        prefetch_row(queries[i], p.head_dim);
+        prefetch_row<true>(outputs[i], p.value_dim);
+      }
+      return;
     }
-    if (keys.count == 1) return;
-    const int64_t rows_of_block = block.end - block.begin, tile = keys.size;
-    const int64_t begin = (rows.begin - block.begin) * kTurns + count * turn, end = begin + count;
-    const int64_t first_key = sequence.first_key + tile_keys.end;
-    const EvenRows next_keys{p.key.at<const S>(batch, first_key, head_of_keys()), p.key.token_stride};
-    const EvenRows next_values{p.value.at<const S>(batch, first_key, head_of_keys()), p.value.token_stride};
-    for (int64_t i = tile * begin / (rows_of_block * kTurns); i < tile * end / (rows_of_block * kTurns); ++i) {
-      prefetch_row(next_keys, i, p.head_dim);
-      prefetch_row(next_values, i, p.value_dim);
+    const int64_t first = sequence.first_key + tile_keys.end, kv_head = head_of_keys();
+    const EvenRows next_keys{p.key.at<const S>(batch, first, kv_head), p.key.token_stride};
+    const EvenRows next_values{p.value.at<const S>(batch, first, kv_head), p.value.token_stride};
+    const Range of_group{keys.size * (rows.begin - block.begin) / (block.end - block.begin),
+                         keys.size * (rows.end - block.begin) / (block.end - block.begin)};
+    const Range share = share_of(of_group, turn, kTurns);
+    for (int64_t i = share.begin; i < share.end; ++i) {
+      prefetch_row(next_keys[i], p.head_dim);
+      prefetch_row(next_values[i], p.value_dim);
     }
   }
 

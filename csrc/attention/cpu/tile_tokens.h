@@ -57,13 +57,9 @@ class TileTokens {
   ScatteredRows<std::remove_const_t<Element>> from(int64_t token) const { return {address + token, distance}; }
   Element* operator[](int64_t token) const { return reinterpret_cast<Element*>(address[token] + distance); }
 
-  // Always inlined: GCC drops calls of a function that only prefetches.
   VK_INLINE void prefetch(Range tokens) const {
-    constexpr int64_t kCacheLine = 64 / sizeof(Element);
-    constexpr bool kWrite = !std::is_const_v<Element>;
-    constexpr int kSecondLevel = 2;  // L1 is for the current tile
     for (int64_t token = tokens.begin; token < std::min(tokens.end, count); ++token) {
-      for (int64_t c = 0; c < dim; c += kCacheLine) __builtin_prefetch((*this)[token] + c, kWrite, kSecondLevel);
+      prefetch_row<!std::is_const_v<Element>>((*this)[token], dim);
     }
   }
 

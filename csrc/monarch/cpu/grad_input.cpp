@@ -23,7 +23,7 @@ class MonarchGradInput {
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
       const Range rows = monarch_rows(p, task);
-      first.run(rows, inner.rows, rows.begin);
+      if (params.packed) first.run(rows, inner.rows, rows.begin);
       grad_inner(rows);
       for (int64_t row = rows.begin; row < rows.end; row += kGroupRows) {
         grad_input(row, std::min(rows.end - row, kGroupRows));

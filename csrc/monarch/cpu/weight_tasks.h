@@ -18,8 +18,8 @@ class MonarchWeightTasks {
   int64_t of_first() const { return blocks_ * first_chunks(); }
   int64_t count() const { return of_first() + divide(second_, second_chunk()); }
 
-  Range first_rows(int64_t chunk) const { return part(first_, chunk, first_chunks()); }
-  Range second_rows(int64_t chunk) const { return part(second_, chunk, divide(second_, second_chunk())); }
+  Range first_rows(int64_t chunk) const { return share_of({0, first_}, chunk, first_chunks()); }
+  Range second_rows(int64_t chunk) const { return share_of({0, second_}, chunk, divide(second_, second_chunk())); }
 
  private:
   static constexpr int64_t kRows = 64, kFewest = 32;
@@ -27,7 +27,6 @@ class MonarchWeightTasks {
   // By value: code of an instruction set may not define a name that another's shares, as a reference would.
   static int64_t at_most(int64_t largest, int64_t n) { return n < largest ? n : largest; }
   static int64_t divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
-  static Range part(int64_t n, int64_t i, int64_t of) { return {n * i / of, n * (i + 1) / of}; }
 
   int64_t blocks_, first_, second_, turns_;
 };

@@ -7,12 +7,13 @@
 namespace vitkernels {
 namespace {
 
-Tensor pack(const MonarchProblem& problem, const Tensor& like, bool is_transposed) {
+// Of the blocks of both weights, those of the first coming first, as many as are read.
+Tensor pack(const MonarchProblem& problem, const Tensor& like, bool is_transposed, int64_t blocks) {
   MonarchPackParams params{.problem = problem, .is_transposed = is_transposed};
   const Kernel<MonarchPackParams>& kernel = vitkernels::kernel<MonarchPackParams>();
   const Tensor packed = empty_as(like, {kernel.parts(params)}, ScalarType::Byte);
   params.packed = packed.mutable_data_ptr();
-  parallel_ranges(params.num_tasks(), 1, [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, nullptr); });
+  parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, nullptr); });
   return packed;
 }
 
@@ -21,7 +22,7 @@ void blockdiag_butterfly_multiply(Call& call) {
   const Tensor out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
   const MonarchProblem& problem = args.problem;
   if (problem.rows > 0) {
-    const Tensor packed = pack(problem, args.x, false);
+    const Tensor packed = pack(problem, args.x, false, problem.num_blocks());
     const MonarchParams params{
         .problem = problem, .packed = packed.const_data_ptr(), .out = MonarchArguments::matrix(out)};
     run_kernel(kernel<MonarchParams>(), params, monarch_tasks(problem), 1, args.x);
@@ -43,11 +44,12 @@ void blockdiag_butterfly_multiply_backward(Call& call) {
   };
   const Tensor grad_w1 = gradient(needs_w1, args.w1), grad_w2 = gradient(needs_w2, args.w2);
   if (has_rows) {
-    const Tensor packed = pack(problem, args.x, false), packed_transposed = pack(problem, args.x, true);
+    const Tensor packed = needs_w2 ? pack(problem, args.x, false, problem.first.blocks) : none_like(args.x);
+    const Tensor packed_transposed = pack(problem, args.x, true, problem.num_blocks());
     MonarchGradInputParams of_input{.problem = problem,
                                     .grad_out = MonarchArguments::matrix(grad_out),
                                     .grad_x = MonarchArguments::matrix(grad_x),
-                                    .packed = packed.const_data_ptr(),
+                                    .packed = needs_w2 ? packed.const_data_ptr() : nullptr,
                                     .packed_transposed = packed_transposed.const_data_ptr()};
     const Kernel<MonarchGradInputParams>& kernel_of_input = kernel<MonarchGradInputParams>();
     const Tensor inner = empty_as(args.x, {kernel_of_input.parts(of_input)}, ScalarType::Byte);

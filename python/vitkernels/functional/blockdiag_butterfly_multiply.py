@@ -21,7 +21,8 @@ def blockdiag_butterfly_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         t_{iq + a} = \sum_b w^1_{iab} \, x_{ip + b}, \qquad y_{sl + j} = \sum_r w^2_{jsr} \, t_{rl + j}
 
     Blocks of the first matrix read neighbors. Those of the second take turns, both in what they read and in what they
-    write. The intermediate ``t`` does not reach memory, and nothing is permuted there.
+    write. The forward leaves no intermediate ``t`` in memory, and permutes nothing there; the backward computes ``t``
+    again.
 
     Args:
         x: ``(..., k * p)``. Leading dimensions that are no single stride apart are copied.
