@@ -15,6 +15,7 @@ MODULES = {
     "LinearAngularAttention": lambda: (vk.nn.LinearAngularAttention(16, 2), (2, 7, 16)),
     "LinearAttention": lambda: (vk.nn.LinearAttention(16, 2), (2, 7, 16)),
     "LiteMLA": lambda: (vk.nn.LiteMLA(16, 16), (2, 16, 4, 5)),
+    "MonarchLinear": lambda: (vk.nn.MonarchLinear(14, 14), (2, 7, 14)),
     "NeighborhoodAttention1D": lambda: (vk.nn.NeighborhoodAttention1D(16, 2, 3, rel_pos_bias=True), (2, 7, 16)),
     "NeighborhoodAttention2D": lambda: (vk.nn.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True), (2, 4, 5, 16)),
     "NeighborhoodAttention3D": lambda: (vk.nn.NeighborhoodAttention3D(16, 2, 3), (2, 3, 4, 5, 16)),
@@ -37,8 +38,8 @@ PAIRS = {
 
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
-    "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA", "ProgressiveRepBN", "RepBN",
-    "SimplifiedLinearAttention", "TokenPerformer",
+    "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA", "MonarchLinear",
+    "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "TokenPerformer",
 }  # fmt: skip
 
 assert set(MODULES | PAIRS) == set(vk.nn.__all__), "a module without a row"

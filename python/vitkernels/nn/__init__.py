@@ -13,6 +13,7 @@ from vitkernels.nn.linear import (
 )
 from vitkernels.nn.lite_mla import LiteMLA
 from vitkernels.nn.lookup import LookupViTBlock
+from vitkernels.nn.monarch import MonarchLinear
 from vitkernels.nn.neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from vitkernels.nn.proxy import ProxyTokenAttention
 from vitkernels.nn.rep_bn import ProgressiveRepBN, RepBN
@@ -32,6 +33,7 @@ __all__ = [
     "LinearAttention",
     "LiteMLA",
     "LookupViTBlock",
+    "MonarchLinear",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

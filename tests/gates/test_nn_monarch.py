@@ -1,0 +1,190 @@
+"""The linear layer whose weight is a Monarch matrix: projection, expansion, initialisation."""
+
+import copy
+
+import pytest
+import torch
+from support.mechanisms import agree_module
+from torch import nn
+from vitkernels.nn import MonarchLinear
+
+# Inputs, outputs, blocks: divisible, padded on either side, one block, wider than high, fewer inner features than
+# blocks, more blocks than features.
+SIZES = [(16, 24, 4), (14, 18, 4), (18, 13, 4), (7, 5, 1), (24, 16, 5), (8, 12, 4), (3, 2, 8)]
+SVD_ERROR = 1e-14  # of LAPACK, in float64, for matrices as small as these
+every_size = pytest.mark.parametrize(("inputs", "outputs", "blocks"), SIZES)
+
+
+def pairs(weight, inputs, outputs, blocks):
+    """What lies between each block of inputs and each turn of outputs, and the rank that it may have."""
+    p, s = -(-inputs // blocks), -(-outputs // blocks)
+    q = min(p, s)
+    for i in range(blocks):
+        for j in range(blocks):
+            rank = sum(n % blocks == j for n in range(i * q, (i + 1) * q))
+            yield weight[j::blocks, i * p : (i + 1) * p], rank
+
+
+@every_size
+def test_forward(inputs, outputs, blocks):
+    p, s = -(-inputs // blocks), -(-outputs // blocks)
+
+    def formula(parameters, x):
+        padded = torch.cat([x, x.new_zeros(*x.shape[:-1], blocks * p - inputs)], -1)
+        inner = padded @ torch.block_diag(*parameters["blkdiag1"]).t()
+        taken = torch.arange(blocks * min(p, s)).view(-1, blocks).t().flatten()
+        turns = inner[..., taken] @ torch.block_diag(*parameters["blkdiag2"]).t()
+        given = torch.arange(blocks * s).view(blocks, s).t().flatten()
+        return turns[..., given][..., :outputs] + parameters["bias"]
+
+    torch.manual_seed(0)
+    agree_module(MonarchLinear(inputs, outputs, blocks), formula, torch.randn(2, 3, inputs))
+
+
+@every_size
+def test_projection_is_optimal(inputs, outputs, blocks):
+    """By Eckart and Young: nothing of rank r is nearer than the singular values behind the first r."""
+    torch.manual_seed(0)
+    linear = nn.Linear(inputs, outputs, dtype=torch.float64)
+    near = MonarchLinear.from_linear(linear, blocks)
+    lost = sum(torch.linalg.svdvals(w)[r:].square().sum() for w, r in pairs(linear.weight, inputs, outputs, blocks))
+    error = (lost.sqrt() / linear.weight.norm()).item()
+    assert near.projection_error == pytest.approx(error, abs=SVD_ERROR)
+    distance = (near.to_linear().weight - linear.weight).norm() / linear.weight.norm()
+    assert distance.item() == pytest.approx(error, abs=SVD_ERROR)
+
+
+@every_size
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_there_and_back(inputs, outputs, blocks, dtype):
+    """A Monarch matrix is its own projection, up to the rounding of the weights."""
+    torch.manual_seed(0)
+    layer = MonarchLinear(inputs, outputs, blocks, dtype=dtype)
+    dense = layer.to_linear()
+    again = MonarchLinear.from_linear(dense, blocks)
+    eps = torch.finfo(dtype).eps
+    assert again.projection_error < 2 * eps + SVD_ERROR
+    x = torch.randn(3, inputs, dtype=dtype)
+    tolerance = {"rtol": 8 * eps, "atol": 8 * eps}
+    torch.testing.assert_close(dense(x), layer(x), **tolerance)
+    torch.testing.assert_close(again(x), layer(x), **tolerance)
+
+
+def test_one_block_is_exact():
+    linear = nn.Linear(6, 9, dtype=torch.float64)
+    assert MonarchLinear.from_linear(linear, 1).projection_error < SVD_ERROR
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_stays(bias):
+    linear = nn.Linear(12, 8, bias, dtype=torch.bfloat16).requires_grad_(False).eval()
+    generator = torch.get_rng_state()
+    layer = MonarchLinear.from_linear(linear)
+    assert torch.equal(torch.get_rng_state(), generator), "random numbers were drawn"
+    for module in (layer, layer.to_linear()):
+        assert not module.training and (module.bias is not None) == bias
+        assert {(p.dtype, p.requires_grad) for p in module.parameters()} == {(torch.bfloat16, False)}
+        assert not bias or (torch.equal(module.bias, linear.bias) and module.bias is not linear.bias)
+    layer.blkdiag1.requires_grad_()
+    assert layer.train().to_linear().weight.requires_grad and layer.to_linear().training
+
+
+def test_weight_of_zeros():
+    linear = nn.Linear(8, 8)
+    nn.init.zeros_(linear.weight)
+    layer = MonarchLinear.from_linear(linear)
+    assert layer.projection_error == 0 and torch.equal(layer(torch.ones(8)), linear.bias)
+
+
+def test_names_and_shapes_are_published_ones():
+    layer = MonarchLinear(384, 1536, 4)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes == {"blkdiag1": (4, 96, 96), "blkdiag2": (4, 384, 96), "bias": (1536,)}
+    assert [tuple(p.shape) for p in MonarchLinear(1536, 384, 4, bias=False).parameters()] == [(4, 96, 384), (4, 96, 96)]
+    assert repr(layer) == "MonarchLinear(in_features=384, out_features=1536, nblocks=4, bias=True)"
+
+
+def test_initial_variance_is_that_of_linear():
+    torch.manual_seed(0)
+    x = torch.randn(512, 256)
+    for blocks in (1, 4, 8):
+        ours, dense = (m(x).var().item() for m in (MonarchLinear(256, 512, blocks), nn.Linear(256, 512)))
+        assert ours == pytest.approx(dense, rel=0.05)
+
+
+def test_subclass_and_copies():
+    class Named(MonarchLinear):
+        pass
+
+    layer = Named.from_linear(nn.Linear(8, 12))
+    assert type(layer) is Named and copy.deepcopy(layer).projection_error == layer.projection_error > 0
+
+
+def test_autocast():
+    layer, x = MonarchLinear(14, 18), torch.randn(3, 14)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.02, atol=0.02)
+    out.sum().backward()
+    assert layer.blkdiag1.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("features", [16, 14])
+def test_compile_and_export(features):
+    layer = MonarchLinear(features, 18).eval()
+    x = torch.randn(2, 3, features)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    for rows in (x, torch.randn(5, 3, features)):
+        torch.testing.assert_close(compiled(rows), layer(rows), rtol=0, atol=0)
+        torch.testing.assert_close(exported(rows), layer(rows), rtol=0, atol=0)
+
+
+def test_vmap_over_inputs_and_over_layers():
+    layers = [MonarchLinear(14, 18, dtype=torch.float64) for _ in range(3)]
+    x = torch.randn(3, 5, 14, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(layers[0])(x), layers[0](x))
+    parameters, buffers = torch.func.stack_module_state(layers)
+
+    def call(parameters, buffers, x):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    out = torch.func.vmap(call)(parameters, buffers, x)
+    torch.testing.assert_close(out, torch.stack([layer(rows) for layer, rows in zip(layers, x, strict=True)]))
+
+
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 0, 16)])
+def test_leading_dimensions(shape):
+    assert MonarchLinear(16, 10)(torch.zeros(shape)).shape == (*shape[:-1], 10)
+
+
+def not_finite():
+    linear = nn.Linear(4, 4)
+    nn.init.constant_(linear.weight, torch.nan)
+    return linear
+
+
+FROM = "MonarchLinear.from_linear: linear"
+BAD = {
+    "nblocks is 0, takes an integer": lambda: MonarchLinear(4, 4, 0),
+    "nblocks is True, takes an integer": lambda: MonarchLinear(4, 4, True),
+    "in_features is 0, takes an integer": lambda: MonarchLinear(0, 4),
+    "nblocks is 2.0, takes an integer": lambda: MonarchLinear.from_linear(nn.Linear(4, 4), 2.0),
+    r"MonarchLinear: x has shape \(2, 5\), takes \(..., 4\)": lambda: MonarchLinear(4, 4)(torch.zeros(2, 5)),
+    r"MonarchLinear: x has shape \(\), takes": lambda: MonarchLinear(4, 4)(torch.zeros(())),
+    f"{FROM} is a Conv1d, takes a torch.nn.Linear": lambda: MonarchLinear.from_linear(nn.Conv1d(4, 4, 1)),
+    f"{FROM} has a weight of torch.complex64 on cpu": lambda: MonarchLinear.from_linear(
+        nn.Linear(4, 4, dtype=torch.complex64)
+    ),
+    f"{FROM} has a weight of torch.float32 on meta": lambda: MonarchLinear.from_linear(nn.Linear(4, 4, device="meta")),
+    f"{FROM} has a weight with NaN": lambda: MonarchLinear.from_linear(not_finite()),
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_arguments_are_named(text):
+    with pytest.raises(RuntimeError, match=text) as raised:
+        BAD[text]()
+    assert str(raised.value).startswith("vitkernels.nn.")
