@@ -25,7 +25,7 @@ from vitkernels.functional import (
     spatial_attention,
     window_attention,
 )
-from vitkernels.integrations import Report, accelerate, restore, restored
+from vitkernels.integrations import MonarchReport, Report, accelerate, expand_monarch, monarchize, restore, restored
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,7 @@ __all__ = [
     "FeatureMap",
     "Full",
     "Halo",
+    "MonarchReport",
     "Neighborhood",
     "Report",
     "Sliding",
@@ -48,11 +49,13 @@ __all__ = [
     "criss_cross_attention",
     "cross_shaped_window_attention",
     "decayed_linear_attention",
+    "expand_monarch",
     "grid_attention",
     "halo_attention",
     "linear_attention",
     "linear_attention_varlen",
     "merge_attentions",
+    "monarchize",
     "na1d",
     "na2d",
     "na3d",

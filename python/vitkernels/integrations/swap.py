@@ -15,7 +15,7 @@ from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
 from vitkernels.integrations.exporters import check_exporter, refuse_script
 from vitkernels.integrations.report import Entry, kind_of
 
-__all__ = ["DROPOUT", "SOFTMAX", "Fused", "Swaps"]
+__all__ = ["DROPOUT", "SOFTMAX", "Fused", "Swaps", "has_hooks"]
 
 #: Classes that `absorbed` names.
 DROPOUT = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
@@ -195,7 +195,8 @@ def _has(module: nn.Module, path: str) -> bool:
     return hasattr(_at(module, parent) if parent else module, name)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its forward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -203,13 +204,13 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _may_be_passed_over(module: nn.Module | None, classes: tuple[type, ...]) -> bool:
     """Whether nobody would notice that an absorbed ``module`` is not called."""
-    return module is None or (type(module) in classes and "forward" not in module.__dict__ and not _has_hooks(module))
+    return module is None or (type(module) in classes and "forward" not in module.__dict__ and not has_hooks(module))
 
 
 def _condition_of_parts(module: nn.Module, fused: type[Fused]) -> str:
     """When hooks lead to the stock path, as far as the absorbed modules of ``module`` exist."""
     found = {".".join(names): part for names, _ in fused.parts if (part := _part(module, names)) is not None}
-    if hooked := [path for path, part in found.items() if _has_hooks(part)]:
+    if hooked := [path for path, part in found.items() if has_hooks(part)]:
         return f"stock path now: hooks on {_joined(hooked)}"
     return f"stock path with hooks on {_joined([*found])}" if found else ""
 

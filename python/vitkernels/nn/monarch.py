@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitkernels.functional import blockdiag_butterfly_multiply
 from vitkernels.nn.maps import check_stored_input, integers
 
-__all__ = ["MonarchLinear"]
+__all__ = ["MonarchLinear", "why_not_projected"]
 
 
 class MonarchLinear(nn.Module):
@@ -121,7 +121,8 @@ class MonarchLinear(nn.Module):
 
         Source: Dao et al. (2022), section 3.3 and its appendix on rectangular matrices.
         """
-        _check_dense(linear)
+        if why := why_not_projected(linear):
+            raise RuntimeError(f"vitkernels.nn.MonarchLinear.from_linear: linear {why}")
         # On the meta device nothing is drawn from the random generator.
         made = cls(linear.in_features, linear.out_features, nblocks, linear.bias is not None, device="meta")
         weight = linear.weight.detach()
@@ -171,14 +172,11 @@ def _nearest(weight: Tensor, nblocks: int) -> tuple[Tensor, Tensor]:
     return w1, w2
 
 
-def _check_dense(linear: Any) -> None:
-    name = "vitkernels.nn.MonarchLinear.from_linear: linear"
+def why_not_projected(linear: object) -> str:
+    """Why there is no Monarch matrix next to the weight of ``linear``, or nothing."""
     if not isinstance(linear, nn.Linear):
-        raise RuntimeError(f"{name} is a {type(linear).__name__}, takes a torch.nn.Linear")
+        return f"is a {type(linear).__name__}, takes a torch.nn.Linear"
     weight = linear.weight
     if not weight.is_floating_point() or weight.is_meta:
-        raise RuntimeError(
-            f"{name} has a weight of {weight.dtype} on {weight.device}, takes floating-point values in memory"
-        )
-    if not weight.isfinite().all():
-        raise RuntimeError(f"{name} has a weight with NaN or infinity, takes finite values")
+        return f"has a weight of {weight.dtype} on {weight.device}, takes floating-point values in memory"
+    return "" if weight.isfinite().all() else "has a weight with NaN or infinity, takes finite values"
