@@ -63,6 +63,7 @@ MODELS = {
         },
     ),
 }
+BLOCKS = 3
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -73,7 +74,7 @@ def test_mlps_there_and_back(name):
     model, images = build()
     stock = output_of(model, images)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    report = vk.monarchize(model)
+    report = vk.monarchize(model, nblocks=BLOCKS)
     assert {entry.name for entry in report.replaced} == names and not report.stock
     assert {n for n, m in model.named_modules() if isinstance(m, MonarchLinear)} == names
     for entry in report.replaced:
@@ -85,19 +86,19 @@ def test_mlps_there_and_back(name):
     torch.testing.assert_close(output_of(model, images), sparse, rtol=1e-9, atol=1e-9)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if "bias" in key)
-    assert max(entry.error for entry in vk.monarchize(model).replaced) < 1e-13
+    assert max(entry.error for entry in vk.monarchize(model, nblocks=BLOCKS).replaced) < 1e-13
 
 
 @every_model
 def test_composes_with_accelerate(name):
     """In either order, with the outputs of the stock attention."""
     model, images = MODELS[name][0]()
-    vk.monarchize(model)
+    vk.monarchize(model, nblocks=BLOCKS)
     expected = output_of(model, images)
     other = MODELS[name][0]()[0]
     accelerated = len(vk.accelerate(model).replaced)
     assert accelerated and len(vk.accelerate(other).replaced) == accelerated
-    vk.monarchize(other)
+    vk.monarchize(other, nblocks=BLOCKS)
     for each in (model, other):
         torch.testing.assert_close(output_of(each, images), expected, rtol=1e-9, atol=1e-9)
     vk.restore(model)
@@ -118,7 +119,7 @@ def test_projections_of_accelerated_attention():
 def test_copies_and_training():
     pytest.importorskip("timm")
     model, images = timm_model(depth=1)
-    vk.monarchize(model)
+    vk.monarchize(model, nblocks=BLOCKS)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output_of(twin, images), output_of(model, images))
     output_of(model.train(), images).square().sum().backward()
