@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,6 +23,7 @@ from examples.agreement import Agreement, agreement
 from examples.dinov2 import ONNX_SIZE, PATCH, load_model, model_path, onnx_outputs
 from examples.figure import Row, draw
 from examples.photos import open_photo, sample_photos
+from examples.printing import machine, mebibytes, table
 from examples.timing import Timing, peak_memory, time_models
 
 
@@ -48,26 +47,6 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--image: {error}")
     given.sizes = sorted(set(given.sizes))
     return given
-
-
-def machine(threads: int) -> str:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "onnxruntime"))
-    return f"{cpu}, {threads} thread{'s' * (threads > 1)}, vitkernels {vk.__version__}, {packages}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
-
-
-def mebibytes(value: int | None) -> str:
-    return "?" if value is None else f"{value / 2**20:.1f}"
 
 
 def timing_table(timings: list[Timing], memory: dict[int, tuple[int | None, ...]]) -> str:
@@ -107,7 +86,7 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     photos = given.photos
     check_sizes = sorted({ONNX_SIZE, *given.sizes})
-    hardware = machine(given.threads)
+    hardware = machine(given.threads, ("torch", "transformers", "onnxruntime"))
     print(hardware)
 
     path = model_path()
