@@ -153,6 +153,10 @@ def test_vmap_over_inputs_and_over_layers():
 
     out = torch.func.vmap(call)(parameters, buffers, x)
     torch.testing.assert_close(out, torch.stack([layer(rows) for layer, rows in zip(layers, x, strict=True)]))
+    biases = {"bias": parameters["bias"]}  # no other parameter, and no input, has a batch
+    out = torch.func.vmap(lambda bias: torch.func.functional_call(layers[0], bias, (x[0],)))(biases)
+    without = layers[0](x[0]) - layers[0].bias
+    torch.testing.assert_close(out, without + parameters["bias"].unsqueeze(1))
 
 
 @pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 0, 16)])
