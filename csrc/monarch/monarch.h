@@ -34,6 +34,10 @@ struct Matrix {
   }
 };
 
+// Of the outputs, once the bias is added.
+enum class Activation : int64_t { kNone, kGelu };
+inline constexpr int64_t kNumActivations = 2;
+
 struct MonarchProblem {
   DType dtype = DType::kFloat32;
   int64_t rows = 0;
@@ -72,6 +76,8 @@ struct MonarchPackParams {
 struct MonarchParams {
   MonarchProblem problem;
   const void* packed = nullptr;
+  const void* bias = nullptr;  // [outputs()] in the type of sums, or null
+  Activation activation = Activation::kNone;
   Matrix out;  // [rows, outputs()]
 
   DType element_type() const { return problem.dtype; }
@@ -98,5 +104,20 @@ struct MonarchGradWeightParams {
 
   DType element_type() const { return problem.dtype; }
 };
+
+// Before both passes: the gradient before the activation, and that of the bias, which is its sum over the rows. A task
+// is kEpilogueColumns columns.
+struct MonarchGradEpilogueParams {
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, columns = 0;
+  Activation activation = Activation::kNone;
+  Matrix grad_out;
+  Matrix before, grad_before;  // where there is an activation: its argument, and the gradient of that
+  void* grad_bias = nullptr;   // [columns] in the type of sums, or null
+
+  DType element_type() const { return dtype; }
+};
+
+inline constexpr int64_t kEpilogueColumns = 64;
 
 }  // namespace vitkernels

@@ -49,12 +49,43 @@ def test_only_requested_gradients():
     x, (w1, w2) = torch.randn(40, 10), weights((2, 6, 5), (2, 7, 6))
     grad = torch.randn(40, 14)
     backward = torch.ops.vitkernels.blockdiag_butterfly_multiply_backward
-    of_x, of_w1, of_w2 = backward(grad, x, w1, w2, False, True, True)
+    of_x, of_w1, of_w2, _ = backward(grad, x, w1, w2, None, 0, False, True, True, False)
     for needs in ((True, False), (False, True), (False, False)):
-        found = backward(grad, x, w1, w2, False, *needs)
+        found = backward(grad, x, w1, w2, None, 0, False, *needs, False)[:3]
         assert torch.equal(found[0], of_x)
         for need, given, expected in zip(needs, found[1:], (of_w1, of_w2), strict=True):
             assert torch.equal(given, expected) if need else given.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_bias_in_either_dtype(dtype, activation):
+    """The same results, and gradients in the bias's own dtype."""
+    x, (w1, w2) = torch.randn(300, 20).to(dtype), weights((4, 12, 5), (4, 19, 12), dtype)
+    grad, bias = torch.randn(300, 76).to(dtype), torch.randn(76).to(dtype)
+    found = []
+    for given in (bias, bias.float()):
+        given.requires_grad_()
+        out = op(x, w1, w2, given, activation=activation)
+        (of_bias,) = torch.autograd.grad(out, given, grad)
+        assert of_bias.dtype == given.dtype
+        found.append((out, of_bias.to(dtype)))
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
+    expected = vk.reference.blockdiag_butterfly_multiply(
+        x.double(), w1.double(), w2.double(), bias.double(), activation=activation
+    )
+    torch.testing.assert_close(found[0][0].double(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_gelu_beyond_all_range():
+    """Its tails, in relative error: what is negative and far has no cancellation."""
+    x = torch.cat([torch.linspace(-13, 13, 4001), torch.tensor([-1e30, 1e30, float("inf"), float("nan")])])[:, None]
+    one = torch.ones(1, 1, 1)
+    expected = x.double() * torch.special.erfc(x.double() * -(0.5**0.5)) / 2  # PyTorch's own cancels, in float64 too
+    found = op(x, one, one, activation="gelu").double()
+    is_normal = expected.abs() > 1e-35
+    torch.testing.assert_close(found[is_normal], expected[is_normal], rtol=2e-5, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 def test_no_row_is_a_gradient_of_zero():
@@ -86,6 +117,11 @@ X, W1, W2 = torch.zeros(3, 10), torch.zeros(2, 6, 5), torch.zeros(3, 7, 4)
         ({"w2": W2.double()}, "w2 is float64, takes float32"),
         ({"w2": W2[..., :3]}, "w2 has shape (3, 7, 3), takes 12 columns in all blocks together (w1's rows)"),
         ({"w2": [1.0]}, "w2 is a list, takes a tensor"),
+        ({"bias": torch.zeros(20)}, "bias has shape (20), takes (21)"),
+        ({"bias": torch.zeros(21).half()}, "bias is float16, takes float32"),
+        ({"bias": 1.0}, "bias is a float, takes a tensor"),
+        ({"activation": "relu"}, "activation is 'relu', takes 'none' or 'gelu'"),
+        ({"activation": 1}, "activation is 1, takes 'none' or 'gelu'"),
     ],
 )
 def test_errors_are_the_callers(wrong, text):

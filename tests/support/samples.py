@@ -112,7 +112,11 @@ def monarch(
     **arguments: Any,
 ) -> Sample:  # fmt: skip
     """``first`` and ``second`` are (blocks, outputs, inputs)."""
-    sizes = {"b": b, "q": q, "c": first[0] * first[2]} | dict(zip("fghlms", first + second, strict=True))
+    sizes = (
+        {"b": b, "q": q, "c": first[0] * first[2]}
+        | dict(zip("fghlms", first + second, strict=True))
+        | {"o": second[0] * second[1]}
+    )
     data = {"x": Input("bqc"), "w1": Input("fgh"), "w2": Input("lms")}
     return Sample("blockdiag_butterfly_multiply", id, {**data, **arguments}, sizes, frozenset(tags.split()))
 
@@ -378,7 +382,12 @@ SAMPLES = [
     monarch("wide", (2, 64, 300), (2, 70, 64), q=150),
     monarch("expanded", (4, 6, 5), (4, 9, 6), x=Input("b1c", expand="bqc")),
     monarch("shared-block", (4, 6, 5), (4, 9, 6), w2=Input("1ms", expand="lms")),
-    monarch("no-batch", (4, 6, 5), (4, 9, 6), b=0, tags="core"),
+    monarch("bias", (4, 6, 5), (4, 9, 6), bias=statistic("o"), tags="core"),
+    monarch("bias-odd", (2, 10, 33), (5, 3, 4), bias=statistic("o")),
+    monarch("gelu", (4, 6, 5), (4, 9, 6), activation="gelu", tags="core"),
+    monarch("gelu-bias", (4, 18, 5), (8, 23, 9), q=150, bias=statistic("o"), activation="gelu", tags="core deploy"),
+    monarch("gelu-bias-wide", (2, 6, 5), (3, 70, 4), q=150, bias=statistic("o"), activation="gelu"),
+    monarch("no-batch", (4, 6, 5), (4, 9, 6), b=0, bias=statistic("o"), activation="gelu", tags="core"),
     channels("plain", tags="core deploy"),
     channels("number-scale", scale=0.05, d=33, v=5),
     channels("head-scale", scale=statistic("h", fraction), tags="core"),

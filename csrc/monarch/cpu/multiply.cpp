@@ -3,6 +3,7 @@
 // A task is a block of rows. Their intermediate stays in its scratch memory: the first product writes it row by row, and
 // it is shared out between the blocks of the second on the way.
 
+#include "cpu/gelu.h"
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/monarch_tile.h"
 
@@ -39,11 +40,19 @@ class Monarch {
                          output_width);  // [count, columns]
       }
       for (int64_t r = 0; r < count; ++r) {
-        S* to = params.out.row<S>(rows.begin + r) + column * blocks;
+        const int64_t first_column = column * blocks;
+        S* to = params.out.row<S>(rows.begin + r) + first_column;
         interleave_rows<T>(outputs + r * output_width, chunk, blocks, columns,
-                           [&](int64_t c, Vec<T> v, int64_t n) VK_BODY { store_narrowed<T>(to + c, v, n); });
+                           [&](int64_t c, Vec<T> v, int64_t n)
+                               VK_BODY { store_narrowed<T>(to + c, epilogue(v, first_column + c, n), n); });
       }
     }
+  }
+
+  // The outputs from a column on, which the sums become.
+  VK_INLINE Vec<T> epilogue(Vec<T> sums, int64_t column, int64_t count) const {
+    if (params.bias) sums += load_widened<T>(static_cast<const T*>(params.bias) + column, count);
+    return params.activation == Activation::kGelu ? gelu<T>(sums) : sums;
   }
 
   const MonarchParams& params;

@@ -9,6 +9,9 @@ namespace vitkernels {
 // Owns what the problem points to.
 struct MonarchArguments {
   Tensor x, w1, w2;
+  OptionalTensor bias;
+  ScalarType bias_type = ScalarType::Float;  // as it was given; `bias` is in the type of sums
+  Activation activation;
   bool allow_tf32;
   MonarchProblem problem;
 
@@ -16,12 +19,21 @@ struct MonarchArguments {
       : x(call.take<Tensor>("x")),
         w1(call.take<Tensor>("w1")),
         w2(call.take<Tensor>("w2")),
-        allow_tf32(call.take<bool>("allow_tf32")) {
+        bias(call.take<OptionalTensor>("bias")) {
+    const auto given = call.take<int64_t>("activation");
+    allow_tf32 = call.take<bool>("allow_tf32");
     check(call.checker);
+    call.checker.check(given >= 0 && given < kNumActivations, "activation is ", given, ", takes 0 to ",
+                       kNumActivations - 1);
+    activation = Activation(given);
+    if (bias)
+      bias_type = bias->scalar_type(), bias = as_contiguous(torch::stable::to(*bias, statistics_type(problem.dtype)));
     x = with_unit_last_stride(x), w1 = as_contiguous(w1), w2 = as_contiguous(w2);
     problem.x = matrix(x);
     problem.first.data = w1.const_data_ptr(), problem.second.data = w2.const_data_ptr();
   }
+
+  const void* bias_data() const { return bias ? bias->const_data_ptr() : nullptr; }
 
   static Matrix matrix(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
 
@@ -44,6 +56,9 @@ struct MonarchArguments {
     checker.size("x", x, 1, problem.inputs(), "the columns of w1's blocks together");
     checker.check(problem.second.blocks * problem.second.inputs == problem.inner(), "w2 has shape ",
                   Shape{sizes_of(w2)}, ", takes ", problem.inner(), " columns in all blocks together (w1's rows)");
+    if (!bias) return;
+    const ScalarType sums = statistics_type(problem.dtype);
+    checker.tensor("bias", *bias, x, bias->scalar_type() == sums ? sums : x.scalar_type(), {problem.outputs()});
   }
 };
 

@@ -17,34 +17,83 @@ Tensor pack(const MonarchProblem& problem, const Tensor& like, bool is_transpose
   return packed;
 }
 
-void blockdiag_butterfly_multiply(Call& call) {
-  const MonarchArguments args(call);
+// With the epilogue, or for the backward what comes before the activation.
+Tensor multiply(const MonarchArguments& args, Activation activation, const Tensor& packed) {
   const Tensor out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
-  const MonarchProblem& problem = args.problem;
-  if (problem.rows > 0) {
-    const Tensor packed = pack(problem, args.x, false, problem.num_blocks());
-    const MonarchParams params{
-        .problem = problem, .packed = packed.const_data_ptr(), .out = MonarchArguments::matrix(out)};
-    run_kernel(kernel<MonarchParams>(), params, monarch_tasks(problem), 1, args.x);
-  }
-  call.give(out, "");
+  const MonarchParams params{.problem = args.problem,
+                             .packed = packed.const_data_ptr(),
+                             .bias = args.bias_data(),
+                             .activation = activation,
+                             .out = MonarchArguments::matrix(out)};
+  run_kernel(kernel<MonarchParams>(), params, monarch_tasks(args.problem), 1, args.x);
+  return out;
 }
 
-void blockdiag_butterfly_multiply_backward(Call& call) {
-  const Tensor given = call.take<Tensor>("grad_out");
+void blockdiag_butterfly_multiply(Call& call) {
   const MonarchArguments args(call);
-  const bool needs_w1 = call.take<bool>("need_w1"), needs_w2 = call.take<bool>("need_w2");
-  call.checker.tensor("grad_out", given, args.x, args.x.scalar_type(), args.out_sizes());
-  const Tensor grad_out = with_unit_last_stride(given);
   const MonarchProblem& problem = args.problem;
-  const Tensor grad_x = empty_as(args.x);
-  const bool has_rows = problem.rows > 0;
-  const auto gradient = [&](bool is_needed, const Tensor& weight) {
-    return !is_needed ? none_like(args.x) : has_rows ? empty_as(weight) : zeros_as(weight);
-  };
-  const Tensor grad_w1 = gradient(needs_w1, args.w1), grad_w2 = gradient(needs_w2, args.w2);
-  if (has_rows) {
-    const Tensor packed = needs_w2 ? pack(problem, args.x, false, problem.first.blocks) : none_like(args.x);
+  if (problem.rows == 0) return call.give(empty_as(args.x, args.out_sizes(), args.x.scalar_type()), "");
+  call.give(multiply(args, args.activation, pack(problem, args.x, false, problem.num_blocks())), "");
+}
+
+class MonarchBackward {
+ public:
+  explicit MonarchBackward(Call& call)
+      : grad_out(call.take<Tensor>("grad_out")),
+        args(call),
+        needs_w1(call.take<bool>("need_w1")),
+        needs_w2(call.take<bool>("need_w2")),
+        needs_bias(call.take<bool>("need_bias") && args.bias) {
+    call.checker.tensor("grad_out", grad_out, args.x, args.x.scalar_type(), args.out_sizes());
+    grad_out = with_unit_last_stride(grad_out);
+    grad_w1 = gradient(needs_w1, args.w1), grad_w2 = gradient(needs_w2, args.w2);
+    if (needs_bias) grad_bias = zeros_as(args.x, {problem.outputs()}, args.bias_type);
+  }
+
+  void run() {
+    if (problem.rows == 0) return;
+    const bool has_activation = args.activation != Activation::kNone;
+    Tensor packed = none_like(args.x);
+    if (needs_w2 || has_activation) {
+      packed = pack(problem, args.x, false, has_activation ? problem.num_blocks() : problem.first.blocks);
+    }
+    if (has_activation || needs_bias) differentiate_epilogue(packed);
+    of_products(packed);
+  }
+
+  void give(Call& call) const {
+    call.give(grad_x, "grad_x");
+    call.give(grad_w1, "grad_w1");
+    call.give(grad_w2, "grad_w2");
+    call.give(grad_bias, "grad_bias");
+  }
+
+ private:
+  Tensor gradient(bool is_needed, const Tensor& like) const {
+    return !is_needed ? none_like(args.x) : problem.rows > 0 ? empty_as(like) : zeros_as(like);
+  }
+
+  void differentiate_epilogue(const Tensor& packed) {
+    MonarchGradEpilogueParams params{.dtype = problem.dtype,
+                                     .rows = problem.rows,
+                                     .columns = problem.outputs(),
+                                     .activation = args.activation,
+                                     .grad_out = MonarchArguments::matrix(grad_out)};
+    const bool has_activation = args.activation != Activation::kNone;
+    const Tensor before = has_activation ? multiply(args, Activation::kNone, packed) : grad_out;
+    const Tensor grad_before = has_activation ? empty_as(before) : grad_out;
+    params.before = MonarchArguments::matrix(before), params.grad_before = MonarchArguments::matrix(grad_before);
+    const Tensor sums =
+        needs_bias ? empty_as(args.x, {problem.outputs()}, statistics_type(problem.dtype)) : none_like(args.x);
+    params.grad_bias = needs_bias ? sums.mutable_data_ptr() : nullptr;
+    const Kernel<MonarchGradEpilogueParams>& of_epilogue = kernel<MonarchGradEpilogueParams>();
+    parallel_ranges((problem.outputs() + kEpilogueColumns - 1) / kEpilogueColumns, 1,
+                    [&](int64_t begin, int64_t end) { of_epilogue.run(params, begin, end, nullptr); });
+    grad_out = grad_before;
+    if (needs_bias) grad_bias = torch::stable::to(sums, grad_bias.scalar_type());
+  }
+
+  void of_products(const Tensor& packed) {
     const Tensor packed_transposed = pack(problem, args.x, true, problem.num_blocks());
     MonarchGradInputParams of_input{.problem = problem,
                                     .grad_out = MonarchArguments::matrix(grad_out),
@@ -65,9 +114,18 @@ void blockdiag_butterfly_multiply_backward(Call& call) {
     const int64_t begin = needs_w1 ? 0 : tasks.of_first(), end = needs_w2 ? tasks.count() : tasks.of_first();
     run_kernel(kernel_of_weights, of_weights, Range{begin, end}, 1, args.x);
   }
-  call.give(grad_x, "grad_x");
-  call.give(grad_w1, "grad_w1");
-  call.give(grad_w2, "grad_w2");
+
+  Tensor grad_out;
+  const MonarchArguments args;
+  const bool needs_w1, needs_w2, needs_bias;
+  const MonarchProblem& problem = args.problem;
+  Tensor grad_x = empty_as(args.x), grad_w1, grad_w2, grad_bias = none_like(args.x);
+};
+
+void blockdiag_butterfly_multiply_backward(Call& call) {
+  MonarchBackward backward(call);
+  backward.run();
+  backward.give(call);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,17 @@ from vitkernels.ops.monarch import blockdiag_butterfly_multiply as _multiply
 __all__ = ["blockdiag_butterfly_multiply"]
 
 _OP = "blockdiag_butterfly_multiply"
+_ACTIVATIONS = ("none", "gelu")  # Activation in csrc/monarch/monarch.h
 
 
-def blockdiag_butterfly_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def blockdiag_butterfly_multiply(
+    x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+) -> Tensor:
     r"""Product with a Monarch matrix: two block-diagonal matrices with a permutation between them and behind them.
 
     .. math::
-        t_{iq + a} = \sum_b w^1_{iab} \, x_{ip + b}, \qquad y_{sl + j} = \sum_r w^2_{jsr} \, t_{rl + j}
+        t_{iq + a} = \sum_b w^1_{iab} \, x_{ip + b}, \qquad
+        y_{sl + j} = \sigma \big( \mathrm{bias}_{sl + j} + \sum_r w^2_{jsr} \, t_{rl + j} \big)
 
     Blocks of the first matrix read neighbors. Those of the second take turns, both in what they read and in what they
     write. The forward leaves no intermediate ``t`` in memory, and permutes nothing there; the backward computes ``t``
@@ -28,8 +34,11 @@ def blockdiag_butterfly_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         x: ``(..., k * p)``. Leading dimensions that are no single stride apart are copied.
         w1: ``(k, q, p)``, the blocks of the first matrix.
         w2: ``(l, s, r)`` with ``l * r == k * q``, those of the second. The numbers of blocks may differ.
+        bias: ``(s * l)``, in the dtype of ``x`` or in float32 (float64 for float64).
+        activation: :math:`\sigma`, ``"none"`` or ``"gelu"``, :math:`x \, \Phi(x)`. The backward computes its argument
+            again.
 
-    The dtypes are float64, float32, bfloat16 and float16, the same for all three. Products are added up in float32
+    The dtypes are float64, float32, bfloat16 and float16, the same for x, w1 and w2. Products are added up in float32
     (float64 for float64). For bfloat16 the intermediate is rounded to it where the CPU multiplies bfloat16; elsewhere
     it stays float32. There are no CUDA kernels yet.
 
@@ -39,15 +48,24 @@ def blockdiag_butterfly_multiply(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     A NaN or infinity in a row of ``x`` reaches that row alone.
 
     Raises:
-        RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
+        RuntimeError: on a wrong rank, dtype, device, size or activation, naming the argument and what it takes.
 
     Source: Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate Training" (2022), section 3.
     """
     check_tensors(_OP, x=x, w1=w1, w2=w2)
+    if bias is not None:
+        check_tensors(_OP, bias=bias)
     if x.dim() == 0:
         raise RuntimeError(f"vitkernels::{_OP}: x has shape (), takes at least 1 dimension (..., k * p)")
     if x.dim() > 2:
         check_stored(_OP, x=x)
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    out: Tensor = _multiply(rows, w1, w2, allow_tf32(x))
+    out: Tensor = _multiply(rows, w1, w2, bias, _number_of(activation), allow_tf32(x))
     return out[0] if x.dim() == 1 else torch.unflatten(out, 0, x.shape[:-1])
+
+
+def _number_of(activation: Any) -> int:
+    if isinstance(activation, str) and activation in _ACTIVATIONS:
+        return _ACTIVATIONS.index(activation)
+    takes = " or ".join(map(repr, _ACTIVATIONS))
+    raise RuntimeError(f"vitkernels::{_OP}: activation is {activation!r}, takes {takes}")
