@@ -63,6 +63,20 @@ def test_channel_attention():
     assert forward_and_backward(vk.channel_attention, *shapes) == (forward, 2 * forward)
 
 
+def test_long_conv():
+    """The forward as PyTorch counts the convolution that it is, padded by the taps' reach."""
+    shapes = (2, 6, 50), (6, 11)
+
+    def padded(x, filter):
+        return torch.nn.functional.conv1d(x, filter[:, None], padding=5, groups=6)
+
+    def ours(x, filter):
+        return vk.long_conv(x, filter, causal=False)
+
+    forward, _ = forward_and_backward(padded, *shapes)
+    assert forward_and_backward(ours, *shapes) == (forward, 2 * forward)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention(kv_heads):
     shapes = (2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 6)

@@ -145,7 +145,7 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
     if "groups" in call and slot.argument == "query":
         dims = dims[:-2]  # whose channels may be any number
-    if "w1" in call:
+    if "w1" in call or "filter" in call:
         dims = [slot.tensor.dim() + d for d in decided(target, call, slot)]
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
@@ -234,6 +234,12 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
     if "w1" in call and not is_backward:  # any rows, and any number of results
         free |= {"x": set(range(-count, -1)), "w2": {-2}}.get(name, set())
         return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]
+    if "filter" in call:  # any lengths of signals and filters
+        channels = -1 if call.get("channels_last") else -2
+        if is_backward and name != "filter":
+            return [d for d in range(-count, 0) if slot.tensor.size(d) > 1]
+        axis = -2 if name == "filter" else channels
+        return [axis] if slot.tensor.size(axis) > 1 else []
     if target.name.endswith("channel_attention") and not is_backward:
         free |= {"query": {-2, -1} if "groups" in call else {-1}, "value": {-3}}.get(name, set())
         return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]

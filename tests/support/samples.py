@@ -121,6 +121,19 @@ def monarch(
     return Sample("blockdiag_butterfly_multiply", id, {**data, **arguments}, sizes, frozenset(tags.split()))
 
 
+def long_conv(
+    id: str, *, b: int = 2, c: int = 19, n: int = 131, m: str | int = "n", tags: str = "", **arguments: Any
+) -> Sample:
+    """``m`` taps: a number, the letter of the length, or X for both directions as far as ``x`` positions reach."""
+    taps = {"m": m} if isinstance(m, int) else {}
+    sizes = {"b": b, "c": c, **taps, **({"x": n, "p": 0} if m == "X" else {"n": n})}
+    length = "x" if m == "X" else "n"
+    data = {"x": Input(f"bc{length}"), "filter": Input(f"c{m if isinstance(m, str) else 'm'}", fraction)}
+    if m == "X":
+        data["causal"] = False
+    return Sample("long_conv", id, {**data, **arguments}, sizes, frozenset(tags.split()))
+
+
 SAME_DIMS = {"key": Input("bqhd"), "value": Input("bkhd")}
 OWN_VALUE = {name: Input(f"bk{heads}") for name, heads in (("query", "hd"), ("key", "gd"), ("value", "gv"))}
 
@@ -388,6 +401,21 @@ SAMPLES = [
     monarch("gelu-bias", (4, 18, 5), (8, 23, 9), q=150, bias=statistic("o"), activation="gelu", tags="core deploy"),
     monarch("gelu-bias-wide", (2, 6, 5), (3, 70, 4), q=150, bias=statistic("o"), activation="gelu"),
     monarch("no-batch", (4, 6, 5), (4, 9, 6), b=0, bias=statistic("o"), activation="gelu", tags="core"),
+    long_conv("plain", tags="core deploy"),
+    long_conv("both-directions", m="X", tags="core"),
+    long_conv("few-taps", m=3, n=200, tags="core"),
+    long_conv("few-taps-in-both-directions", m=5, causal=False),
+    long_conv("one-position", b=1, c=1, n=1),
+    long_conv("one-position-in-both-directions", c=3, n=1, m="X"),
+    *[long_conv(f"{c}-channels-of-{n}", c=c, n=n) for c, n in ((16, 128), (1, 129), (33, 256), (2, 300), (7, 513))],
+    *[long_conv(f"{c}-channels-of-{n}-in-both-directions", c=c, n=n, m="X") for c, n in ((16, 384), (5, 769))],
+    long_conv("long", b=1, c=3, n=5000),
+    long_conv("very-long", b=1, c=1, n=20001, m="X"),
+    long_conv("many-channels", b=3, c=800, n=40),
+    long_conv("expanded", x=Input("1cn", expand="bcn")),
+    long_conv("shared-filter", filter=Input("1n", fraction, expand="cn")),
+    long_conv("no-batch", b=0, tags="core"),
+    long_conv("no-channel", c=0),
     channels("plain", tags="core deploy"),
     channels("number-scale", scale=0.05, d=33, v=5),
     channels("head-scale", scale=statistic("h", fraction), tags="core"),

@@ -51,6 +51,7 @@ _OPERATORS = {
     "decayed_linear_attention",
     "linear_attention",
     "linear_attention_varlen",
+    "long_conv",
     "merge_attentions",
     "spatial_attention",
 }

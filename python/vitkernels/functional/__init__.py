@@ -10,6 +10,7 @@ from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_w
 from vitkernels.functional.decayed_linear_attention import decayed_linear_attention
 from vitkernels.functional.linear_attention import linear_attention
 from vitkernels.functional.linear_attention_varlen import linear_attention_varlen
+from vitkernels.functional.long_conv import long_conv
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.neighborhood import na1d, na2d, na3d
 from vitkernels.functional.spatial_attention import spatial_attention
@@ -29,6 +30,7 @@ __all__ = [
     "halo_attention",
     "linear_attention",
     "linear_attention_varlen",
+    "long_conv",
     "merge_attentions",
     "na1d",
     "na2d",

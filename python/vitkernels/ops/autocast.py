@@ -19,7 +19,7 @@ __all__ = ["Cast", "register_autocast"]
 _library = torch.library.Library("vitkernels", "IMPL")  # type: ignore[no-untyped-call]
 
 _DEVICES = ("cpu", "cuda")
-_DATA = ("query", "key", "value", "value_q", "key_fill", "value_fill", "x", "w1", "w2")
+_DATA = ("query", "key", "value", "value_q", "key_fill", "value_fill", "x", "w1", "w2", "filter")
 
 Cast = Callable[[tuple[Any, ...], str], tuple[Any, ...]]
 

@@ -97,6 +97,15 @@ def _of_blocks(products: int) -> Count:
     return count
 
 
+def _of_lags(convolutions: int) -> Count:
+    """So many convolutions, as PyTorch counts them: each tap at each position."""
+
+    def count(given: Arguments) -> int:
+        return int(2 * convolutions * given["x"].numel() * given["filter"].size(1))
+
+    return count
+
+
 def _register(name: str, count: Count) -> None:
     names = Operator(name).arguments
 
@@ -114,6 +123,8 @@ _register("channel_attention", _of_channels(1))
 _register("channel_attention_backward", _of_channels(2))
 _register("blockdiag_butterfly_multiply", _of_blocks(1))
 _register("blockdiag_butterfly_multiply_backward", _of_blocks(2))
+_register("long_conv", _of_lags(1))
+_register("long_conv_backward", _of_lags(2))
 _register("decayed_linear_attention", _of_tokens(1, 1))
 _register("decayed_linear_attention_backward", _of_tokens(2, 2))
 _register("linear_attention_quadratic", _of_pairs(1, 1))

@@ -8,6 +8,7 @@ from vitkernels.reference.blockdiag_butterfly_multiply import blockdiag_butterfl
 from vitkernels.reference.channel_attention import channel_attention
 from vitkernels.reference.decayed_linear_attention import decayed_linear_attention
 from vitkernels.reference.linear_attention import linear_attention, linear_attention_varlen
+from vitkernels.reference.long_conv import long_conv
 from vitkernels.reference.merge_attentions import merge_attentions
 from vitkernels.reference.spatial_attention import spatial_attention
 
@@ -21,6 +22,7 @@ __all__ = [
     "decayed_linear_attention",
     "linear_attention",
     "linear_attention_varlen",
+    "long_conv",
     "merge_attentions",
     "spatial_attention",
 ]

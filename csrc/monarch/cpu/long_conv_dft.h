@@ -1,0 +1,93 @@
+// Discrete Fourier transforms of a few points in registers, for as many signals as a vector has lanes.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace vitkernels::VK_ISA {
+
+// A point is a vector of real and a vector of imaginary parts; forward means exp(-2 pi i / n).
+template <class T, int kN>
+struct Points {
+  Vec<T> re[kN], im[kN];
+
+  VK_INLINE void load(const T* p, int64_t stride) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kN; ++k) re[k] = VK_ISA::load(p + k * stride), im[k] = VK_ISA::load(p + k * stride + kWidth<T>);
+  }
+
+  VK_INLINE void store(T* p, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int k = 0; k < kN; ++k) {
+      VK_ISA::store(p + k * stride, re[k]);
+      VK_ISA::store(p + k * stride + kWidth<T>, im[k]);
+    }
+  }
+
+  // Times (c, s) or its conjugate.
+  template <bool kConjugate>
+  VK_INLINE void rotate(int k, T c, T s) {
+    const Vec<T> cosine = broadcast(c), sine = broadcast(s), a = re[k], b = im[k];
+    re[k] = kConjugate ? a * cosine + b * sine : a * cosine - b * sine;
+    im[k] = kConjugate ? b * cosine - a * sine : b * cosine + a * sine;
+  }
+};
+
+template <class T>
+VK_INLINE void dft2(Vec<T>& a, Vec<T>& b) {
+  const Vec<T> sum = a + b;
+  b = a - b, a = sum;
+}
+
+template <class T>
+VK_INLINE void dft3(Vec<T>* re, Vec<T>* im) {
+  const T c = T(0.866025403784438646763723170752936183);
+  const Vec<T> sum_re = re[1] + re[2], sum_im = im[1] + im[2], re0 = re[0] - T(0.5) * sum_re,
+               im0 = im[0] - T(0.5) * sum_im, d_re = c * (re[1] - re[2]), d_im = c * (im[1] - im[2]);
+  re[0] += sum_re, im[0] += sum_im;
+  re[1] = re0 + d_im, im[1] = im0 - d_re;
+  re[2] = re0 - d_im, im[2] = im0 + d_re;
+}
+
+template <class T>
+VK_INLINE void dft4(Vec<T>* re, Vec<T>* im) {
+  dft2<T>(re[0], re[2]), dft2<T>(im[0], im[2]);
+  dft2<T>(re[1], re[3]), dft2<T>(im[1], im[3]);
+  const Vec<T> re0 = re[0], im0 = im[0], re1 = re[1], im1 = im[1], re2 = re[2], im2 = im[2], re3 = re[3], im3 = im[3];
+  re[0] = re0 + re1, im[0] = im0 + im1;
+  re[1] = re2 + im3, im[1] = im2 - re3;
+  re[2] = re0 - re1, im[2] = im0 - im1;
+  re[3] = re2 - im3, im[3] = im2 + re3;
+}
+
+template <class T>
+VK_INLINE void dft8(Vec<T>* re, Vec<T>* im) {
+  const T c = T(0.707106781186547524400844362104849039);
+  Vec<T> even_re[4], even_im[4], odd_re[4], odd_im[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    even_re[q] = re[q] + re[q + 4], even_im[q] = im[q] + im[q + 4];
+    odd_re[q] = re[q] - re[q + 4], odd_im[q] = im[q] - im[q + 4];
+  }
+  const Vec<T> re1 = odd_re[1], re2 = odd_re[2], re3 = odd_re[3];
+  odd_re[1] = c * (re1 + odd_im[1]), odd_im[1] = c * (odd_im[1] - re1);
+  odd_re[2] = odd_im[2], odd_im[2] = -re2;
+  odd_re[3] = c * (odd_im[3] - re3), odd_im[3] = -c * (re3 + odd_im[3]);
+  dft4<T>(even_re, even_im), dft4<T>(odd_re, odd_im);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    re[2 * k] = even_re[k], im[2 * k] = even_im[k];
+    re[2 * k + 1] = odd_re[k], im[2 * k + 1] = odd_im[k];
+  }
+}
+
+// The inverse, without its factor 1 / n, is the forward transform with real and imaginary parts exchanged.
+template <bool kInverse, class T, int kN>
+VK_INLINE void dft(Points<T, kN>& points) {
+  Vec<T>*re = kInverse ? points.im : points.re, *im = kInverse ? points.re : points.im;
+  if constexpr (kN == 2) dft2<T>(re[0], re[1]), dft2<T>(im[0], im[1]);
+  if constexpr (kN == 3) dft3<T>(re, im);
+  if constexpr (kN == 4) dft4<T>(re, im);
+  if constexpr (kN == 8) dft8<T>(re, im);
+}
+
+}  // namespace vitkernels::VK_ISA
