@@ -48,7 +48,10 @@ class LongConvTask {
   void read(const Signals& tensor, int64_t batch, T* data) {
     const auto signals = of(tensor, batch, p.length);
     fft.template forward_columns<false>(data, tiles,
-                                        [&](int64_t position, T* real, T*) { load_tile(signals, position, real); });
+                                        [&](int64_t position, T* real, T*) {
+      prefetch_tile<T>(signals, position + kWidth<T>);
+      load_tile(signals, position, real);
+    });
   }
   void write(const Signals& tensor, int64_t batch, T* data) {
     const auto signals = of(tensor, batch, p.length);

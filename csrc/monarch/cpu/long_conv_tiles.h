@@ -19,6 +19,17 @@ VK_INLINE Range tile_range(int64_t first, int64_t size) {
   return {std::clamp<int64_t>(-first, 0, kWidth<T>), std::clamp<int64_t>(size - first, 0, kWidth<T>)};
 }
 
+// The tile that the next columns need: lines are so far apart that the hardware does not see them coming.
+template <class T, class S>
+VK_INLINE void prefetch_tile(const ChannelSignals<S>& signals, int64_t first) {
+  const Range valid = tile_range<T>(first, signals.size);
+  const bool is_transposed = signals.time_stride == 1;
+  const S* p = signals.data + first * signals.time_stride;
+  const int64_t lines = is_transposed ? (valid.empty() ? 0 : signals.channels) : valid.end;
+  const int64_t stride = is_transposed ? signals.channel_stride : signals.time_stride;
+  for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(p + i * stride, 0, 2);
+}
+
 // Positions beyond the signal's become zero, and so do absent channels.
 template <class T, class S>
 VK_INLINE void load_tile(const ChannelSignals<S>& signals, int64_t first, T* tile) {
