@@ -66,6 +66,15 @@ MUTANTS = (
         (f"{GATES}/test_reference.py", "-k", "merge"),
     ),
     Mutant(
+        "stale spectrum: that of other channels' filters", "csrc/monarch/cpu/long_conv_task.h",
+        "if (group == task / p.shares) return;", "if (group >= 0) return;",
+        (f"{GATES}/test_reference.py", "-k", "long_conv"),
+    ),
+    Mutant(
+        "wrong weight of a transform's points", "csrc/monarch/op/long_conv_cpu.cpp",
+        "j * (4 * k + 1)", "j * 4 * k", (f"{GATES}/test_long_conv.py",),
+    ),
+    Mutant(
         "dropped barrier", "csrc/attention/cuda/sum_parts.cu", "  __syncthreads();\n", "",
         (EMULATED, "-k", "test_reference_gate"),
     ),
