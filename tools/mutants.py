@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             found = failures(mutant, arguments.all)
         build(target)
         survivors += not found
-        place = f"{Path(mutant.file).relative_to('csrc/attention')}: {mutant.name}"
+        place = f"{Path(mutant.file).relative_to('csrc')}: {mutant.name}"
         print(f"{place}\n    {found[0] if found else 'SURVIVED'}, {time.monotonic() - start:.0f} s", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} found")
     return int(survivors > 0)

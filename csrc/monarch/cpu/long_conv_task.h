@@ -47,8 +47,7 @@ class LongConvTask {
   // From a batch of a tensor to columns that are transformed, and back.
   void read(const Signals& tensor, int64_t batch, T* data) {
     const auto signals = of(tensor, batch, p.length);
-    fft.template forward_columns<false>(data, tiles,
-                                        [&](int64_t position, T* real, T*) {
+    fft.template forward_columns<false>(data, tiles, [&](int64_t position, T* real, T*) {
       prefetch_tile<T>(signals, position + kWidth<T>);
       load_tile(signals, position, real);
     });
