@@ -108,7 +108,7 @@ std::vector<std::string> make_schemas() {
                     ", bool need_w1, bool need_w2, bool need_bias) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_w2, "
                     "Tensor grad_bias)");
   // x (B, channels, N), or (B, N, channels) with channels_last; filter (channels, taps) (monarch/long_conv.h).
-  const std::string long_conv = "Tensor x, Tensor filter, bool channels_last, bool causal";
+  const std::string long_conv = "Tensor x, Tensor filter, bool channels_last, bool is_causal";
   schemas.push_back("long_conv(" + long_conv + ") -> Tensor");
   schemas.push_back("long_conv_backward(Tensor grad_out, " + long_conv +
                     ", bool need_filter) -> (Tensor grad_x, Tensor grad_filter)");

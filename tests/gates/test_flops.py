@@ -71,7 +71,7 @@ def test_long_conv():
         return torch.nn.functional.conv1d(x, filter[:, None], padding=5, groups=6)
 
     def ours(x, filter):
-        return vk.long_conv(x, filter, causal=False)
+        return vk.long_conv(x, filter, is_causal=False)
 
     forward, _ = forward_and_backward(padded, *shapes)
     assert forward_and_backward(ours, *shapes) == (forward, 2 * forward)

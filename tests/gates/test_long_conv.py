@@ -13,17 +13,17 @@ def signals(*shape, taps=None, dtype=torch.float32):
     return torch.randn(shape).to(dtype), torch.randn(channels, length if taps is None else taps).to(dtype)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", [1, 2, 64, 127, 128, 255, 257, 385, 511, 512, 577, 1024, 1025, 2049, 3073, 4096])
-def test_every_tap_reaches_its_lag(length, causal):
+def test_every_tap_reaches_its_lag(length, is_causal):
     """An impulse through random taps gives the taps, at any length of the transforms, whatever their factors."""
     for at in {0, length // 3, length - 1}:
         x = torch.zeros(1, 3, length, dtype=torch.float64)
         x[..., at] = 1
-        _, taps = signals(3, length, taps=length if causal else 2 * length - 1, dtype=torch.float64)
-        first = 0 if causal else length - 1
+        _, taps = signals(3, length, taps=length if is_causal else 2 * length - 1, dtype=torch.float64)
+        first = 0 if is_causal else length - 1
         expected = torch.nn.functional.pad(taps, (length, length))[:, length + first - at :][:, :length]
-        torch.testing.assert_close(op(x, taps, causal=causal)[0], expected, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(op(x, taps, is_causal=is_causal)[0], expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (2, 0, 5, 7), (2, 3, 4, 5, 7)])
@@ -126,11 +126,11 @@ X, TAPS = torch.zeros(2, 3, 7), torch.zeros(3, 7)
         ({"filter": TAPS.half()}, "filter is float16, takes float32"),
         ({"filter": [1.0]}, "filter is a list, takes a tensor"),
         (
-            {"filter": TAPS[:, :6], "causal": False},
+            {"filter": TAPS[:, :6], "is_causal": False},
             "filter has 6 taps, takes an odd number of them up to 13 (twice the length of x, less one) if it is not",
         ),
-        ({"filter": torch.zeros(3, 15), "causal": False}, "filter has 15 taps, takes an odd number"),
-        ({"causal": "yes"}, "causal is 'yes', takes True or False"),
+        ({"filter": torch.zeros(3, 15), "is_causal": False}, "filter has 15 taps, takes an odd number"),
+        ({"is_causal": "yes"}, "is_causal is 'yes', takes True or False"),
     ],
 )
 def test_errors_are_the_callers(wrong, text):

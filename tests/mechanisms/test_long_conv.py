@@ -27,7 +27,7 @@ def test_two_filters_ahead_and_behind():
 
     def ours(x, ahead, behind):
         both = torch.cat((behind[:, : length - 1].flip(-1), ahead), -1)
-        return vk.long_conv(x, both, causal=False)
+        return vk.long_conv(x, both, is_causal=False)
 
     def formula(x, ahead, behind):
         def pad(t, *amount):

@@ -130,7 +130,7 @@ def long_conv(
     length = "x" if m == "X" else "n"
     data = {"x": Input(f"bc{length}"), "filter": Input(f"c{m if isinstance(m, str) else 'm'}", fraction)}
     if m == "X":
-        data["causal"] = False
+        data["is_causal"] = False
     return Sample("long_conv", id, {**data, **arguments}, sizes, frozenset(tags.split()))
 
 
@@ -404,7 +404,7 @@ SAMPLES = [
     long_conv("plain", tags="core deploy"),
     long_conv("both-directions", m="X", tags="core"),
     long_conv("few-taps", m=3, n=200, tags="core"),
-    long_conv("few-taps-in-both-directions", m=5, causal=False),
+    long_conv("few-taps-in-both-directions", m=5, is_causal=False),
     long_conv("one-position", b=1, c=1, n=1),
     long_conv("one-position-in-both-directions", c=3, n=1, m="X"),
     *[long_conv(f"{c}-channels-of-{n}", c=c, n=n) for c, n in ((16, 128), (1, 129), (33, 256), (2, 300), (7, 513))],

@@ -50,7 +50,7 @@ void write_twiddles(const LongConvPlan& plan, T* to) {
 // Owns what the problem points to.
 struct LongConvArguments {
   Tensor x, filter;
-  bool channels_last, causal;
+  bool channels_last, is_causal;
   LongConvPlan plan{1};
   LongConvProblem problem;
 
@@ -58,7 +58,7 @@ struct LongConvArguments {
       : x(call.take<Tensor>("x")),
         filter(call.take<Tensor>("filter")),
         channels_last(call.take<bool>("channels_last")),
-        causal(call.take<bool>("causal")) {
+        is_causal(call.take<bool>("is_causal")) {
     check(call.checker);
     problem.x = signals(x);
     problem.filter = of_filter(filter);
@@ -101,7 +101,7 @@ struct LongConvArguments {
     problem.taps = filter.size(1);
     checker.size("filter", filter, 0, problem.channels, "the channels of x");
     checker.check(problem.length > 0, "x has shape ", Shape{sizes_of(x)}, ", takes at least one position");
-    if (causal) {
+    if (is_causal) {
       checker.check(0 < problem.taps && problem.taps <= problem.length, "filter has ", problem.taps,
                     " taps, takes 1 to ", problem.length, " (the length of x) if it is causal");
     } else {
@@ -109,7 +109,7 @@ struct LongConvArguments {
                     " taps, takes an odd number of them up to ", 2 * problem.length - 1,
                     " (twice the length of x, less one) if it is not causal");
     }
-    problem.first_lag = causal ? 0 : -(problem.taps / 2);
+    problem.first_lag = is_causal ? 0 : -(problem.taps / 2);
   }
 };
 

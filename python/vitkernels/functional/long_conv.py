@@ -13,13 +13,13 @@ __all__ = ["long_conv"]
 _OP = "long_conv"
 
 
-def long_conv(x: Tensor, filter: Tensor, *, causal: bool = True) -> Tensor:
+def long_conv(x: Tensor, filter: Tensor, *, is_causal: bool = True) -> Tensor:
     r"""Convolution of each channel with a filter of its own that may be as long as the sequence.
 
     .. math::
         y_{ct} = \sum_l h_{cl} \, x_{c, t - l}
 
-    With ``causal``, the lags are :math:`0 \le l < M`, those of the taps in order. Without, they are
+    With ``is_causal``, the lags are :math:`0 \le l < M`, those of the taps in order. Without, they are
     :math:`-m \le l \le m` for :math:`2m + 1` taps: the same number of positions ahead and behind. Positions beyond the
     sequence are zeros, not those at its other end.
 
@@ -31,10 +31,10 @@ def long_conv(x: Tensor, filter: Tensor, *, causal: bool = True) -> Tensor:
     Args:
         x: ``(..., channels, N)`` of any strides. Two layouts are fast and are kept in the result: contiguous, and
             ``tokens.transpose(-1, -2)`` of contiguous tokens ``(..., N, channels)``.
-        filter: ``(channels, M)`` with ``1 <= M <= N``; without ``causal`` an odd number of taps up to ``2 * N - 1``.
+        filter: ``(channels, M)`` with ``1 <= M <= N``; without ``is_causal`` an odd number of taps up to ``2 * N - 1``.
             The two filters of M2-BERT are ``torch.cat((k_rev[:, : N - 1].flip(-1), k), -1)``: ``k`` has the lags from
             0 on, ``k_rev`` those from -1 down.
-        causal: whether ``y[t]`` depends on ``x[: t + 1]`` alone.
+        is_causal: whether ``y[t]`` depends on ``x[: t + 1]`` alone.
 
     The dtypes are float64, float32, bfloat16 and float16, the same for both. Everything between the inputs and the
     rounded result is float32 (float64 for float64). There are no CUDA kernels yet.
@@ -53,7 +53,7 @@ def long_conv(x: Tensor, filter: Tensor, *, causal: bool = True) -> Tensor:
     Efficient Convolutions for Long Sequences with Tensor Cores" (2023), section 3.
     """
     check_tensors(_OP, x=x, filter=filter)
-    check_flag(_OP, "causal", causal)
+    check_flag(_OP, "is_causal", is_causal)
     if x.dim() < 2:
         raise RuntimeError(
             f"vitkernels::{_OP}: x has shape {tuple(x.shape)}, takes at least 2 dimensions (..., channels, N)"
@@ -63,7 +63,7 @@ def long_conv(x: Tensor, filter: Tensor, *, causal: bool = True) -> Tensor:
     has_tokens = batch.stride(-2) == 1 and batch.stride(-1) != 1
     if has_tokens:
         batch = batch.transpose(1, 2)
-    out: Tensor = _long_conv(batch, filter, has_tokens, causal)
+    out: Tensor = _long_conv(batch, filter, has_tokens, is_causal)
     if has_tokens:
         out = out.transpose(1, 2)
     return out[0] if x.dim() == 2 else torch.unflatten(out, 0, x.shape[:-2])
