@@ -101,12 +101,14 @@ std::vector<std::string> make_schemas() {
                     ", Tensor state, bool need_head_scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
                     "Tensor grad_head_scale)");
   // x (rows, k p), w1 (k, q, p), w2 (l, s, r) with l r = k q: two block-diagonal products (monarch/monarch.h).
-  // bias (s l); activation: 0 none, 1 GELU.
-  const std::string monarch = "Tensor x, Tensor w1, Tensor w2, Tensor? bias, SymInt activation, bool allow_tf32";
-  schemas.push_back("blockdiag_butterfly_multiply(" + monarch + ") -> Tensor");
-  schemas.push_back("blockdiag_butterfly_multiply_backward(Tensor grad_out, " + monarch +
-                    ", bool need_w1, bool need_w2, bool need_bias) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_w2, "
-                    "Tensor grad_bias)");
+  // bias (s l); activation: 0 none, 1 GELU. inner (rows, k q): what the first product gave, or without rows.
+  const std::string monarch =
+      "Tensor x, Tensor w1, Tensor w2, Tensor? bias, SymInt activation, bool allow_tf32, bool keeps_inner";
+  schemas.push_back("blockdiag_butterfly_multiply(" + monarch + ") -> (Tensor out, Tensor inner)");
+  schemas.push_back(
+      "blockdiag_butterfly_multiply_backward(Tensor grad_out, " + monarch +
+      ", Tensor inner, bool need_w1, bool need_w2, bool need_bias) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_w2, "
+      "Tensor grad_bias)");
   // x (B, channels, N), or (B, N, channels) with channels_last; filter (channels, taps) (monarch/long_conv.h).
   const std::string long_conv = "Tensor x, Tensor filter, bool channels_last, bool is_causal";
   schemas.push_back("long_conv(" + long_conv + ") -> Tensor");

@@ -64,6 +64,14 @@ inline Range monarch_rows(const MonarchProblem& p, int64_t task) {
   return share_of({0, p.rows}, task, monarch_tasks(p));
 }
 
+// What the first product gave, in the order of its outputs: a forward may keep it for the backward, which reads it then.
+struct Inner {
+  enum class Use { kNone, kWrite, kRead } use = Use::kNone;
+  Matrix rows;  // [rows, inner()]
+
+  bool is_read() const { return use == Use::kRead; }
+};
+
 // The weights as operands of the products, in the instruction set's own layout. A task is a block.
 struct MonarchPackParams {
   MonarchProblem problem;
@@ -76,6 +84,7 @@ struct MonarchPackParams {
 struct MonarchParams {
   MonarchProblem problem;
   const void* packed = nullptr;
+  Inner inner;
   const void* bias = nullptr;  // [outputs()] in the type of sums, or null
   Activation activation = Activation::kNone;
   Matrix out;  // [rows, outputs()]
@@ -87,9 +96,11 @@ struct MonarchParams {
 struct MonarchGradInputParams {
   MonarchProblem problem;
   Matrix grad_out, grad_x;
-  const void* packed = nullptr;             // the first's blocks, as in the forward; null: nobody asks for t
+  const void* packed = nullptr;             // the first's blocks, as in the forward, where t is computed again
   const void* packed_transposed = nullptr;  // the way back
-  void* inner = nullptr;                    // operands: t shared out between the second's blocks, and the gradient of t
+  bool needs_inner = false;                 // t, of which the second weight's gradients are sums
+  Inner kept;
+  void* shared = nullptr;  // operands: t shared out between the second's blocks, and the gradient of t
 
   DType element_type() const { return problem.dtype; }
 };
@@ -98,8 +109,8 @@ struct MonarchGradInputParams {
 struct MonarchGradWeightParams {
   MonarchProblem problem;
   Matrix grad_out;
-  const void* inner = nullptr;
-  void* grad_first = nullptr;  // contiguous, as the weights
+  const void* shared = nullptr;  // of the first pass
+  void* grad_first = nullptr;    // contiguous, as the weights
   void* grad_second = nullptr;
 
   DType element_type() const { return problem.dtype; }

@@ -47,14 +47,48 @@ def test_strides():
 
 def test_only_requested_gradients():
     x, (w1, w2) = torch.randn(40, 10), weights((2, 6, 5), (2, 7, 6))
-    grad = torch.randn(40, 14)
+    grad, inner = torch.randn(40, 14), torch.empty(0, 12)
     backward = torch.ops.vitkernels.blockdiag_butterfly_multiply_backward
-    of_x, of_w1, of_w2, _ = backward(grad, x, w1, w2, None, 0, False, True, True, False)
+    of_x, of_w1, of_w2, _ = backward(grad, x, w1, w2, None, 0, False, False, inner, True, True, False)
     for needs in ((True, False), (False, True), (False, False)):
-        found = backward(grad, x, w1, w2, None, 0, False, *needs, False)[:3]
+        found = backward(grad, x, w1, w2, None, 0, False, False, inner, *needs, False)[:3]
         assert torch.equal(found[0], of_x)
         for need, given, expected in zip(needs, found[1:], (of_w1, of_w2), strict=True):
             assert torch.equal(given, expected) if need else given.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [0, 1])
+def test_backward_reads_what_the_forward_kept_or_computes_it(dtype, activation):
+    """With the same bits, since both are rounded alike."""
+    x, (w1, w2) = torch.randn(300, 20).to(dtype), weights((4, 13, 5), (4, 19, 13), dtype)
+    grad, bias = torch.randn(300, 76).to(dtype), torch.randn(76).to(dtype)
+    forward = torch.ops.vitkernels.blockdiag_butterfly_multiply
+    backward = torch.ops.vitkernels.blockdiag_butterfly_multiply_backward
+    found = []
+    for keeps in (False, True):
+        given = (x, w1, w2, bias, activation, False, keeps)
+        out, inner = forward(*given)
+        assert inner.shape == (300 * keeps, 52)
+        found.append((out, *backward(grad, *given, inner, True, True, True)))
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
+    torch.testing.assert_close(inner, torch.einsum("nib,iab->nia", x.unflatten(1, (4, 5)), w1).flatten(1))
+    with pytest.raises(RuntimeError, match=r"inner has shape \(0, 52\), takes \(300, 52\)"):
+        backward(grad, *given, inner[:0], True, True, True)
+
+
+def test_the_intermediate_is_kept_for_a_backward_alone():
+    x, (w1, w2) = torch.randn(300, 20), weights((4, 13, 5), (4, 19, 13))
+
+    def kept(x):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+            op(x, w1, w2)
+        return saved.count((300, 52))
+
+    assert kept(x) == 0 and kept(x.clone().requires_grad_()) == 1
+    out, inner = torch.ops.vitkernels.blockdiag_butterfly_multiply(x.requires_grad_(), w1, w2, None, 0, False, True)
+    assert out.requires_grad and not inner.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

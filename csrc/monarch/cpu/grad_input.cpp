@@ -1,6 +1,7 @@
 // Backward of a Monarch product on the CPU, first pass: the gradient of x. Compiled once per instruction set.
 //
-// A task is a block of rows, as in the forward. It leaves the intermediate and its gradient to the second pass.
+// A task is a block of rows, as in the forward. It leaves the intermediate, which it reads or computes, and its gradient to
+// the second pass.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/monarch_tile.h"
@@ -23,7 +24,7 @@ class MonarchGradInput {
     const TileScope tiles;
     for (int64_t task = begin; task < end; ++task) {
       const Range rows = monarch_rows(p, task);
-      if (params.packed) first.run(rows, inner.rows, rows.begin);
+      if (params.needs_inner) first.run(rows, inner.rows, rows.begin);
       grad_inner(rows);
       for (int64_t row = rows.begin; row < rows.end; row += kGroupRows) {
         grad_input(row, std::min(rows.end - row, kGroupRows));
@@ -79,8 +80,8 @@ class MonarchGradInput {
   const int64_t chunk = turn_columns<E>(p.second.blocks), sum_width = p.second.blocks * second.width();
   const int64_t operand_width = round_up(padded_depth<E>(p.first.outputs), kOperandWidth<E>);
 
-  const SharedInner<E> inner{p, params.inner};
-  FirstProduct<S> first{p, params.packed, scratch};
+  const SharedInner<E> inner{p, params.shared};
+  FirstProduct<S> first{p, params.packed, params.kept, scratch};
   TurnRows<E> out_gradients = turn_rows<E>(p.second.blocks, chunk, scratch);
   T* sums = scratch.take<T>(kMonarchRows * sum_width);
   E* operands = scratch.take<E>(round_up(kGroupRows, kTileSize) * operand_width);

@@ -89,7 +89,7 @@ class MonarchGradWeight {
   const MonarchProblem& p = params.problem;
   Scratch scratch;
   const MonarchWeightTasks tasks{p};
-  const SharedInner<E> inner{p, const_cast<void*>(params.inner)};
+  const SharedInner<E> inner{p, const_cast<void*>(params.shared)};
   const int64_t group_width = round_up(std::max(p.first.inputs, p.second.inputs), kPanel<E>);
   static constexpr int64_t kRows = (kMonarchRows + 31) / 32 * 32;
 

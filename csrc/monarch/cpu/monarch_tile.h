@@ -58,21 +58,29 @@ int64_t turn_columns(int64_t blocks) {
   return round_up(std::max<int64_t>(kColumns / std::max<int64_t>(blocks, 1), 1), kPanel<E>);
 }
 
-// The first product of a Monarch matrix: x to the intermediate, shared out between the second's blocks.
+// The first product of a Monarch matrix: x to the intermediate, shared out between the second's blocks. Where a forward
+// kept that, it is read instead.
 template <class S>
 class FirstProduct {
   using T = Compute<S>;
   using E = Operand<S>;
 
  public:
-  FirstProduct(const MonarchProblem& problem, const void* packed, Scratch& scratch)
+  FirstProduct(const MonarchProblem& problem, const void* packed, const Inner& kept, Scratch& scratch)
       : p(problem),
+        kept(kept),
         packed(static_cast<const E*>(packed)),
         inputs(scratch.take<E>(round_up(kGroupRows, kTileSize) * input_width)),
         results(scratch.take<T>(kGroupRows * result_width)) {}
 
   // Of the rows of x, into the rows of `inner` from `at` on.
   void run(Range rows, const TurnRows<E>& inner, int64_t at) {
+    if (kept.is_read()) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        share_out(kept.rows.row<const S>(row), inner, at + row - rows.begin);
+      }
+      return;
+    }
     for (int64_t row = rows.begin; row < rows.end; row += kGroupRows) {
       of_group(row, std::min(rows.end - row, kGroupRows), inner, at + row - rows.begin);
     }
@@ -87,16 +95,22 @@ class FirstProduct {
       matmul<E, false>(of_block, weight.block(packed, i), count, weight.width(), padded_depth<E>(p.first.inputs),
                        results + i * p.first.outputs, result_width);  // [count, q]
     }
-    for (int64_t r = 0; r < count; ++r) {
-      inner.set(at + r, p.second.inputs,
-                [&](int64_t c, int64_t n) VK_BODY { return load_widened<T>(results + r * result_width + c, n); });
+    if (kept.use == Inner::Use::kWrite) {
+      unpack_rows<T>(results, result_width, count, p.inner(), T(1), kept.rows.row<S>(row), kept.rows.row_stride);
     }
+    for (int64_t r = 0; r < count; ++r) share_out(results + r * result_width, inner, at + r);
+  }
+
+  template <class From>
+  void share_out(const From* from, const TurnRows<E>& inner, int64_t at) const {
+    inner.set(at, p.second.inputs, [&](int64_t c, int64_t n) VK_BODY { return load_widened<T>(from + c, n); });
   }
 
   // Results are shared out while they are in the first-level cache or near it.
   static constexpr int64_t kGroupRows = kRowGroup<E> * 2;
 
   const MonarchProblem& p;
+  const Inner& kept;
   const E* const packed;
   const PackedBlocks<E> weight{p.first, false};
   const int64_t input_width = round_up(padded_depth<E>(p.first.inputs), kOperandWidth<E>);

@@ -62,7 +62,7 @@ class Monarch {
   const E* const packed = static_cast<const E*>(params.packed) + PackedBlocks<E>(p.first, false).size();
   const int64_t chunk = turn_columns<E>(p.second.blocks), output_width = p.second.blocks * chunk;
 
-  FirstProduct<S> first{p, params.packed, scratch};
+  FirstProduct<S> first{p, params.packed, params.inner, scratch};
   TurnRows<E> inner = turn_rows<E>(p.second.blocks, p.second.inputs, scratch);
   T* outputs = scratch.take<T>(kMonarchRows * output_width);
 };

@@ -12,7 +12,7 @@ struct MonarchArguments {
   OptionalTensor bias;
   ScalarType bias_type = ScalarType::Float;  // as it was given; `bias` is in the type of sums
   Activation activation;
-  bool allow_tf32;
+  bool allow_tf32, keeps_inner;
   MonarchProblem problem;
 
   explicit MonarchArguments(Call& call)
@@ -22,6 +22,7 @@ struct MonarchArguments {
         bias(call.take<OptionalTensor>("bias")) {
     const auto given = call.take<int64_t>("activation");
     allow_tf32 = call.take<bool>("allow_tf32");
+    keeps_inner = call.take<bool>("keeps_inner");
     check(call.checker);
     call.checker.check(given >= 0 && given < kNumActivations, "activation is ", given, ", takes 0 to ",
                        kNumActivations - 1);
@@ -38,6 +39,7 @@ struct MonarchArguments {
   static Matrix matrix(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
 
   std::vector<int64_t> out_sizes() const { return {problem.rows, problem.outputs()}; }
+  std::vector<int64_t> inner_sizes() const { return {keeps_inner ? problem.rows : 0, problem.inner()}; }
 
  private:
   void check(const Checker& checker) {

@@ -17,11 +17,16 @@ Tensor pack(const MonarchProblem& problem, const Tensor& like, bool is_transpose
   return packed;
 }
 
+Inner inner_of(const Tensor& inner, Inner::Use use) {
+  return inner.size(0) == 0 ? Inner{} : Inner{use, MonarchArguments::matrix(inner)};
+}
+
 // With the epilogue, or for the backward what comes before the activation.
-Tensor multiply(const MonarchArguments& args, Activation activation, const Tensor& packed) {
+Tensor multiply(const MonarchArguments& args, Activation activation, const Tensor& packed, Inner inner) {
   const Tensor out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
   const MonarchParams params{.problem = args.problem,
                              .packed = packed.const_data_ptr(),
+                             .inner = inner,
                              .bias = args.bias_data(),
                              .activation = activation,
                              .out = MonarchArguments::matrix(out)};
@@ -32,8 +37,16 @@ Tensor multiply(const MonarchArguments& args, Activation activation, const Tenso
 void blockdiag_butterfly_multiply(Call& call) {
   const MonarchArguments args(call);
   const MonarchProblem& problem = args.problem;
-  if (problem.rows == 0) return call.give(empty_as(args.x, args.out_sizes(), args.x.scalar_type()), "");
-  call.give(multiply(args, args.activation, pack(problem, args.x, false, problem.num_blocks())), "");
+  const Tensor inner = empty_as(args.x, args.inner_sizes(), args.x.scalar_type());
+  Tensor out;
+  if (problem.rows == 0) {
+    out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
+  } else {
+    const Tensor packed = pack(problem, args.x, false, problem.num_blocks());
+    out = multiply(args, args.activation, packed, inner_of(inner, Inner::Use::kWrite));
+  }
+  call.give(out, "out");
+  call.give(inner, "inner");
 }
 
 class MonarchBackward {
@@ -41,11 +54,14 @@ class MonarchBackward {
   explicit MonarchBackward(Call& call)
       : grad_out(call.take<Tensor>("grad_out")),
         args(call),
+        inner(call.take<Tensor>("inner")),
         needs_w1(call.take<bool>("need_w1")),
         needs_w2(call.take<bool>("need_w2")),
         needs_bias(call.take<bool>("need_bias") && args.bias) {
     call.checker.tensor("grad_out", grad_out, args.x, args.x.scalar_type(), args.out_sizes());
-    grad_out = with_unit_last_stride(grad_out);
+    call.checker.tensor("inner", inner, args.x, args.x.scalar_type(), args.inner_sizes());
+    grad_out = with_unit_last_stride(grad_out), inner = with_unit_last_stride(inner);
+    kept = inner_of(inner, Inner::Use::kRead);
     grad_w1 = gradient(needs_w1, args.w1), grad_w2 = gradient(needs_w2, args.w2);
     if (needs_bias) grad_bias = zeros_as(args.x, {problem.outputs()}, args.bias_type);
   }
@@ -54,7 +70,7 @@ class MonarchBackward {
     if (problem.rows == 0) return;
     const bool has_activation = args.activation != Activation::kNone;
     Tensor packed = none_like(args.x);
-    if (needs_w2 || has_activation) {
+    if (has_activation || (needs_w2 && !args.keeps_inner)) {
       packed = pack(problem, args.x, false, has_activation ? problem.num_blocks() : problem.first.blocks);
     }
     if (has_activation || needs_bias) differentiate_epilogue(packed);
@@ -80,7 +96,7 @@ class MonarchBackward {
                                      .activation = args.activation,
                                      .grad_out = MonarchArguments::matrix(grad_out)};
     const bool has_activation = args.activation != Activation::kNone;
-    const Tensor before = has_activation ? multiply(args, Activation::kNone, packed) : grad_out;
+    const Tensor before = has_activation ? multiply(args, Activation::kNone, packed, kept) : grad_out;
     const Tensor grad_before = has_activation ? empty_as(before) : grad_out;
     params.before = MonarchArguments::matrix(before), params.grad_before = MonarchArguments::matrix(grad_before);
     const Tensor sums =
@@ -98,16 +114,18 @@ class MonarchBackward {
     MonarchGradInputParams of_input{.problem = problem,
                                     .grad_out = MonarchArguments::matrix(grad_out),
                                     .grad_x = MonarchArguments::matrix(grad_x),
-                                    .packed = needs_w2 ? packed.const_data_ptr() : nullptr,
-                                    .packed_transposed = packed_transposed.const_data_ptr()};
+                                    .packed = packed.const_data_ptr(),
+                                    .packed_transposed = packed_transposed.const_data_ptr(),
+                                    .needs_inner = needs_w2,
+                                    .kept = kept};
     const Kernel<MonarchGradInputParams>& kernel_of_input = kernel<MonarchGradInputParams>();
-    const Tensor inner = empty_as(args.x, {kernel_of_input.parts(of_input)}, ScalarType::Byte);
-    of_input.inner = inner.mutable_data_ptr();
+    const Tensor shared = empty_as(args.x, {kernel_of_input.parts(of_input)}, ScalarType::Byte);
+    of_input.shared = shared.mutable_data_ptr();
     run_kernel(kernel_of_input, of_input, monarch_tasks(problem), 1, args.x);
     const MonarchWeightTasks tasks(problem);
     const MonarchGradWeightParams of_weights{.problem = problem,
                                              .grad_out = of_input.grad_out,
-                                             .inner = of_input.inner,
+                                             .shared = of_input.shared,
                                              .grad_first = grad_w1.mutable_data_ptr(),
                                              .grad_second = grad_w2.mutable_data_ptr()};
     const Kernel<MonarchGradWeightParams>& kernel_of_weights = kernel<MonarchGradWeightParams>();
@@ -117,8 +135,10 @@ class MonarchBackward {
 
   Tensor grad_out;
   const MonarchArguments args;
+  Tensor inner;
   const bool needs_w1, needs_w2, needs_bias;
   const MonarchProblem& problem = args.problem;
+  Inner kept;
   Tensor grad_x = empty_as(args.x), grad_w1, grad_w2, grad_bias = none_like(args.x);
 };
 

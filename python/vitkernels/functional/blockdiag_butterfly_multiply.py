@@ -27,8 +27,8 @@ def blockdiag_butterfly_multiply(
         y_{sl + j} = \sigma \big( \mathrm{bias}_{sl + j} + \sum_r w^2_{jsr} \, t_{rl + j} \big)
 
     Blocks of the first matrix read neighbors. Those of the second take turns, both in what they read and in what they
-    write. The forward leaves no intermediate ``t`` in memory, and permutes nothing there; the backward computes ``t``
-    again.
+    write. The forward permutes nothing in memory. It leaves ``t`` there only where a gradient is recorded, whose
+    computation would have to repeat the first product otherwise.
 
     Args:
         x: ``(..., k * p)``. Leading dimensions that are no single stride apart are copied.
@@ -36,7 +36,7 @@ def blockdiag_butterfly_multiply(
         w2: ``(l, s, r)`` with ``l * r == k * q``, those of the second. The numbers of blocks may differ.
         bias: ``(s * l)``, in the dtype of ``x`` or in float32 (float64 for float64).
         activation: :math:`\sigma`, ``"none"`` or ``"gelu"``, :math:`x \, \Phi(x)`. The backward computes its argument
-            again.
+            again, from ``t``.
 
     The dtypes are float64, float32, bfloat16 and float16, the same for x, w1 and w2. Products are added up in float32
     (float64 for float64). For bfloat16 the intermediate is rounded to it where the CPU multiplies bfloat16; elsewhere
@@ -60,8 +60,14 @@ def blockdiag_butterfly_multiply(
     if x.dim() > 2:
         check_stored(_OP, x=x)
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    out: Tensor = _multiply(rows, w1, w2, bias, _number_of(activation), allow_tf32(x))
+    out, _ = _multiply(rows, w1, w2, bias, _number_of(activation), allow_tf32(x), _keeps_inner(x, w1, w2, bias))
     return out[0] if x.dim() == 1 else torch.unflatten(out, 0, x.shape[:-1])
+
+
+def _keeps_inner(*tensors: Tensor | None) -> bool:
+    """Whether there will be a backward, to our knowledge: where there is one without it, it computes it again."""
+    is_for_inference = torch.compiler.is_exporting() or not torch.is_grad_enabled()
+    return not is_for_inference and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _number_of(activation: Any) -> int:

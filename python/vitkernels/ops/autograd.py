@@ -65,6 +65,8 @@ class Gradient(NoGradient):
             ctx.lengths = [len(each) for each in tensors]
             tensors = list(chain(*tensors))
         ctx.save_for_backward(*[outputs[i] for i in self.kept], *tensors)
+        unasked = [name not in self.asked for name in self.incoming]
+        ctx.mark_non_differentiable(*[t for t, is_it in zip(outputs, unasked, strict=True) if is_it])
         ctx.others = [inputs[i] for i in self.op.others]
         ctx.set_materialize_grads(False)  # an unused lse costs nothing
 

@@ -10,11 +10,12 @@ from vitkernels.ops.schema import Arguments
 __all__ = ["blockdiag_butterfly_multiply", "long_conv"]
 
 
-def _out(given: Arguments) -> Tensor:
-    x, w2 = given["x"], given["w2"]
-    out: Tensor = x.new_empty((x.shape[0], w2.shape[0] * w2.shape[1]))
-    return out
+def _out_and_inner(given: Arguments) -> tuple[Tensor, Tensor]:
+    x, w1, w2 = given["x"], given["w1"], given["w2"]
+    rows = x.shape[0]
+    inner = x.new_empty((rows if given["keeps_inner"] else 0, w1.shape[0] * w1.shape[1]))
+    return x.new_empty((rows, w2.shape[0] * w2.shape[1])), inner
 
 
-blockdiag_butterfly_multiply = register("blockdiag_butterfly_multiply", _out)
+blockdiag_butterfly_multiply = register("blockdiag_butterfly_multiply", _out_and_inner)
 long_conv = register("long_conv", lambda given: given["x"].new_empty(given["x"].shape))

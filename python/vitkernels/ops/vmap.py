@@ -28,6 +28,7 @@ _BATCHES = (
     "out",
     "lse",
     "state",
+    "inner",
     "outs",
     "lses",
     "grad_out",
