@@ -101,7 +101,8 @@ std::vector<std::string> make_schemas() {
                     ", Tensor state, bool need_head_scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
                     "Tensor grad_head_scale)");
   // x (rows, k p), w1 (k, q, p), w2 (l, s, r) with l r = k q: two block-diagonal products (monarch/monarch.h).
-  // bias (s l); activation: 0 none, 1 GELU. inner (rows, k q): what the first product gave, or without rows.
+  // bias (s l); activation: 0 none, 1 GELU. inner (rows, k q): what the first product gave, in the
+  // device's own order, or without rows.
   const std::string monarch =
       "Tensor x, Tensor w1, Tensor w2, Tensor? bias, SymInt activation, bool allow_tf32, bool keeps_inner";
   schemas.push_back("blockdiag_butterfly_multiply(" + monarch + ") -> (Tensor out, Tensor inner)");

@@ -29,7 +29,7 @@ struct Matrix {
   int64_t row_stride = 0;
 
   template <class S>
-  S* row(int64_t r) const {
+  VK_HOST_DEVICE S* row(int64_t r) const {
     return static_cast<S*>(data) + r * row_stride;
   }
 };

@@ -4,3 +4,8 @@ set(engine csrc/monarch)
 list(APPEND cpu_kernel_sources ${engine}/cpu/grad_epilogue.cpp ${engine}/cpu/grad_input.cpp ${engine}/cpu/grad_weight.cpp ${engine}/cpu/long_conv.cpp ${engine}/cpu/long_conv_grad.cpp ${engine}/cpu/multiply.cpp ${engine}/cpu/pack.cpp)
 
 list(APPEND cpu_op_sources ${engine}/op/long_conv_cpu.cpp ${engine}/op/monarch_cpu.cpp)
+
+list(APPEND cuda_op_sources ${engine}/op/monarch_cuda.cpp)
+
+list(APPEND cuda_kernel_sources_by_dtype
+  ${engine}/cuda/grad_weight.cu ${engine}/cuda/multiply.cu ${engine}/cuda/sums.cu)

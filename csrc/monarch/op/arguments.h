@@ -64,4 +64,42 @@ struct MonarchArguments {
   }
 };
 
+// Those of the backward, and its results.
+struct MonarchBackwardArguments {
+  Tensor grad_out;
+  const MonarchArguments args;
+  Tensor inner;  // what the forward kept
+  const bool needs_w1, needs_w2, needs_bias;
+  const MonarchProblem& problem = args.problem;
+  Tensor grad_x = empty_as(args.x), grad_w1, grad_w2, grad_bias = none_like(args.x);
+
+  explicit MonarchBackwardArguments(Call& call)
+      : grad_out(call.take<Tensor>("grad_out")),
+        args(call),
+        inner(call.take<Tensor>("inner")),
+        needs_w1(call.take<bool>("need_w1")),
+        needs_w2(call.take<bool>("need_w2")),
+        needs_bias(call.take<bool>("need_bias") && args.bias) {
+    call.checker.tensor("grad_out", grad_out, args.x, args.x.scalar_type(), args.out_sizes());
+    call.checker.tensor("inner", inner, args.x, args.x.scalar_type(), args.inner_sizes());
+    grad_out = with_unit_last_stride(grad_out), inner = with_unit_last_stride(inner);
+    grad_w1 = gradient(needs_w1, args.w1), grad_w2 = gradient(needs_w2, args.w2);
+    if (needs_bias) grad_bias = zeros_as(args.x, {problem.outputs()}, args.bias_type);
+  }
+
+  bool has_activation() const { return args.activation != Activation::kNone; }
+
+  void give(Call& call) const {
+    call.give(grad_x, "grad_x");
+    call.give(grad_w1, "grad_w1");
+    call.give(grad_w2, "grad_w2");
+    call.give(grad_bias, "grad_bias");
+  }
+
+ private:
+  Tensor gradient(bool is_needed, const Tensor& like) const {
+    return !is_needed ? none_like(args.x) : problem.rows > 0 ? empty_as(like) : zeros_as(like);
+  }
+};
+
 }  // namespace vitkernels

@@ -49,55 +49,29 @@ void blockdiag_butterfly_multiply(Call& call) {
   call.give(inner, "inner");
 }
 
-class MonarchBackward {
+class MonarchBackward : public MonarchBackwardArguments {
  public:
-  explicit MonarchBackward(Call& call)
-      : grad_out(call.take<Tensor>("grad_out")),
-        args(call),
-        inner(call.take<Tensor>("inner")),
-        needs_w1(call.take<bool>("need_w1")),
-        needs_w2(call.take<bool>("need_w2")),
-        needs_bias(call.take<bool>("need_bias") && args.bias) {
-    call.checker.tensor("grad_out", grad_out, args.x, args.x.scalar_type(), args.out_sizes());
-    call.checker.tensor("inner", inner, args.x, args.x.scalar_type(), args.inner_sizes());
-    grad_out = with_unit_last_stride(grad_out), inner = with_unit_last_stride(inner);
-    kept = inner_of(inner, Inner::Use::kRead);
-    grad_w1 = gradient(needs_w1, args.w1), grad_w2 = gradient(needs_w2, args.w2);
-    if (needs_bias) grad_bias = zeros_as(args.x, {problem.outputs()}, args.bias_type);
-  }
+  using MonarchBackwardArguments::MonarchBackwardArguments;
 
   void run() {
     if (problem.rows == 0) return;
-    const bool has_activation = args.activation != Activation::kNone;
     Tensor packed = none_like(args.x);
-    if (has_activation || (needs_w2 && !args.keeps_inner)) {
-      packed = pack(problem, args.x, false, has_activation ? problem.num_blocks() : problem.first.blocks);
+    if (has_activation() || (needs_w2 && !args.keeps_inner)) {
+      packed = pack(problem, args.x, false, has_activation() ? problem.num_blocks() : problem.first.blocks);
     }
-    if (has_activation || needs_bias) differentiate_epilogue(packed);
+    if (has_activation() || needs_bias) differentiate_epilogue(packed);
     of_products(packed);
   }
 
-  void give(Call& call) const {
-    call.give(grad_x, "grad_x");
-    call.give(grad_w1, "grad_w1");
-    call.give(grad_w2, "grad_w2");
-    call.give(grad_bias, "grad_bias");
-  }
-
  private:
-  Tensor gradient(bool is_needed, const Tensor& like) const {
-    return !is_needed ? none_like(args.x) : problem.rows > 0 ? empty_as(like) : zeros_as(like);
-  }
-
   void differentiate_epilogue(const Tensor& packed) {
     MonarchGradEpilogueParams params{.dtype = problem.dtype,
                                      .rows = problem.rows,
                                      .columns = problem.outputs(),
                                      .activation = args.activation,
                                      .grad_out = MonarchArguments::matrix(grad_out)};
-    const bool has_activation = args.activation != Activation::kNone;
-    const Tensor before = has_activation ? multiply(args, Activation::kNone, packed, kept) : grad_out;
-    const Tensor grad_before = has_activation ? empty_as(before) : grad_out;
+    const Tensor before = has_activation() ? multiply(args, Activation::kNone, packed, kept) : grad_out;
+    const Tensor grad_before = has_activation() ? empty_as(before) : grad_out;
     params.before = MonarchArguments::matrix(before), params.grad_before = MonarchArguments::matrix(grad_before);
     const Tensor sums =
         needs_bias ? empty_as(args.x, {problem.outputs()}, statistics_type(problem.dtype)) : none_like(args.x);
@@ -133,13 +107,7 @@ class MonarchBackward {
     run_kernel(kernel_of_weights, of_weights, Range{begin, end}, 1, args.x);
   }
 
-  Tensor grad_out;
-  const MonarchArguments args;
-  Tensor inner;
-  const bool needs_w1, needs_w2, needs_bias;
-  const MonarchProblem& problem = args.problem;
-  Inner kept;
-  Tensor grad_x = empty_as(args.x), grad_w1, grad_w2, grad_bias = none_like(args.x);
+  const Inner kept = inner_of(inner, Inner::Use::kRead);
 };
 
 void blockdiag_butterfly_multiply_backward(Call& call) {
