@@ -105,7 +105,9 @@ std::vector<std::string> make_schemas() {
   // device's own order, or without rows.
   const std::string monarch =
       "Tensor x, Tensor w1, Tensor w2, Tensor? bias, SymInt activation, bool allow_tf32, bool keeps_inner";
-  schemas.push_back("blockdiag_butterfly_multiply(" + monarch + ") -> (Tensor out, Tensor inner)");
+  // packed: both weights as the CPU's kernels read them, instead of those.
+  schemas.push_back("blockdiag_butterfly_multiply(" + monarch + ", Tensor? packed) -> (Tensor out, Tensor inner)");
+  schemas.push_back("blockdiag_butterfly_pack(Tensor w1, Tensor w2) -> Tensor");
   schemas.push_back(
       "blockdiag_butterfly_multiply_backward(Tensor grad_out, " + monarch +
       ", Tensor inner, bool need_w1, bool need_w2, bool need_bias) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_w2, "

@@ -20,6 +20,7 @@ __all__ = [
     "entry_of",
     "has_batch_levels",
     "has_below_autograd",
+    "has_dispatch_mode",
     "has_dispatch_modes",
     "has_kernel",
     "is_batching",
@@ -40,6 +41,11 @@ has_below_autograd = below_autograd is not nullcontext
 
 #: Whether ``torch.jit.trace`` is at work; the public function asks the same in more steps.
 is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+
+
+def has_dispatch_mode() -> bool:
+    """Whether something sees each operator that is called, such as a mode whose tensors have no data."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def sizes_are_tensors() -> bool:

@@ -68,7 +68,7 @@ def test_backward_reads_what_the_forward_kept_or_computes_it(dtype, activation):
     found = []
     for keeps in (False, True):
         given = (x, w1, w2, bias, activation, False, keeps)
-        out, inner = forward(*given)
+        out, inner = forward(*given, None)
         assert inner.shape == (300 * keeps, 52)
         found.append((out, *backward(grad, *given, inner, True, True, True)))
     assert all(torch.equal(*each) for each in zip(*found, strict=True))
@@ -87,7 +87,9 @@ def test_the_intermediate_is_kept_for_a_backward_alone():
         return saved.count((300, 52))
 
     assert kept(x) == 0 and kept(x.clone().requires_grad_()) == 1
-    out, inner = torch.ops.vitkernels.blockdiag_butterfly_multiply(x.requires_grad_(), w1, w2, None, 0, False, True)
+    out, inner = torch.ops.vitkernels.blockdiag_butterfly_multiply(
+        x.requires_grad_(), w1, w2, None, 0, False, True, None
+    )
     assert out.requires_grad and not inner.requires_grad
 
 
@@ -120,6 +122,20 @@ def test_gelu_beyond_all_range():
     is_normal = expected.abs() > 1e-35
     torch.testing.assert_close(found[is_normal], expected[is_normal], rtol=2e-5, atol=0)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_packed_weights_are_read_instead(dtype):
+    x, (w1, w2) = torch.randn(70, 20).to(dtype), weights((4, 13, 5), (4, 19, 13), dtype)
+    forward, pack = (getattr(torch.ops.vitkernels, f"blockdiag_butterfly_{name}") for name in ("multiply", "pack"))
+    packed = pack(w1, w2)
+    given = (None, 0, False, False)
+    assert torch.equal(forward(x, w1, w2, *given, packed)[0], op(x, w1, w2))
+    assert torch.equal(forward(x, w1.mul(2), w2, *given, packed)[0], op(x, w1, w2))
+    with pytest.raises(RuntimeError, match=r"multiply: packed has shape \(\d+\), takes \(\d+\)"):
+        forward(x, w1, w2, *given, packed[1:])
+    with pytest.raises(RuntimeError, match="pack: w2 has shape"):
+        pack(w1, w2[..., :9])
 
 
 def test_no_row_is_a_gradient_of_zero():

@@ -1,11 +1,13 @@
 """The linear layer whose weight is a Monarch matrix: projection, expansion, initialisation."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from support.mechanisms import agree_module
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from vitkernels.nn import MonarchLinear
 
 # Inputs, outputs, blocks: divisible, padded on either side, one block, wider than high, fewer inner features than
@@ -157,6 +159,94 @@ def test_compile_and_export(features):
     for rows in (x, torch.randn(5, 3, features)):
         torch.testing.assert_close(compiled(rows), layer(rows), rtol=0, atol=0)
         torch.testing.assert_close(exported(rows), layer(rows), rtol=0, atol=0)
+
+
+@pytest.fixture
+def packings(monkeypatch):
+    """Counts how often weights are packed to be kept."""
+    calls, pack = [], torch.ops.vitkernels.blockdiag_butterfly_pack
+    monkeypatch.setattr(torch.ops.vitkernels, "blockdiag_butterfly_pack", lambda *w: calls.append(w) or pack(*w))
+    return calls
+
+
+def changes():
+    def step(layer):
+        optimizer = torch.optim.SGD(layer.parameters(), 0.5)
+        with torch.enable_grad():
+            layer(torch.ones(2, 14)).sum().backward()
+        optimizer.step()
+
+    def replace(layer):
+        layer.blkdiag2 = nn.Parameter(layer.blkdiag2.detach() * 3)
+
+    def load(layer):
+        layer.load_state_dict({n: 2 * p for n, p in layer.state_dict().items()})
+
+    def set_data(layer):
+        for _ in range(4):  # memory that was given up may be had again
+            layer.blkdiag1.data = layer.blkdiag1.data + 1
+
+    def change_data(layer):
+        layer.blkdiag1.data.mul_(2)
+        layer.train().eval()
+
+    return {
+        "optimizer": step,
+        "in place": lambda layer: layer.blkdiag1.mul_(3),
+        "element": lambda layer: layer.blkdiag2[0, 0, 0].fill_(7),
+        "parameter": replace,
+        "state_dict": load,
+        "set data": set_data,
+        "data and eval": change_data,
+        "swap": lambda layer: torch.utils.swap_tensors(layer.blkdiag1, nn.Parameter(layer.blkdiag1.detach() * 2)),
+    }
+
+
+@pytest.mark.parametrize("change", changes().values(), ids=changes())
+def test_weights_are_packed_when_they_have_changed(change, packings):
+    layer, x = MonarchLinear(14, 18).eval(), torch.randn(5, 14)
+    with torch.no_grad():
+        before = layer(x)
+        assert torch.equal(layer(x), before) and len(packings) == 1
+        change(layer)
+        after = layer(x)
+        assert len(packings) == 2 and not torch.equal(after, before)
+        fresh = MonarchLinear(14, 18)  # packs in each call while it trains
+        fresh.load_state_dict(layer.state_dict())
+        assert torch.equal(fresh(x), after) and len(packings) == 2
+
+
+def test_weights_are_packed_for_each_dtype_and_each_copy(packings):
+    layer, x = MonarchLinear(14, 18).eval(), torch.randn(5, 14)
+    with torch.no_grad():
+        plain = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = layer(x)
+            assert torch.equal(layer(x), cast) and len(packings) == 2
+        assert torch.equal(layer(x), plain) and len(packings) == 3
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            twin.blkdiag1.zero_()
+            assert torch.equal(twin(x), twin.bias.expand(5, -1)) and torch.equal(layer(x), plain)
+        assert len(packings) == 5
+        assert torch.equal(layer.double().float()(x), plain)
+        functional = torch.func.functional_call(layer, {"blkdiag1": torch.zeros_like(layer.blkdiag1)}, (x,))
+        assert torch.equal(functional, layer.bias.expand(5, -1))
+
+
+def test_weights_are_not_packed_where_that_cannot_be_kept(packings):
+    layer, x = MonarchLinear(14, 18).eval(), torch.randn(5, 14)
+    expected = layer(x).detach()  # records a gradient
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(layer).train()(x), expected)
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert layer(mode.from_tensor(x)).shape == (5, 18)
+        assert torch.equal(copy.deepcopy(layer).share_memory()(x), expected)
+    with torch.inference_mode():
+        made = MonarchLinear(14, 18).eval()  # its parameters count no changes
+        made.load_state_dict(layer.state_dict())
+        assert torch.equal(made(x), expected)
+    assert not packings
 
 
 def test_vmap_over_inputs_and_over_layers():

@@ -41,23 +41,29 @@ struct MonarchArguments {
   std::vector<int64_t> out_sizes() const { return {problem.rows, problem.outputs()}; }
   std::vector<int64_t> inner_sizes() const { return {keeps_inner ? problem.rows : 0, problem.inner()}; }
 
- private:
-  void check(const Checker& checker) {
-    checker.rank("x", x, 2, "(rows, k * p)");
+  // Of a dtype that is `like`'s: what the problem says of the weights, but for where they are.
+  static void set_weights(const Checker& checker, const Tensor& w1, const Tensor& w2, const Tensor& like,
+                          MonarchProblem& problem) {
     checker.rank("w1", w1, 3, "(k, q, p)");
     checker.rank("w2", w2, 3, "(l, s, r)");
-    problem.dtype = checker.element_type("x", x);
-    checker.tensor("w1", w1, x, x.scalar_type());
-    checker.tensor("w2", w2, x, x.scalar_type());
-    problem.rows = x.size(0);
+    checker.tensor("w1", w1, like, like.scalar_type());
+    checker.tensor("w2", w2, like, like.scalar_type());
     problem.first = {nullptr, w1.size(0), w1.size(1), w1.size(2)};
     problem.second = {nullptr, w2.size(0), w2.size(1), w2.size(2)};
     for (const auto& [name, w] : {std::pair{"w1", &w1}, {"w2", &w2}}) {
       checker.check(w->numel() > 0, name, " has shape ", Shape{sizes_of(*w)}, ", takes at least one element");
     }
-    checker.size("x", x, 1, problem.inputs(), "the columns of w1's blocks together");
     checker.check(problem.second.blocks * problem.second.inputs == problem.inner(), "w2 has shape ",
                   Shape{sizes_of(w2)}, ", takes ", problem.inner(), " columns in all blocks together (w1's rows)");
+  }
+
+ private:
+  void check(const Checker& checker) {
+    checker.rank("x", x, 2, "(rows, k * p)");
+    problem.dtype = checker.element_type("x", x);
+    set_weights(checker, w1, w2, x, problem);
+    problem.rows = x.size(0);
+    checker.size("x", x, 1, problem.inputs(), "the columns of w1's blocks together");
     if (!bias) return;
     const ScalarType sums = statistics_type(problem.dtype);
     checker.tensor("bias", *bias, x, bias->scalar_type() == sums ? sums : x.scalar_type(), {problem.outputs()});

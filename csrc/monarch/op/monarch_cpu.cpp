@@ -7,11 +7,14 @@
 namespace vitkernels {
 namespace {
 
+// Bytes of both weights, packed.
+int64_t packed_size(const MonarchPackParams& params) { return kernel<MonarchPackParams>().parts(params); }
+
 // Of the blocks of both weights, those of the first coming first, as many as are read.
 Tensor pack(const MonarchProblem& problem, const Tensor& like, bool is_transposed, int64_t blocks) {
   MonarchPackParams params{.problem = problem, .is_transposed = is_transposed};
   const Kernel<MonarchPackParams>& kernel = vitkernels::kernel<MonarchPackParams>();
-  const Tensor packed = empty_as(like, {kernel.parts(params)}, ScalarType::Byte);
+  const Tensor packed = empty_as(like, {packed_size(params)}, ScalarType::Byte);
   params.packed = packed.mutable_data_ptr();
   parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) { kernel.run(params, begin, end, nullptr); });
   return packed;
@@ -34,15 +37,35 @@ Tensor multiply(const MonarchArguments& args, Activation activation, const Tenso
   return out;
 }
 
+void blockdiag_butterfly_pack(Call& call) {
+  const Tensor w1 = call.take<Tensor>("w1"), w2 = call.take<Tensor>("w2");
+  MonarchProblem problem;
+  call.checker.defined("w1", w1);
+  problem.dtype = call.checker.element_type("w1", w1);
+  MonarchArguments::set_weights(call.checker, w1, w2, w1, problem);
+  const Tensor first = as_contiguous(w1), second = as_contiguous(w2);
+  problem.first.data = first.const_data_ptr(), problem.second.data = second.const_data_ptr();
+  call.give(pack(problem, w1, false, problem.num_blocks()), "");
+}
+
+// As the operator above left the weights, or packed for this call.
+Tensor packed_weights(const Checker& checker, const MonarchArguments& args, const OptionalTensor& given) {
+  const MonarchProblem& problem = args.problem;
+  if (!given) return pack(problem, args.x, false, problem.num_blocks());
+  checker.tensor("packed", *given, args.x, ScalarType::Byte, {packed_size({.problem = problem})});
+  return as_contiguous(*given);
+}
+
 void blockdiag_butterfly_multiply(Call& call) {
   const MonarchArguments args(call);
+  const auto given = call.take<OptionalTensor>("packed");
   const MonarchProblem& problem = args.problem;
   const Tensor inner = empty_as(args.x, args.inner_sizes(), args.x.scalar_type());
   Tensor out;
   if (problem.rows == 0) {
     out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
   } else {
-    const Tensor packed = pack(problem, args.x, false, problem.num_blocks());
+    const Tensor packed = packed_weights(call.checker, args, given);
     out = multiply(args, args.activation, packed, inner_of(inner, Inner::Use::kWrite));
   }
   call.give(out, "out");
@@ -122,6 +145,7 @@ void blockdiag_butterfly_multiply_backward(Call& call) {
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   using namespace vitkernels;
   m.impl("blockdiag_butterfly_multiply", &boxed<"blockdiag_butterfly_multiply", blockdiag_butterfly_multiply>);
+  m.impl("blockdiag_butterfly_pack", &boxed<"blockdiag_butterfly_pack", blockdiag_butterfly_pack>);
   m.impl("blockdiag_butterfly_multiply_backward",
          &boxed<"blockdiag_butterfly_multiply_backward", blockdiag_butterfly_multiply_backward>);
 }

@@ -94,6 +94,7 @@ class MonarchOnDevice {
 
 void blockdiag_butterfly_multiply(Call& call) {
   const MonarchArguments args(call);
+  call.checker.check(!call.take<OptionalTensor>("packed"), "packed is a tensor, takes None on a GPU");
   const MonarchOnDevice device(call.checker, args);
   const Tensor out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
   const Tensor inner = empty_as(args.x, args.inner_sizes(), args.x.scalar_type());

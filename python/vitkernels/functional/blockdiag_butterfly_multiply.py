@@ -52,6 +52,13 @@ def blockdiag_butterfly_multiply(
 
     Source: Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate Training" (2022), section 3.
     """
+    return multiply(x, w1, w2, bias, activation)
+
+
+def multiply(
+    x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, activation: str, packed: Tensor | None = None
+) -> Tensor:
+    """The same; ``packed``, by ``vitkernels::blockdiag_butterfly_pack``, is read instead of both weights."""
     check_tensors(_OP, x=x, w1=w1, w2=w2)
     if bias is not None:
         check_tensors(_OP, bias=bias)
@@ -60,7 +67,8 @@ def blockdiag_butterfly_multiply(
     if x.dim() > 2:
         check_stored(_OP, x=x)
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    out, _ = _multiply(rows, w1, w2, bias, _number_of(activation), allow_tf32(x), _keeps_inner(x, w1, w2, bias))
+    keeps_inner = _keeps_inner(x, w1, w2, bias)
+    out, _ = _multiply(rows, w1, w2, bias, _number_of(activation), allow_tf32(x), keeps_inner, packed)
     return out[0] if x.dim() == 1 else torch.unflatten(out, 0, x.shape[:-1])
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitkernels.functional import blockdiag_butterfly_multiply
+from vitkernels.functional.blockdiag_butterfly_multiply import multiply
 from vitkernels.nn.maps import check_stored_input, integers
+from vitkernels.nn.packed import PackedWeights
 
 __all__ = ["MonarchLinear", "why_not_projected"]
 
@@ -25,7 +26,11 @@ class MonarchLinear(nn.Module):
     of the inner features, rounded up or down: with fewer of them than blocks, some pairs are not connected.
 
     Both factors are initialised like ``nn.Linear``, but for a factor of ``3 ** 0.25``, with which outputs have the
-    variance that they have there. (HazyResearch's are smaller by ``3 ** 0.5``.) On the CPU only.
+    variance that they have there. (HazyResearch's are smaller by ``3 ** 0.5``.)
+
+    On the CPU the factors are packed once in evaluation mode without gradients, which takes as much memory again, and
+    packed again when they have changed: when an operation in place has counted up their version, or they are others.
+    Changes of ``parameter.data`` count nothing up: go through :meth:`train` and :meth:`eval` after these.
 
     Args:
         in_features: features of the input.
@@ -68,7 +73,13 @@ class MonarchLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, **factory))
         else:
             self.register_parameter("bias", None)
+        self._packed = PackedWeights()
         self.reset_parameters()
+
+    def train(self, mode: bool = True) -> MonarchLinear:
+        """As ``nn.Module``; packed factors are given up."""
+        self._packed = PackedWeights()
+        return super().train(mode)
 
     def reset_parameters(self) -> None:
         """Initialise all parameters."""
@@ -92,12 +103,13 @@ class MonarchLinear(nn.Module):
             raise RuntimeError(f"vitkernels.nn.{type(self).__name__}: x has shape {tuple(x.shape)}, takes {layout}")
         if padding := self.in_features_extended - self.in_features:
             x = F.pad(x, (0, padding))
-        out = blockdiag_butterfly_multiply(x, self.blkdiag1, self.blkdiag2, self._stored_bias(x), activation=activation)
+        packed = None if self.training else self._packed.of(self.blkdiag1, self.blkdiag2)
+        out = multiply(x, self.blkdiag1, self.blkdiag2, self._stored_bias(x), activation, packed)
         return out[..., : self.out_features] if self.out_features < self.out_features_extended else out
 
     def _stored_bias(self, x: Tensor) -> Tensor | None:
         """The bias as the product takes it: for all outputs, and in a dtype that goes with that of the product."""
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is None:
             return None
         if padding := self.out_features_extended - self.out_features:
