@@ -117,6 +117,11 @@ std::vector<std::string> make_schemas() {
   schemas.push_back("long_conv(" + long_conv + ") -> Tensor");
   schemas.push_back("long_conv_backward(Tensor grad_out, " + long_conv +
                     ", bool need_filter) -> (Tensor grad_x, Tensor grad_filter)");
+  // x (B, H, W, channels), weight (H, W // 2 + 1, channels, 2): real and imaginary parts (monarch/spectral_gating.h).
+  schemas.push_back("spectral_gating(Tensor x, Tensor weight) -> Tensor");
+  schemas.push_back(
+      "spectral_gating_backward(Tensor grad_out, Tensor x, Tensor weight, bool need_weight) -> (Tensor grad_x, Tensor "
+      "grad_weight)");
   return schemas;
 }
 

@@ -5,7 +5,7 @@
 // them at a time, on their way from the signal or to it; then rows, from which on a product is not far (multiply_row).
 #pragma once
 
-#include "monarch/cpu/long_conv_dft.h"
+#include "monarch/cpu/dft.h"
 #include "monarch/long_conv.h"
 
 namespace vitkernels::VK_ISA {

@@ -1,37 +1,12 @@
 // The operators vitkernels::long_conv and its backward on the CPU.
-#include <cmath>
-#include <numbers>
-
 #include "common/boxed.h"
 #include "common/parallel.h"
 #include "cpu/kernel.h"
 #include "monarch/long_conv.h"
+#include "monarch/op/roots.h"
 
 namespace vitkernels {
 namespace {
-
-// The roots of unity exp(-2 pi i k / 4 L), k < 4 L, rounded once from float64.
-class Roots {
- public:
-  explicit Roots(int64_t length) : length_(length), cosines_(length + 1) {
-    const double step = std::numbers::pi / 2 / double(length);
-    for (int64_t i = 0; i <= length; ++i) {
-      cosines_[i] = 2 * i <= length ? std::cos(step * double(i)) : std::sin(step * double(length - i));
-    }
-  }
-
-  template <class T>
-  T* write(int64_t k, T* to) const {
-    const double c = cosines_[k % length_], s = cosines_[length_ - k % length_];
-    const double real[] = {c, -s, -c, s}, imaginary[] = {-s, -c, s, c};
-    to[0] = T(real[k / length_]), to[1] = T(imaginary[k / length_]);
-    return to + 2;
-  }
-
- private:
-  int64_t length_;
-  std::vector<double> cosines_;
-};
 
 template <class T>
 void write_twiddles(const LongConvPlan& plan, T* to) {

@@ -60,6 +60,51 @@ VK_INLINE void dft4(Vec<T>* re, Vec<T>* im) {
 }
 
 template <class T>
+VK_INLINE void dft5(Vec<T>* re, Vec<T>* im) {
+  const T c1 = T(0.309016994374947424102293417182819059), s1 = T(0.951056516295153572116439333379382143),
+          c2 = T(-0.809016994374947424102293417182819059), s2 = T(0.587785252292473129168705954639072769);
+  const Vec<T> a_re = re[1] + re[4], a_im = im[1] + im[4], b_re = re[2] + re[3], b_im = im[2] + im[3],
+               d_re = re[1] - re[4], d_im = im[1] - im[4], e_re = re[2] - re[3], e_im = im[2] - im[3];
+  const Vec<T> p_re = re[0] + c1 * a_re + c2 * b_re, p_im = im[0] + c1 * a_im + c2 * b_im,
+               q_re = re[0] + c2 * a_re + c1 * b_re, q_im = im[0] + c2 * a_im + c1 * b_im,
+               u_re = s1 * d_re + s2 * e_re, u_im = s1 * d_im + s2 * e_im, v_re = s2 * d_re - s1 * e_re,
+               v_im = s2 * d_im - s1 * e_im;
+  re[0] += a_re + b_re, im[0] += a_im + b_im;
+  re[1] = p_re + u_im, im[1] = p_im - u_re;
+  re[4] = p_re - u_im, im[4] = p_im + u_re;
+  re[2] = q_re + v_im, im[2] = q_im - v_re;
+  re[3] = q_re - v_im, im[3] = q_im + v_re;
+}
+
+template <class T>
+VK_INLINE void dft7(Vec<T>* re, Vec<T>* im) {
+  const T c1 = T(0.623489801858733530525004884004239810), c2 = T(-0.222520933956314404288902564496794760),
+          c3 = T(-0.900968867902419126236102319507445052), s1 = T(0.781831482468029808708444526674057750),
+          s2 = T(0.974927912181823607018131682993931218), s3 = T(0.433883739117558120475768332848358755);
+  const T cosines[3][3] = {{c1, c2, c3}, {c2, c3, c1}, {c3, c1, c2}},
+          sines[3][3] = {{s1, s2, s3}, {s2, -s3, -s1}, {s3, -s1, s2}};
+  Vec<T> sum_re[3], sum_im[3], d_re[3], d_im[3];
+  const Vec<T> re0 = re[0], im0 = im[0];
+#pragma GCC unroll 3
+  for (int q = 0; q < 3; ++q) {
+    sum_re[q] = re[q + 1] + re[6 - q], sum_im[q] = im[q + 1] + im[6 - q];
+    d_re[q] = re[q + 1] - re[6 - q], d_im[q] = im[q + 1] - im[6 - q];
+    re[0] += sum_re[q], im[0] += sum_im[q];
+  }
+#pragma GCC unroll 3
+  for (int k = 0; k < 3; ++k) {
+    Vec<T> p_re = re0, p_im = im0, u_re{}, u_im{};
+#pragma GCC unroll 3
+    for (int q = 0; q < 3; ++q) {
+      p_re += cosines[k][q] * sum_re[q], p_im += cosines[k][q] * sum_im[q];
+      u_re += sines[k][q] * d_re[q], u_im += sines[k][q] * d_im[q];
+    }
+    re[k + 1] = p_re + u_im, im[k + 1] = p_im - u_re;
+    re[6 - k] = p_re - u_im, im[6 - k] = p_im + u_re;
+  }
+}
+
+template <class T>
 VK_INLINE void dft8(Vec<T>* re, Vec<T>* im) {
   const T c = T(0.707106781186547524400844362104849039);
   Vec<T> even_re[4], even_im[4], odd_re[4], odd_im[4];
@@ -87,6 +132,8 @@ VK_INLINE void dft(Points<T, kN>& points) {
   if constexpr (kN == 2) dft2<T>(re[0], re[1]), dft2<T>(im[0], im[1]);
   if constexpr (kN == 3) dft3<T>(re, im);
   if constexpr (kN == 4) dft4<T>(re, im);
+  if constexpr (kN == 5) dft5<T>(re, im);
+  if constexpr (kN == 7) dft7<T>(re, im);
   if constexpr (kN == 8) dft8<T>(re, im);
 }
 
