@@ -24,6 +24,7 @@ from vitkernels.functional import (
     na2d,
     na3d,
     spatial_attention,
+    spectral_gating,
     window_attention,
 )
 from vitkernels.integrations import MonarchReport, Report, accelerate, expand_monarch, monarchize, restore, restored
@@ -66,5 +67,6 @@ __all__ = [
     "restore",
     "restored",
     "spatial_attention",
+    "spectral_gating",
     "window_attention",
 ]

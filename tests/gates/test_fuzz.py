@@ -13,7 +13,7 @@ from support.paths import TESTS
 from support.samples import CORE
 from vitkernels._library import why_no_kernel
 
-BAD_CALLS, GOOD_CALLS = 4400, 400
+BAD_CALLS, GOOD_CALLS = 4800, 400
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import vitkernels as vk
 from support.calls import Recorder, differentiate
 from support.samples import SAMPLES
 
-WITHOUT_TF32 = ("merge_attentions", "linear_attention", "linear_attention_varlen", "long_conv")
+WITHOUT_TF32 = ("merge_attentions", "linear_attention", "linear_attention_varlen", "long_conv", "spectral_gating")
 # The first sample of each operator whose products a GPU may round.
 FIRST = {s.operator: s for s in reversed(SAMPLES) if s.operator not in WITHOUT_TF32}
 each_operator = pytest.mark.parametrize("sample", FIRST.values(), ids=str)

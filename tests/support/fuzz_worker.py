@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from support.calls import Call, differentiate, operator_calls, replace
+from support.calls import Call, differentiate, operator_calls, replace, statistics_dtype
 from support.devices import DEVICE, ON_CPU, why_not
 from support.layouts import LAYOUTS
 from support.samples import SMALL_SAMPLES, Sample
@@ -145,7 +145,7 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
     if "groups" in call and slot.argument == "query":
         dims = dims[:-2]  # whose channels may be any number
-    if "w1" in call or "filter" in call:
+    if "w1" in call or "filter" in call or "weight" in call:
         dims = [slot.tensor.dim() + d for d in decided(target, call, slot)]
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
@@ -160,6 +160,8 @@ def spoil_dtype(rng: random.Random, target: Target, call: Call) -> Call:
         dtypes = [d for d in dtypes if d not in (torch.int64, torch.int32)]
     elif not target.is_operator and not is_data(target, slot):  # converted, if it is floating-point
         dtypes = [d for d in dtypes if not d.is_floating_point]
+    if slot.argument == "weight":  # in the precision of the statistics, or of the data
+        dtypes = [d for d in dtypes if d not in (call["x"].dtype, statistics_dtype(call["x"].dtype))]
     if len(slots(call)) <= 2:  # with one tensor of data, any floating-point dtype is fine
         dtypes = [d for d in dtypes if d not in CALL_DTYPES]
     return put(call, slot, slot.tensor.detach().to(rng.choice(dtypes)))
@@ -240,6 +242,9 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
             return [d for d in range(-count, 0) if slot.tensor.size(d) > 1]
         axis = -2 if name == "filter" else channels
         return [axis] if slot.tensor.size(axis) > 1 else []
+    if "weight" in call:  # any batch
+        free |= {-4} if name == "x" and not is_backward else set()
+        return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]
     if target.name.endswith("channel_attention") and not is_backward:
         free |= {"query": {-2, -1} if "groups" in call else {-1}, "value": {-3}}.get(name, set())
         return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]

@@ -24,6 +24,7 @@ MODULES = {
     "ProxyTokenAttention": lambda: (vk.nn.ProxyTokenAttention(16, 2, (2, 4)), (2, 4, 6, 16)),
     "RepBN": lambda: (vk.nn.RepBN(16), (2, 7, 16)),
     "SimplifiedLinearAttention": lambda: (vk.nn.SimplifiedLinearAttention(16, 2, (4, 6)), (2, 4, 6, 16)),
+    "SpectralGating": lambda: (vk.nn.SpectralGating(16, 4, 6), (2, 24, 16)),
     "TokenPerformer": lambda: (vk.nn.TokenPerformer(16, 16), (2, 7, 16)),
     "TokenTransformer": lambda: (vk.nn.TokenTransformer(16, 16), (2, 7, 16)),
     "WindowAttention": lambda: (vk.nn.WindowAttention(16, 2, window_size=3, shift_size=1), (2, 5, 6, 16)),
@@ -39,7 +40,7 @@ PAIRS = {
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
     "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA", "MonarchLinear",
-    "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "TokenPerformer",
+    "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "SpectralGating", "TokenPerformer",
 }  # fmt: skip
 
 assert set(MODULES | PAIRS) == set(vk.nn.__all__), "a module without a row"

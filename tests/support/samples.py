@@ -134,6 +134,15 @@ def long_conv(
     return Sample("long_conv", id, {**data, **arguments}, sizes, frozenset(tags.split()))
 
 
+def gating(
+    id: str, *, b: int = 2, rows: int = 6, columns: int = 7, c: int = 19, tags: str = "", **arguments: Any
+) -> Sample:
+    """A map of ``y`` x ``x`` positions; its rows have ``X`` frequencies."""
+    data = {"x": Input("byxc"), "weight": statistic("yXc2")}
+    sizes = {"b": b, "y": rows, "x": columns, "c": c}
+    return Sample("spectral_gating", id, {**data, **arguments}, sizes, frozenset(tags.split()))
+
+
 SAME_DIMS = {"key": Input("bqhd"), "value": Input("bkhd")}
 OWN_VALUE = {name: Input(f"bk{heads}") for name, heads in (("query", "hd"), ("key", "gd"), ("value", "gv"))}
 
@@ -416,6 +425,19 @@ SAMPLES = [
     long_conv("shared-filter", filter=Input("1n", fraction, expand="cn")),
     long_conv("no-batch", b=0, tags="core"),
     long_conv("no-channel", c=0),
+    gating("plain", tags="core deploy"),
+    gating("even-rows", rows=5, columns=10, tags="core"),
+    gating("one-position", b=1, rows=1, columns=1, c=1),
+    gating("one-row", rows=1, columns=18),
+    gating("one-column", rows=20, columns=1, c=16),
+    *[gating(f"{y}-rows-of-{x}", rows=y, columns=x, c=c) for y, x, c in ((14, 14, 32), (7, 7, 16), (8, 8, 5), (16, 30, 3))],
+    *[gating(f"{y}-rows-of-{x}-by-primes", rows=y, columns=x, c=3) for y, x in ((11, 13), (22, 17), (3, 121))],
+    gating("large", b=1, rows=56, columns=48, c=5),
+    gating("many-channels", b=3, rows=4, columns=3, c=800),
+    gating("expanded", x=Input("1yxc", expand="byxc")),
+    gating("shared-weight", weight=statistic("1Xc2", expand="yXc2")),
+    gating("no-batch", b=0, tags="core"),
+    gating("no-channel", c=0),
     channels("plain", tags="core deploy"),
     channels("number-scale", scale=0.05, d=33, v=5),
     channels("head-scale", scale=statistic("h", fraction), tags="core"),

@@ -54,5 +54,6 @@ _OPERATORS = {
     "long_conv",
     "merge_attentions",
     "spatial_attention",
+    "spectral_gating",
 }
 assert {s.operator for s in NAMED_SAMPLES} | _OPERATORS == set(vk.functional.__all__), "a function without a row"

@@ -14,6 +14,7 @@ from vitkernels.functional.long_conv import long_conv
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.neighborhood import na1d, na2d, na3d
 from vitkernels.functional.spatial_attention import spatial_attention
+from vitkernels.functional.spectral_gating import spectral_gating
 from vitkernels.functional.windows import grid_attention, halo_attention, window_attention
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "na2d",
     "na3d",
     "spatial_attention",
+    "spectral_gating",
     "window_attention",
 ]

@@ -17,6 +17,7 @@ from vitkernels.nn.monarch import MonarchLinear
 from vitkernels.nn.neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from vitkernels.nn.proxy import ProxyTokenAttention
 from vitkernels.nn.rep_bn import ProgressiveRepBN, RepBN
+from vitkernels.nn.spectral import SpectralGating
 from vitkernels.nn.token_transformer import TokenPerformer, TokenTransformer
 from vitkernels.nn.windows import GridAttention, WindowAttention, WindowAttentionV2
 
@@ -41,6 +42,7 @@ __all__ = [
     "ProxyTokenAttention",
     "RepBN",
     "SimplifiedLinearAttention",
+    "SpectralGating",
     "TokenPerformer",
     "TokenTransformer",
     "WindowAttention",

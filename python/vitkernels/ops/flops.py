@@ -106,6 +106,16 @@ def _of_lags(convolutions: int) -> Count:
     return count
 
 
+def _of_positions(convolutions: int) -> Count:
+    """So many circular convolutions of maps, as PyTorch counts convolutions: each position at each position."""
+
+    def count(given: Arguments) -> int:
+        x = given["x"]
+        return int(2 * convolutions * x.numel() * x.size(1) * x.size(2))
+
+    return count
+
+
 def _register(name: str, count: Count) -> None:
     names = Operator(name).arguments
 
@@ -125,6 +135,8 @@ _register("blockdiag_butterfly_multiply", _of_blocks(1))
 _register("blockdiag_butterfly_multiply_backward", _of_blocks(2))
 _register("long_conv", _of_lags(1))
 _register("long_conv_backward", _of_lags(2))
+_register("spectral_gating", _of_positions(1))
+_register("spectral_gating_backward", _of_positions(2))
 _register("decayed_linear_attention", _of_tokens(1, 1))
 _register("decayed_linear_attention_backward", _of_tokens(2, 2))
 _register("linear_attention_quadratic", _of_pairs(1, 1))

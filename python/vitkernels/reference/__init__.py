@@ -11,6 +11,7 @@ from vitkernels.reference.linear_attention import linear_attention, linear_atten
 from vitkernels.reference.long_conv import long_conv
 from vitkernels.reference.merge_attentions import merge_attentions
 from vitkernels.reference.spatial_attention import spatial_attention
+from vitkernels.reference.spectral_gating import spectral_gating
 
 __all__ = [
     "agent_attention",
@@ -25,4 +26,5 @@ __all__ = [
     "long_conv",
     "merge_attentions",
     "spatial_attention",
+    "spectral_gating",
 ]
