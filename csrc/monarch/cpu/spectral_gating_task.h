@@ -60,6 +60,7 @@ class SpectralGatingTask {
       } else {
         for (int64_t w = 0; w < p.columns; ++w) store(row + w * kPoint + kN, Vec<T>{});
       }
+      prefetch_rows<0>(maps, batch, h + 2);
       of_rows.forward(row);
       tell_apart(h, spectrum);
     }
@@ -67,6 +68,7 @@ class SpectralGatingTask {
   void write(const Maps& maps, int64_t batch, const T* spectrum) const {
     for (int64_t h = 0; h < p.rows; h += 2) {
       put_together(h, spectrum);
+      prefetch_rows<1>(maps, batch, h);
       of_rows.inverse(row);
       write_row(maps, batch, h, row);
       if (h + 1 < p.rows) write_row(maps, batch, h + 1, row + kN);
@@ -132,6 +134,21 @@ class SpectralGatingTask {
             p.columns};
   }
 
+  // Two rows that come next, of this map or the next one, to be read or written: their lines are so far apart that the
+  // hardware does not see them coming.
+  template <int kIsWritten>
+  VK_INLINE void prefetch_rows(const Maps& maps, int64_t batch, int64_t h) const {
+    if (h >= p.rows) h = 0, ++batch;
+    if (batch >= p.batch) return;
+    for (const int64_t end = std::min(h + 2, p.rows); h < end; ++h) {
+      const auto next = row_of(maps, batch, h);
+      const bool is_transposed = next.time_stride == 1;
+      const int64_t lines = is_transposed ? next.channels : p.columns;
+      const int64_t stride = is_transposed ? next.channel_stride : next.time_stride;
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next.data + i * stride, kIsWritten, 3);
+    }
+  }
+
   // One part of each point of a row.
   void read_row(const Maps& maps, int64_t batch, int64_t h, T* part) const {
     const auto from = row_of(maps, batch, h);
@@ -183,18 +200,21 @@ class SpectralGatingTask {
     }
   }
   VK_WHOLE void put_together(int64_t h, const T* spectrum) const {
-    for (int64_t k = 0; k < p.frequencies(); ++k) {
-      Points<T, 2> both;
+    Points<T, 2> both;
+    Points<T, 1> low, high;
+    // Two frequencies of a real signal are real: their imaginary parts are ignored, as torch.fft does.
+    for (int64_t k = 0; k < p.columns; k += (p.columns + 1) / 2) {
+      if (k > 0 && 2 * k != p.columns) break;
       both.load(column(spectrum, k) + h * kPoint, kPoint);
-      Points<T, 1> low, high;
-      if (k == 0 || 2 * k == p.columns) {  // real of a real signal: what is left is ignored, as torch.fft does
-        low.re[0] = both.re[0], low.im[0] = both.re[1];
-      } else {
-        low.re[0] = both.re[0] - both.im[1], low.im[0] = both.im[0] + both.re[1];
-        high.re[0] = both.re[0] + both.im[1], high.im[0] = both.re[1] - both.im[0];
-        high.store(row + p.row_places[p.columns - k] * kPoint, 0);
-      }
+      low.re[0] = both.re[0], low.im[0] = both.re[1];
       low.store(row + p.row_places[k] * kPoint, 0);
+    }
+    for (int64_t k = 1; 2 * k < p.columns; ++k) {
+      both.load(column(spectrum, k) + h * kPoint, kPoint);
+      low.re[0] = both.re[0] - both.im[1], low.im[0] = both.im[0] + both.re[1];
+      high.re[0] = both.re[0] + both.im[1], high.im[0] = both.re[1] - both.im[0];
+      low.store(row + p.row_places[k] * kPoint, 0);
+      high.store(row + p.row_places[p.columns - k] * kPoint, 0);
     }
   }
 
