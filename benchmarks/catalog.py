@@ -12,6 +12,7 @@ from benchmarks import (
     models,
     monarch,
     neighborhood_attention,
+    spectral_gating,
     window_attention,
 )
 from benchmarks.registry import entries, find, targets
@@ -30,6 +31,7 @@ __all__ = [
     "models",
     "monarch",
     "neighborhood_attention",
+    "spectral_gating",
     "targets",
     "window_attention",
 ]

@@ -27,9 +27,9 @@ struct SpectralGatingProblem {
   int64_t batch = 0, rows = 0, columns = 0, channels = 0;
   Maps x;
   SpectralWeight weight;
-  bool is_weight_wide = false;          // in the type of the arithmetic; else in that of x
-  MixedRadix of_columns{1}, of_rows{1};  // transforms of a column, and of a row
-  const void* roots = nullptr;          // of a column's, then of a row's transform, in the type of the arithmetic
+  bool is_weight_wide = false;             // in the type of the arithmetic; else in that of x
+  MixedRadix of_columns{1}, of_rows{1};    // transforms of a column, and of a row
+  const void* roots = nullptr;             // of a column's, then of a row's transform, in the type of the arithmetic
   const int64_t* column_places = nullptr;  // where a column's transform leaves each frequency
   const int64_t* row_places = nullptr;
   int64_t channel_group = 0;  // channels of a task: the lanes of a vector

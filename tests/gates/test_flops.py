@@ -77,6 +77,19 @@ def test_long_conv():
     assert forward_and_backward(ours, *shapes) == (forward, 2 * forward)
 
 
+def test_spectral_gating():
+    """The forward as PyTorch counts the convolution that it is, of a map that is repeated on two sides."""
+    shapes = (2, 5, 6, 4), (5, 4, 4, 2)
+
+    def circular(x, weight):
+        kernel = torch.fft.irfft2(torch.view_as_complex(weight), s=(5, 6), dim=(0, 1)).permute(2, 0, 1)[:, None]
+        repeated = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (5, 0, 4, 0), mode="circular")
+        return torch.nn.functional.conv2d(repeated, kernel.flip(2, 3), groups=4)
+
+    forward, _ = forward_and_backward(circular, *shapes)
+    assert forward_and_backward(vk.spectral_gating, *shapes) == (forward, 2 * forward)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention(kv_heads):
     shapes = (2, 5, 4, 8), (2, 7, kv_heads, 8), (2, 7, kv_heads, 6)

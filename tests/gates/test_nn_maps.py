@@ -319,7 +319,7 @@ def test_inputs_that_are_no_tensors_or_were_freed(kind):
 
 @pytest.mark.parametrize("kind", MODULES)
 def test_empty_inputs(kind):
-    """No image gives no result; a map without tokens too, or an error of ours where its size is fixed or convolutions see it."""
+    """No image gives no result; a map without tokens too, or an error of ours: of convolutions, or of a fixed size."""
     module, shape = MODULES[kind]()
     takes = "(B, 4, 6, 16) or (B, 24, 16)" if kind == "SpectralGating" else "a map of one token or more"
     channels = 1 if kind in ("CrissCrossAttention", "HaloAttention", "LiteMLA") else len(shape) - 1

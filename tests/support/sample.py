@@ -156,8 +156,8 @@ def statistic(axes: str, fill: Fill = normal, **options: Any) -> Input:
 def on_grid(sizes: Mapping[str, int]) -> dict[str, int]:
     """Sizes derived from a map of ``z``, ``y``, ``x`` tokens: those of a map ``r`` times as fine (capitals).
 
-    Or, from a grid behind ``p`` prefix tokens: the number of tokens, and of offsets (capitals). Or, without either, of the
-    frequencies that a row of ``x`` real values has.
+    Or, from a grid behind ``p`` prefix tokens: the number of tokens, and of offsets (capitals). Or, without either, of
+    the frequencies that a row of ``x`` real values has.
     """
     axes = {a: sizes[a] for a in "zyx" if a in sizes}
     if "r" not in sizes and "p" not in sizes and "x" in sizes:

@@ -66,9 +66,8 @@ VK_INLINE void dft5(Vec<T>* re, Vec<T>* im) {
   const Vec<T> a_re = re[1] + re[4], a_im = im[1] + im[4], b_re = re[2] + re[3], b_im = im[2] + im[3],
                d_re = re[1] - re[4], d_im = im[1] - im[4], e_re = re[2] - re[3], e_im = im[2] - im[3];
   const Vec<T> p_re = re[0] + c1 * a_re + c2 * b_re, p_im = im[0] + c1 * a_im + c2 * b_im,
-               q_re = re[0] + c2 * a_re + c1 * b_re, q_im = im[0] + c2 * a_im + c1 * b_im,
-               u_re = s1 * d_re + s2 * e_re, u_im = s1 * d_im + s2 * e_im, v_re = s2 * d_re - s1 * e_re,
-               v_im = s2 * d_im - s1 * e_im;
+               q_re = re[0] + c2 * a_re + c1 * b_re, q_im = im[0] + c2 * a_im + c1 * b_im, u_re = s1 * d_re + s2 * e_re,
+               u_im = s1 * d_im + s2 * e_im, v_re = s2 * d_re - s1 * e_re, v_im = s2 * d_im - s1 * e_im;
   re[0] += a_re + b_re, im[0] += a_im + b_im;
   re[1] = p_re + u_im, im[1] = p_im - u_re;
   re[4] = p_re - u_im, im[4] = p_im + u_re;

@@ -87,8 +87,7 @@ class MixedRadixDft {
     const Stage& stage = stages[s];
     for (int64_t begin = 0; begin < plan.length; begin += stage.length) {
       T* span = data + begin * kPoint;
-      const bool is_done =
-          with_kernel(stage.radix, [&]<int kRadix>() { butterflies<kRadix, kInverse>(stage, span); });
+      const bool is_done = with_kernel(stage.radix, [&]<int kRadix>() { butterflies<kRadix, kInverse>(stage, span); });
       if (!is_done) prime_butterflies<kInverse>(stage, span);
     }
   }
@@ -120,9 +119,8 @@ class MixedRadixDft {
     const int64_t radix = stage.radix, count = stage.length / radix, stride = count * kPoint, half = radix / 2;
     const T *roots = stage.roots, *twiddles = roots + 2 * radix;
     for (int64_t j = 0; j < count; ++j, data += kPoint, twiddles += 2 * (radix - 1)) {
-      const auto rotate = [&](Points<T, 1>& point, int64_t k) VK_BODY {
-        point.template rotate<kInverse>(0, twiddles[2 * k - 2], twiddles[2 * k - 1]);
-      };
+      const auto rotate = [&](Points<T, 1>& point, int64_t k)
+                              VK_BODY { point.template rotate<kInverse>(0, twiddles[2 * k - 2], twiddles[2 * k - 1]); };
       Points<T, 1> first, total;
       first.load(data, 0), total = first;
       for (int64_t q = 1; q <= half; ++q) {

@@ -56,9 +56,8 @@ class SpectralGatingGrad {
     T *column = task.column(grad, k), *other = task.column(data, k), *sums = task.column(to, k);
     const T* by = task.column(task.weight, k);
     if (!needs_weight) {
-      return task.of_columns.forward_and_inverse(column, [&](auto& points, int64_t at) VK_BODY {
-        Task::template multiply<true>(points, by + at * kPoint);
-      });
+      return task.of_columns.forward_and_inverse(
+          column, [&](auto& points, int64_t at) VK_BODY { Task::template multiply<true>(points, by + at * kPoint); });
     }
     task.of_columns.forward(other);
     task.of_columns.forward_and_inverse(column, [&](auto& points, int64_t at) VK_BODY {
@@ -88,8 +87,8 @@ class SpectralGatingGrad {
   const bool needs_weight = params.grad_weight.data;
   Scratch scratch;
   Task task{p, scratch};
-  T* grad = scratch.take<T>(task.size());                                 // a spectrum
-  T* data = scratch.take<T>(needs_weight ? task.size() : 0);              // that of x
+  T* grad = scratch.take<T>(task.size());                                     // a spectrum
+  T* data = scratch.take<T>(needs_weight ? task.size() : 0);                  // that of x
   T* sum = scratch.take<T>(needs_weight && p.shares == 1 ? task.size() : 0);  // of their products
 };
 

@@ -77,7 +77,10 @@ struct SpectralGatingArguments {
     checker.tensor("x", x, x, x.scalar_type());
     const ScalarType wide = statistics_type(x.scalar_type());
     problem.is_weight_wide = weight.scalar_type() == wide;
-    checker.tensor("weight", weight, x, problem.is_weight_wide ? wide : x.scalar_type());
+    checker.strided_like("weight", weight, x);
+    checker.check(problem.is_weight_wide || weight.scalar_type() == x.scalar_type(), "weight is ",
+                  dtype_text(weight.scalar_type()), ", takes ", dtype_text(x.scalar_type()),
+                  x.scalar_type() == wide ? "" : " or float32");
     problem.batch = x.size(0), problem.rows = x.size(1), problem.columns = x.size(2), problem.channels = x.size(3);
     checker.check(problem.rows > 0 && problem.columns > 0, "x has shape ", Shape{x},
                   ", takes at least one row and one column");
