@@ -75,6 +75,19 @@ MUTANTS = (
         "j * (4 * k + 1)", "j * 4 * k", (f"{GATES}/test_long_conv.py",),
     ),
     Mutant(
+        "wrong twiddles of a stage", "csrc/monarch/op/spectral_gating_cpu.cpp",
+        "j * k * (plan.length / n) * 4", "j * (plan.length / n) * 4", (f"{GATES}/test_spectral_gating.py",),
+    ),
+    Mutant(
+        "a frequency that stands for two counts once", "csrc/monarch/cpu/spectral_gating_grad.cpp",
+        "one : 2 * one", "one : one", (f"{GATES}/test_reference.py", "-k", "spectral_gating"),
+    ),
+    Mutant(
+        "stale weight: that of other channels", "csrc/monarch/cpu/spectral_gating_task.h",
+        "if (group == task / p.shares) return;", "if (group >= 0) return;",
+        (f"{GATES}/test_reference.py", "-k", "spectral_gating"),
+    ),
+    Mutant(
         "dropped barrier", "csrc/attention/cuda/sum_parts.cu", "  __syncthreads();\n", "",
         (EMULATED, "-k", "test_reference_gate"),
     ),

@@ -48,7 +48,7 @@ def test_imaginary_parts_of_real_frequencies_are_ignored(width):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides_change_no_bit(dtype):
-    whole, weight = maps(4, 9, 30, 40, dtype)
+    whole, _ = maps(4, 9, 30, 40, dtype)
     for x in (
         whole[:, 1:8, 3:24],
         torch.randn(3, 7, 21, 80).to(dtype)[..., ::2],
@@ -68,7 +68,6 @@ def test_strides_change_no_bit(dtype):
             backward(g.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), x, of_x, True),
         ):
             assert all(map(torch.equal, found, expected))
-    assert weight.shape == (9, 16, 40, 2)
 
 
 @pytest.mark.parametrize("channels", [1, 16, 24, 800])
