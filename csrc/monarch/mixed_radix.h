@@ -22,14 +22,13 @@ struct MixedRadix {
     }
     for (int64_t prime = 11; prime * prime <= rest; prime += 2) divide(rest, prime);
     if (rest > 1) divide(rest, rest);
+    const bool has_14 = power == 2 && small % 7 == 0;
+    if (has_14) small /= 7, power = 14;
     for (int64_t prime : {7, 5, 3}) divide(small, prime);
-    while (power > 1) {
-      const int64_t next = power == 2 ? 2 : power == 4 || power == 16 ? 4 : 8;
-      divide(power, next, 1);
-    }
+    while (power > 1) divide(power, power == 32 ? 4 : power <= 16 ? power : 8, 1);
   }
 
-  static bool has_kernel(int64_t radix) { return radix <= 8; }
+  static bool has_kernel(int64_t radix) { return radix <= 8 || radix == 14 || radix == 16; }
 
   // Where the last stage leaves a frequency.
   int64_t place(int64_t frequency) const {

@@ -11,12 +11,12 @@ struct Points {
   Vec<T> re[kN], im[kN];
 
   VK_INLINE void load(const T* p, int64_t stride) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < kN; ++k) re[k] = VK_ISA::load(p + k * stride), im[k] = VK_ISA::load(p + k * stride + kWidth<T>);
   }
 
   VK_INLINE void store(T* p, int64_t stride) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < kN; ++k) {
       VK_ISA::store(p + k * stride, re[k]);
       VK_ISA::store(p + k * stride + kWidth<T>, im[k]);
@@ -124,6 +124,54 @@ VK_INLINE void dft8(Vec<T>* re, Vec<T>* im) {
   }
 }
 
+// By Good and Thomas: without twiddles, since 2 and 7 have no common factor.
+template <class T>
+VK_INLINE void dft14(Vec<T>* re, Vec<T>* im) {
+  Vec<T> even_re[7], even_im[7], odd_re[7], odd_im[7];
+#pragma GCC unroll 7
+  for (int q = 0; q < 7; ++q) {
+    const int a = 2 * q, b = (2 * q + 7) % 14;
+    even_re[q] = re[a] + re[b], even_im[q] = im[a] + im[b];
+    odd_re[q] = re[a] - re[b], odd_im[q] = im[a] - im[b];
+  }
+  dft7<T>(even_re, even_im), dft7<T>(odd_re, odd_im);
+#pragma GCC unroll 7
+  for (int k = 0; k < 7; ++k) {
+    re[8 * k % 14] = even_re[k], im[8 * k % 14] = even_im[k];
+    re[(8 * k + 7) % 14] = odd_re[k], im[(8 * k + 7) % 14] = odd_im[k];
+  }
+}
+
+template <class T>
+VK_INLINE void dft16(Vec<T>* re, Vec<T>* im) {
+  // exp(-i pi / 8) to the power of 0 ... 9.
+  const T c = T(0.923879532511286756128183189396788287), s = T(0.382683432365089771728459984030398867),
+          h = T(0.707106781186547524400844362104849039);
+  const T cosines[] = {1, c, h, s, 0, -s, -h, -c, -1, -c}, sines[] = {0, -s, -h, -c, -1, -c, -h, -s, 0, s};
+  Vec<T> r[4][4], i[4][4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) r[q][p] = re[4 * p + q], i[q][p] = im[4 * p + q];
+    dft4<T>(r[q], i[q]);
+#pragma GCC unroll 4
+    for (int k = 1; k < 4; ++k) {
+      if (q == 0) continue;
+      const Vec<T> a = r[q][k], b = i[q][k];
+      r[q][k] = a * cosines[q * k] - b * sines[q * k], i[q][k] = b * cosines[q * k] + a * sines[q * k];
+    }
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    Vec<T> to_re[4], to_im[4];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) to_re[q] = r[q][k], to_im[q] = i[q][k];
+    dft4<T>(to_re, to_im);
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) re[k + 4 * p] = to_re[p], im[k + 4 * p] = to_im[p];
+  }
+}
+
 // The inverse, without its factor 1 / n, is the forward transform with real and imaginary parts exchanged.
 template <bool kInverse, class T, int kN>
 VK_INLINE void dft(Points<T, kN>& points) {
@@ -134,6 +182,8 @@ VK_INLINE void dft(Points<T, kN>& points) {
   if constexpr (kN == 5) dft5<T>(re, im);
   if constexpr (kN == 7) dft7<T>(re, im);
   if constexpr (kN == 8) dft8<T>(re, im);
+  if constexpr (kN == 14) dft14<T>(re, im);
+  if constexpr (kN == 16) dft16<T>(re, im);
 }
 
 }  // namespace vitkernels::VK_ISA

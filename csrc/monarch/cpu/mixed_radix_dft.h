@@ -66,6 +66,8 @@ class MixedRadixDft {
       case 5: f.template operator()<5>(); return true;
       case 7: f.template operator()<7>(); return true;
       case 8: f.template operator()<8>(); return true;
+      case 14: f.template operator()<14>(); return true;
+      case 16: f.template operator()<16>(); return true;
       default: return false;
     }
   }
@@ -104,7 +106,7 @@ class MixedRadixDft {
       data += kPoint, twiddles += 2 * (kRadix - 1);
       points.load(data, stride);
       if constexpr (!kInverse) dft<false>(points);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int k = 1; k < kRadix; ++k) {
         points.template rotate<kInverse>(k, twiddles[2 * k - 2], twiddles[2 * k - 1]);
       }

@@ -27,10 +27,8 @@ class SpectralGating {
       for (int64_t b = batches.begin; b < batches.end; ++b) {
         task.read(params.problem.x, b, data);
         for (int64_t k = 0; k < params.problem.frequencies(); ++k) {
-          const T* by = task.column(task.weight, k);
-          task.of_columns.forward_and_inverse(task.column(data, k), [&](auto& points, int64_t at) VK_BODY {
-            Task::template multiply<false>(points, by + at * Task::kPoint);
-          });
+          const MultiplyBy<T, false> gate{task.column(task.weight, k)};
+          task.of_columns.forward_and_inverse(task.column(data, k), gate);
         }
         task.write(params.out, b, data);
       }

@@ -10,6 +10,29 @@
 namespace vitkernels::VK_ISA {
 namespace {
 
+// Adds the products of grad_out's and x's spectra to sums, on the way to the gradient of x.
+template <class T>
+struct AddProducts {
+  MultiplyBy<T, true> with_x, gate;
+  T* sums;
+
+  template <int kCount>
+  VK_INLINE void operator()(Points<T, kCount>& points, int64_t at) const {
+    constexpr int64_t kPoint = 2 * kWidth<T>;
+#pragma GCC unroll 16
+    for (int k = 0; k < kCount; ++k) {
+      Points<T, 1> product, sum;
+      product.re[0] = points.re[k], product.im[0] = points.im[k];
+      with_x(product, at + k);
+      T* to = sums + (at + k) * kPoint;
+      sum.load(to, kPoint);
+      sum.re[0] += product.re[0], sum.im[0] += product.im[0];
+      sum.store(to, kPoint);
+    }
+    gate(points, at);
+  }
+};
+
 template <class S>
 class SpectralGatingGrad {
   using T = Compute<S>;
@@ -50,22 +73,12 @@ class SpectralGatingGrad {
   }
 
  private:
-  static constexpr int64_t kPoint = Task::kPoint;
-
   void multiply_column(int64_t k, T* to) {
-    T *column = task.column(grad, k), *other = task.column(data, k), *sums = task.column(to, k);
-    const T* by = task.column(task.weight, k);
-    if (!needs_weight) {
-      return task.of_columns.forward_and_inverse(
-          column, [&](auto& points, int64_t at) VK_BODY { Task::template multiply<true>(points, by + at * kPoint); });
-    }
+    const MultiplyBy<T, true> gate{task.column(task.weight, k)};
+    if (!needs_weight) return task.of_columns.forward_and_inverse(task.column(grad, k), gate);
+    T* other = task.column(data, k);
     task.of_columns.forward(other);
-    task.of_columns.forward_and_inverse(column, [&](auto& points, int64_t at) VK_BODY {
-      auto product = points;
-      Task::template multiply<true>(product, other + at * kPoint);
-      Task::add(product, sums + at * kPoint);
-      Task::template multiply<true>(points, by + at * kPoint);
-    });
+    task.of_columns.forward_and_inverse(task.column(grad, k), AddProducts<T>{{other}, gate, task.column(to, k)});
   }
 
   // Both spectra are times 2, and each frequency between the first and the last stands for two.

@@ -11,6 +11,23 @@
 
 namespace vitkernels::VK_ISA {
 
+// Points times others in memory, or times their conjugates.
+template <class T, bool kConjugate>
+struct MultiplyBy {
+  const T* others;
+
+  template <int kCount>
+  VK_INLINE void operator()(Points<T, kCount>& points, int64_t at) const {
+#pragma GCC unroll 16
+    for (int k = 0; k < kCount; ++k) {
+      const T* other = others + (at + k) * 2 * kWidth<T>;
+      const Vec<T> a = points.re[k], b = points.im[k], c = load(other), s = load(other + kWidth<T>);
+      points.re[k] = kConjugate ? a * c + b * s : a * c - b * s;
+      points.im[k] = kConjugate ? b * c - a * s : b * c + a * s;
+    }
+  }
+};
+
 template <class S>
 class SpectralGatingTask {
  public:
@@ -89,29 +106,6 @@ class SpectralGatingTask {
     p.is_weight_wide ? write(T{}) : write(S{});
   }
 
-  // The product of points with others in memory, or with their conjugates.
-  template <bool kConjugate, int kCount>
-  static VK_INLINE void multiply(Points<T, kCount>& points, const T* by) {
-    Points<T, kCount> other;
-    other.load(by, kPoint);
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) {
-      const Vec<T> a = points.re[k], b = points.im[k], c = other.re[k], s = other.im[k];
-      points.re[k] = kConjugate ? a * c + b * s : a * c - b * s;
-      points.im[k] = kConjugate ? b * c - a * s : b * c + a * s;
-    }
-  }
-
-  // To points in memory.
-  template <int kCount>
-  static VK_INLINE void add(const Points<T, kCount>& points, T* to) {
-    Points<T, kCount> total;
-    total.load(to, kPoint);
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) total.re[k] += points.re[k], total.im[k] += points.im[k];
-    total.store(to, kPoint);
-  }
-
   const SpectralGatingProblem& p;
   const Dft of_columns, of_rows;
   int64_t group = -1;
@@ -124,7 +118,7 @@ class SpectralGatingTask {
     int64_t channel_stride, part_stride;
   };
 
-  int64_t column_size() const { return (p.rows + 1 | 1) * kPoint; }
+  int64_t column_size() const { return ((p.rows + 1) | 1) * kPoint; }
   int64_t first_channel() const { return group * p.channel_group; }
   int64_t channels() const { return std::min(p.channels - first_channel(), p.channel_group); }
 
