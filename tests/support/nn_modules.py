@@ -16,6 +16,8 @@ MODULES = {
     "LinearAttention": lambda: (vk.nn.LinearAttention(16, 2), (2, 7, 16)),
     "LiteMLA": lambda: (vk.nn.LiteMLA(16, 16), (2, 16, 4, 5)),
     "MonarchLinear": lambda: (vk.nn.MonarchLinear(14, 14), (2, 7, 14)),
+    "MonarchMLP": lambda: (vk.nn.MonarchMLP(14, 20), (2, 7, 14)),
+    "MonarchMixer": lambda: (vk.nn.MonarchMixer(16, 9, residual_long_conv=True, filter_order=8), (2, 7, 16)),
     "NeighborhoodAttention1D": lambda: (vk.nn.NeighborhoodAttention1D(16, 2, 3, rel_pos_bias=True), (2, 7, 16)),
     "NeighborhoodAttention2D": lambda: (vk.nn.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True), (2, 4, 5, 16)),
     "NeighborhoodAttention3D": lambda: (vk.nn.NeighborhoodAttention3D(16, 2, 3), (2, 3, 4, 5, 16)),
@@ -40,7 +42,8 @@ PAIRS = {
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
     "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA", "MonarchLinear",
-    "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "SpectralGating", "TokenPerformer",
+    "MonarchMLP", "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "SpectralGating",
+    "TokenPerformer",
 }  # fmt: skip
 
 assert set(MODULES | PAIRS) == set(vk.nn.__all__), "a module without a row"

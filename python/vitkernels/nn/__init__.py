@@ -14,6 +14,7 @@ from vitkernels.nn.linear import (
 from vitkernels.nn.lite_mla import LiteMLA
 from vitkernels.nn.lookup import LookupViTBlock
 from vitkernels.nn.monarch import MonarchLinear
+from vitkernels.nn.monarch_mixer import MonarchMixer, MonarchMLP
 from vitkernels.nn.neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from vitkernels.nn.proxy import ProxyTokenAttention
 from vitkernels.nn.rep_bn import ProgressiveRepBN, RepBN
@@ -35,6 +36,8 @@ __all__ = [
     "LiteMLA",
     "LookupViTBlock",
     "MonarchLinear",
+    "MonarchMLP",
+    "MonarchMixer",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
