@@ -137,7 +137,7 @@ class ImplicitFilter(nn.Module):
         with _without_autocast(self.bias.device.type):
             z, t = self.pos_emb(length, dtype)  # [1, N, emb_dim], [1, N, 1]
             decay = self.modulation(t)  # [1, N, dim]
-            ahead = (self.implicit_filter(z) * decay)[0].mT  # [dim, N]
+            ahead: Tensor = (self.implicit_filter(z) * decay)[0].mT  # [dim, N]
             # The skip connection is one more term of the tap of lag 0.
             ahead = ahead + F.pad(self.bias.to(dtype)[:, None], (0, length - 1))  # [dim, N]
             if self.implicit_filter_rev is None:
