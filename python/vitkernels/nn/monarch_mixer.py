@@ -118,7 +118,9 @@ class MonarchMixer(nn.Module):
         if x.shape[2] != self.dim or length > self.max_length:
             takes = f"{layout} with N up to max_length ({self.max_length})"
             raise RuntimeError(f"vitkernels.nn.MonarchMixer: x has shape {tuple(x.shape)}, takes {takes}")
-        _refuse("attn_mask", type(attn_mask).__name__, "None", attn_mask is not None)
+        if attn_mask is not None:
+            what = f"attn_mask is a {type(attn_mask).__name__}"
+            raise RuntimeError(f"vitkernels.nn.MonarchMixer: {what}, takes None: a long convolution has no mask")
         _refuse("is_causal", is_causal, "False where the mixer was made without it", is_causal and not self.is_causal)
         projected: Tensor = self.in_linear(x)  # [B, N, 3 dim]
         if length == 0:
