@@ -134,7 +134,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("outputs", [16, 18])
-def test_product_adds_the_bias_and_activates(outputs, dtype):
+def test_bias_and_activation(outputs, dtype):
     """In one pass, under autocast to another dtype as well."""
     layer, x = MonarchLinear(14, outputs, dtype=dtype), torch.randn(3, 14, dtype=dtype)
     without = MonarchLinear(14, outputs, bias=False, dtype=dtype)
@@ -142,7 +142,7 @@ def test_product_adds_the_bias_and_activates(outputs, dtype):
     for is_cast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
             expected = without(x).double() + layer.bias.double()
-            found, activated = layer(x), layer.product(x, "gelu")
+            found, activated = layer(x), layer(x, "gelu")
         assert found.dtype == activated.dtype == (torch.bfloat16 if is_cast else dtype)
         error = 8 * torch.finfo(found.dtype).eps
         torch.testing.assert_close(found.double(), expected, rtol=error, atol=error)

@@ -36,7 +36,7 @@ def blockdiag_butterfly_multiply(
         w2: ``(l, s, r)`` with ``l * r == k * q``, those of the second. The numbers of blocks may differ.
         bias: ``(s * l)``, in the dtype of ``x`` or in float32 (float64 for float64).
         activation: :math:`\sigma`, ``"none"`` or ``"gelu"``, :math:`x \, \Phi(x)`. The backward computes its argument
-            again, from ``t``.
+            again: less memory than GELU apart, and a fifth more time of both directions.
 
     The dtypes are float64, float32, bfloat16 and float16, the same for x, w1 and w2. Products are added up in float32
     (float64 for float64). For bfloat16 the intermediate is rounded to it where the CPU multiplies bfloat16; elsewhere

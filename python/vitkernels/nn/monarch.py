@@ -91,12 +91,16 @@ class MonarchLinear(nn.Module):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``."""
-        return self.product(x)
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """Multiply, add the bias and activate in one pass.
 
-    def product(self, x: Tensor, activation: str = "none") -> Tensor:
-        """The forward with an activation in the same pass, as of :func:`vitkernels.blockdiag_butterfly_multiply`."""
+        Args:
+            x: ``(..., in_features)``.
+            activation: that of :func:`vitkernels.blockdiag_butterfly_multiply`.
+
+        Returns:
+            ``(..., out_features)``.
+        """
         layout = f"(..., {self.in_features})"
         check_stored_input(self, x, layout)
         if x.dim() == 0 or x.size(-1) != self.in_features:

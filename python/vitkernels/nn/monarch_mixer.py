@@ -180,14 +180,15 @@ class MonarchMLP(nn.Module):
         integers("MonarchMLP", "hidden_dim", hidden_dim, 1)
         integers("MonarchMLP", "nblocks", nblocks, 1)
         self.fc1 = MonarchLinear(dim, hidden_dim, nblocks, bias, **factory)
-        self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = MonarchLinear(hidden_dim, dim, nblocks, bias, **factory)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to the same."""
-        out: Tensor = self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        # The backward of one pass would repeat a product to have GELU's argument.
+        hidden = F.gelu(self.fc1(x)) if torch.is_grad_enabled() else self.fc1(x, "gelu")
+        out: Tensor = self.drop2(self.fc2(self.drop1(hidden)))
         return out
 
 
