@@ -174,9 +174,11 @@ class ExplicitFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Taps ``(dim, M)`` of :func:`vitkernels.long_conv`."""
+        # One more column, so that no taps are all of them: an exported program would not take max_length otherwise.
+        weight = F.pad(self.weight, (0, 1))  # [dim, taps + 1]
         if self.is_causal:
-            return self.weight[:, :length]
-        return self.weight[:, self.max_length - length : self.max_length + length - 1]
+            return weight[:, :length]
+        return weight[:, self.max_length - length : self.max_length + length - 1]
 
 
 def _rates(dim: int) -> Tensor:
