@@ -29,6 +29,7 @@ FUNCTIONS = {
     "linear_attention_varlen": ON_TENSOR_CORES,
     "channel_attention": ON_TENSOR_CORES,
     "decayed_linear_attention": ON_TENSOR_CORES,
+    "blockdiag_butterfly_multiply": ON_TENSOR_CORES,
 }
 
 

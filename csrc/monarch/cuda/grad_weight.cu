@@ -71,10 +71,10 @@ struct MonarchGradWeightKernel {
     __device__ __forceinline__ void start(Element* tile, int64_t rows) {
       Element* const to = tile + typename Tile::Layout{}(first_row(), first_column());
       static_assert(kRowsOfPass % 8 == 0);  // the swizzle's period
+      constexpr int kPassElements = typename Tile::Layout{}(kRowsOfPass, 0);
       CUTE_UNROLL
       for (int pass = 0; pass < kPasses; ++pass) {
-        copy_vector(to + pass * kRowsOfPass * kSide, next, first_row() + pass * kRowsOfPass < rows ? count : 0,
-                    is_aligned);
+        copy_vector(to + pass * kPassElements, next, first_row() + pass * kRowsOfPass < rows ? count : 0, is_aligned);
         next += kRowsOfPass * stride;
       }
     }
