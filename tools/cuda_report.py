@@ -150,7 +150,7 @@ _PARTS = {
 
 
 def _needed(symbol: str) -> re.Pattern[str]:
-    return sass.NEEDED_WITHOUT_SOFTMAX if re.search(r"\d(channel|decayed|linear)_", symbol) else sass.NEEDED
+    return sass.NEEDED_WITHOUT_SOFTMAX if re.search(r"\d(channel|decayed|linear|monarch)_", symbol) else sass.NEEDED
 
 
 def parse(text: str, loops: Mapping[str, Sequence[sass.Loop]] | None = None) -> list[Kernel]:

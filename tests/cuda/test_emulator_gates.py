@@ -144,7 +144,8 @@ def test_float32_gate(sample, cuda_kernels):
 
 @pytest.mark.parametrize("sample", [s for s in CORE if s.operator in SOME_DTYPES and s.id == "plain"], ids=str)
 def test_attention_takes_no_float64(sample, cuda_kernels):
-    takes = f"{sample.operator}: query is float64, takes float32, bfloat16 or float16 on a GPU"
+    data = "x" if "x" in sample.call(torch.float64) else "query"
+    takes = f"{sample.operator}: {data} is float64, takes float32, bfloat16 or float16 on a GPU"
     with pytest.raises(RuntimeError, match=takes):
         sample.function(**sample.call(torch.float64))
     assert not cuda_kernels.launches()

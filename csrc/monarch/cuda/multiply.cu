@@ -26,7 +26,6 @@ class MonarchKernel {
       : p(params),
         allow_tf32_(allow_tf32),
         stages_(shared),
-        staged_(shared + Tile::kStages * Tile::kStage),
         inner_(shared + Tile::kInner),
         group_(params, int(block_index() % unsigned(params.num_groups))),
         slots_(group_),
@@ -36,36 +35,29 @@ class MonarchKernel {
 
   __device__ __forceinline__ void run() {
     if (p.is_inner_shared) clear_tails();
-    MonarchStream<Element, kBlocks> stream(group_, first_row_, stages_);
+    Stream stream(group_, first_row_, stages_);
     start_stages(stream);
     MonarchCursor tile;
     tile.advance(group_, Slots::kColumns, slots_.parts);
-    for (; !tile.is_second(group_); tile.advance(group_, Slots::kColumns, slots_.parts)) {
-      const int steps = ceil_div(int(p.problem.first.inputs), Tile::kDepth);
-      if (tile.width == 64) {
-        first_product<4>(stream, tile, steps);
-      } else if (tile.width == 48) {
-        first_product<3>(stream, tile, steps);
+    bool was_second = false;
+    for (;; tile.advance(group_, Slots::kColumns, slots_.parts)) {
+      const bool is_second = tile.is_second(group_);
+      if (is_second && !was_second) finish_inner(stream);
+      if (tile.is_done(group_)) break;
+      was_second = is_second;
+      Acc acc;
+      cute::clear(acc);
+      if (kBlocks > 1 && is_second) {
+        multiply<kBlocks, 4 / kBlocks>(stream, acc, true);
+      } else if (tile.width == MonarchCursor::kMaxWidth) {
+        multiply<1, 4>(stream, acc, is_second);
       } else {
-        first_product<2>(stream, tile, steps);
+        multiply<1, 3>(stream, acc, is_second);
       }
-    }
-    if (p.needs_inner || !p.is_inner_shared) __syncthreads();
-    if (p.needs_inner && p.is_inner_shared) store_inner();
-    if (!p.is_inner_shared) {
-      wait_for_copies<0>();
-      stream.pass_barrier(stage_);
-      start_stages(stream);
-    }
-    for (; !tile.is_done(group_); tile.advance(group_, Slots::kColumns, slots_.parts)) {
-      if constexpr (kBlocks > 1) {
-        second_product<4 / kBlocks>(stream, tile);
-      } else if (tile.width == 64) {
-        second_product<4>(stream, tile);
-      } else if (tile.width == 48) {
-        second_product<3>(stream, tile);
+      if (is_second) {
+        store_outputs(acc, tile);
       } else {
-        second_product<2>(stream, tile);
+        share_out(acc, tile);
       }
     }
   }
@@ -93,19 +85,35 @@ class MonarchKernel {
     }
   }
 
-  static __device__ void start_stages(Stream& stream) {
-    CUTE_UNROLL
+  static __device__ __forceinline__ void start_stages(Stream& stream) {
+#pragma unroll 1
     for (int i = 0; i < Tile::kStages - 1; ++i) stream.start(), commit_copies();
   }
 
-  // acc = the product of `steps` steps. A slot has kOfSlot operands A, of which the first tile lies at `a` + a_tiles[..]
-  // tiles or, without `a`, in the stage; each has kPairs sixteens of columns.
+  // Between the products.
+  __device__ __forceinline__ void finish_inner(Stream& stream) {
+    __syncthreads();
+    if (!p.is_inner_shared) {
+      wait_for_copies<0>();
+      stream.pass_barrier(stage_);
+      start_stages(stream);
+    } else if (p.needs_inner) {
+      store_inner();
+    }
+  }
+
+  // Adds the product of a tile. A slot has kOfSlot operands A, each with kPairs sixteens of columns.
   template <int kOfSlot, int kPairs>
-  __device__ __forceinline__ void multiply(Stream& stream, Acc& acc, int steps, const Element* a,
-                                           const int (&a_tiles)[kOfSlot]) {
+  __device__ __forceinline__ void multiply(Stream& stream, Acc& acc, bool is_second) {
+    const int steps = ceil_div(int((is_second ? p.problem.second : p.problem.first).inputs), Tile::kDepth);
     const RowOperand<Element, true> rows_operand(first_row_of_warp());
     const RowOperand<Element, false> columns_operand(0);
-    cute::clear(acc);
+    const bool is_inner = is_second && p.is_inner_shared;
+    const Element* a[kOfSlot];  // the next step's operands
+    CUTE_UNROLL
+    for (int i = 0; i < kOfSlot; ++i) {
+      a[i] = inner_ + min(slots_.block(slot(), i), group_.count - 1) * depth_tiles_ * Tile::kTile;
+    }
     with_arithmetic<Element>(allow_tf32_, [&](auto arithmetic) __attribute__((always_inline)) {
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
@@ -113,17 +121,16 @@ class MonarchKernel {
         __syncthreads();  // the stage is there, and all reads of the one before are done
         stream.start();
         commit_copies();
-        const Element* const stage = stages_ + stage_ * Tile::kStage;
+        const Element* const stage = stage_;
         const Element* const columns_tile = stage + (1 + slot()) * Tile::kTile;
         constexpr int kUnrolled = sizeof(Element) == 2 ? kSteps : 1;  // of float, code grows and registers run out
 #pragma unroll kUnrolled
         for (int k = 0; k < kSteps; ++k) {
           CUTE_UNROLL
           for (int i = 0; i < kOfSlot; ++i) {
-            const Element* const rows_tile = a ? a + (a_tiles[i] + step) * Tile::kTile : stage;
             uint32_t rows[2][4];
             CUTE_UNROLL
-            for (int m = 0; m < 2; ++m) rows_operand.read(rows[m], rows_tile, m, k);
+            for (int m = 0; m < 2; ++m) rows_operand.read(rows[m], is_inner ? a[i] : stage, m, k);
             CUTE_UNROLL
             for (int j = 0; j < kPairs; ++j) {
               const int pair = i * (4 / kOfSlot) + j;
@@ -133,17 +140,18 @@ class MonarchKernel {
             }
           }
         }
-        stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
+        stage_ = Tile::next_stage(stage_, static_cast<const Element*>(stages_));
+        CUTE_UNROLL
+        for (int i = 0; i < kOfSlot; ++i) a[i] += Tile::kTile;
       }
     });
   }
 
-  template <int kPairs>
-  __device__ __forceinline__ void first_product(Stream& stream, const MonarchCursor& tile, int steps) {
-    Acc acc;
-    multiply<1, kPairs>(stream, acc, steps, nullptr, {0});
+  // Of the intermediate, to the blocks of the second weight.
+  __device__ __forceinline__ void share_out(Acc& acc, const MonarchCursor& tile) const {
     CUTE_UNROLL
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int pair = 0; pair < 4; ++pair) {
+      if (pair * 16 >= tile.width) break;
       CUTE_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int column = tile.first + slot() * tile.width + pair * 16 + column_of(c);
@@ -182,99 +190,143 @@ class MonarchKernel {
     }
   }
 
-  static __device__ void store_vector(Element* to, const Element* from, int count, bool is_aligned) {
-    if (is_aligned && count >= Tile::kVector) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-    } else {
-      for (int i = 0; i < Tile::kVector && i < count; ++i) to[i] = from[i];
-    }
-  }
+  // The outputs of a tile in shared memory: runs of columns that lie beside each other in memory.
+  struct Runs {
+    int count, length, pitch;      // `pitch` from one to the next in shared memory, a multiple of four
+    int64_t stride, column;        // from one to the next in memory, and where the first one begins
+    int bias_stride, bias_of_run;  // between their columns, and from one to the next, of the bias and of grad_out
 
-  template <int kPairs>
-  __device__ __forceinline__ void second_product(Stream& stream, const MonarchCursor& tile) {
-    int a_tiles[kBlocks];
-    CUTE_UNROLL
-    for (int i = 0; i < kBlocks; ++i) a_tiles[i] = min(slots_.block(slot(), i), group_.count - 1) * depth_tiles_;
-    Acc acc;
-    multiply<kBlocks, kPairs>(stream, acc, ceil_div(int(p.problem.second.inputs), Tile::kDepth),
-                              p.is_inner_shared ? inner_ : nullptr, a_tiles);
-    const int count = min(slots_.parts * tile.width, tile.end - tile.first);  // of outputs of each block
-    for (int first = 0; first < Tile::kRows; first += Tile::kStagedRows) {
-      if (first > 0) __syncthreads();  // all reads of the rows before are done
-      if (Tile::kStagedRows == Tile::kRows || first_row_of_warp() == first) {
-        CUTE_UNROLL
-        for (int i = 0; i < kBlocks; ++i) {
-          CUTE_UNROLL
-          for (int j = 0; j < kPairs; ++j) stage_pair(acc, i * (4 / kBlocks) + j, i, j, tile, count, first);
-        }
+    __device__ Runs(const MonarchCudaParams& p, const MonarchGroup& group, const MonarchCursor& tile, int outputs,
+                    int columns) {
+      const int blocks = int(p.problem.second.blocks);
+      if (!p.is_interleaved) {
+        count = group.count, length = outputs, pitch = columns, stride = p.problem.second.outputs;
+        column = group.first * stride + tile.first, bias_stride = blocks, bias_of_run = 1;
+      } else {
+        const bool is_whole = group.count == blocks;
+        count = is_whole ? 1 : outputs, length = is_whole ? outputs * blocks : group.count;
+        pitch = (length + 3) / 4 * 4, stride = blocks;
+        column = int64_t(tile.first) * blocks + group.first, bias_stride = 1, bias_of_run = blocks;
+      }
+    }
+  };
+
+  __device__ __forceinline__ void store_outputs(Acc& acc, const MonarchCursor& tile) const {
+    const int columns = slots_.parts * tile.width, outputs = min(columns, tile.end - tile.first);  // of each block
+    const Runs runs(p, group_, tile, outputs, columns);
+    const Element* const last = stages_ + (Tile::kStages - 1) * Tile::kStage;
+    const Element* const multiplied = stage_ == stages_ ? last : stage_ - Tile::kStage;
+    float* const staged = reinterpret_cast<float*>(const_cast<Element*>(multiplied));  // [kStagedRows, kPitch]
+#pragma unroll 1
+    for (int first = 0; first < num_rows_; first += Tile::kStagedRows) {
+      __syncthreads();  // all reads of the stage, or of the rows before, are done
+      if (first_row_of_warp() == first) {
+        stage_sums<0>(acc, tile, runs, outputs, staged);
+      } else if (first_row_of_warp() + 16 == first) {
+        stage_sums<1>(acc, tile, runs, outputs, staged);
       }
       __syncthreads();
-      store_outputs(tile, count, first);
+      store_rows(tile, runs, first, staged);
     }
   }
 
-  // Outputs of sixteen columns of a block, with the epilogue, on their way to memory.
-  __device__ __forceinline__ void stage_pair(Acc& acc, int pair, int of_slot, int j, const MonarchCursor& tile,
-                                             int count, int first) {
-    const int block = slots_.block(slot(), of_slot), part = slots_.part(slot());
-    if (block >= group_.count || part >= slots_.parts) return;
-    const int blocks = int(p.problem.second.blocks);
+  // Those of sixteen rows of the warp.
+  template <int kSixteen>
+  __device__ __forceinline__ void stage_sums(Acc& acc, const MonarchCursor& tile, const Runs& runs, int outputs,
+                                             float* staged) const {
+    // From an output of a block to the next, and from a block to the next.
+    const bool is_whole = p.is_interleaved && runs.count == 1;
+    const int step = is_whole ? group_.count : p.is_interleaved ? runs.pitch : 1;
+    const int of_block = p.is_interleaved ? 1 : runs.pitch;
     CUTE_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      const int of_tile = part * tile.width + j * 16 + column_of(c);
-      if (of_tile >= count) continue;
-      const int column = (tile.first + of_tile) * blocks + group_.first + block;
-      const float bias = p.bias ? p.bias[column] : 0.0f;
-      Element* const to =
-          staged_ + (p.is_interleaved ? of_tile * group_.count + block : block * slots_.parts * tile.width + of_tile);
+    for (int pair = 0; pair < 4; ++pair) {
+      constexpr int kPairs = 4 / kBlocks;
+      const int block = slots_.block(slot(), pair / kPairs), part = slots_.part(slot());
+      if (block >= group_.count || part >= slots_.parts) continue;
       CUTE_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        float x = sum_at(acc, r, pair, c) + bias;
-        if (p.epilogue == MonarchEpilogue::kGelu) x = gelu(x);
-        if (p.epilogue == MonarchEpilogue::kGradGelu) {
-          const bool exists = row_of(r) < num_rows_;
-          const float grad = exists ? float(p.grad_out.row<const Element>(first_row_ + row_of(r))[column]) : 0.0f;
-          x = grad * gelu_derivative(x);
+      for (int c = 0; c < 4; ++c) {
+        const int of_slot = pair % kPairs * 16 + column_of(c), output = part * tile.width + of_slot;
+        if (of_slot >= tile.width || output >= outputs) continue;
+        float* const to = staged + output * step + block * of_block;
+        CUTE_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          to[(lane_index() / 4 + 8 * r) * Tile::kPitch] = sum_at(acc, 2 * kSixteen + r, pair, c);
         }
-        to[(row_of(r) - first) * Tile::kPitch] = Element(x);
       }
     }
   }
 
-  // The staged rows, in runs of columns that lie beside each other in memory.
-  __device__ void store_outputs(const MonarchCursor& tile, int count, int first) const {
-    const int blocks = int(p.problem.second.blocks);
-    const bool is_whole = p.is_interleaved && group_.count == blocks;
-    const int runs = is_whole ? 1 : p.is_interleaved ? count : group_.count;
-    const int length = is_whole ? count * blocks : p.is_interleaved ? group_.count : count;
-    const int pitch = p.is_interleaved ? length : slots_.parts * tile.width;
-    const int64_t stride = p.is_interleaved ? blocks : p.problem.second.outputs;
-    const int64_t column = p.is_interleaved ? int64_t(tile.first) * blocks + group_.first
-                                            : group_.first * p.problem.second.outputs + tile.first;
-    Element* const out = p.out.row<Element>(first_row_) + column;
-    const bool is_aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0 && p.out.row_stride % Tile::kVector == 0 &&
-                            (runs == 1 || (stride % Tile::kVector == 0 && pitch % Tile::kVector == 0));
-    const int vectors = ceil_div(length, Tile::kVector);
-    for (int i = lane_index(); i < runs * vectors; i += kWarpSize) {
-      const int run = i / vectors, at = (i - run * vectors) * Tile::kVector;
+  // With the epilogue, a vector of columns a thread, in every eighth row.
+  __device__ __forceinline__ void store_rows(const MonarchCursor& tile, const Runs& runs, int first,
+                                             const float* staged) const {
+    constexpr int kVector = Tile::kVector;
+    Element* const out = p.out.row<Element>(first_row_) + runs.column;
+    const bool is_aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0 && p.out.row_stride % kVector == 0 &&
+                            (runs.count == 1 || runs.stride % kVector == 0);
+    const int vectors = ceil_div(runs.length, kVector);
+    for (int i = lane_index(); i < runs.count * vectors; i += kWarpSize) {
+      const int run = i / vectors, at = (i - run * vectors) * kVector, count = min(runs.length - at, kVector);
+      const int64_t of_bias =
+          int64_t(tile.first) * p.problem.second.blocks + group_.first + run * runs.bias_of_run + at * runs.bias_stride;
+      float bias[kVector];
+      CUTE_UNROLL
+      for (int e = 0; e < kVector; ++e) bias[e] = p.bias && e < count ? p.bias[of_bias + e * runs.bias_stride] : 0.0f;
+#pragma unroll 1
       for (int row = int(threadIdx.x) / kWarpSize; row < Tile::kStagedRows; row += kThreads / kWarpSize) {
         if (first + row >= num_rows_) break;
-        store_vector(out + (first + row) * p.out.row_stride + run * stride + at,
-                     staged_ + row * Tile::kPitch + run * pitch + at, length - at, is_aligned);
+        const float* const from = staged + row * Tile::kPitch + run * runs.pitch + at;
+        float x[kVector] = {};
+        CUTE_UNROLL
+        for (int e = 0; e < kVector; e += 4) {
+          if (e >= count) break;
+          const float4 four = *reinterpret_cast<const float4*>(from + e);
+          x[e] = four.x + bias[e], x[e + 1] = four.y + bias[e + 1];
+          x[e + 2] = four.z + bias[e + 2], x[e + 3] = four.w + bias[e + 3];
+        }
+        activate(x, first_row_ + first + row, of_bias, runs.bias_stride, count);
+        store_vector(out + (first + row) * p.out.row_stride + run * runs.stride + at, x, count, is_aligned);
       }
+    }
+  }
+
+  __device__ __forceinline__ void activate(float (&x)[Tile::kVector], int64_t row, int64_t column, int stride,
+                                           int count) const {
+    if (p.epilogue == MonarchEpilogue::kGelu) {
+      CUTE_UNROLL
+      for (int e = 0; e < Tile::kVector; ++e) x[e] = gelu(x[e]);
+    } else if (p.epilogue == MonarchEpilogue::kGradGelu) {
+      const Element* const grad = p.grad_out.row<const Element>(row) + column;
+      CUTE_UNROLL
+      for (int e = 0; e < Tile::kVector; ++e) {
+        x[e] = e < count ? float(grad[e * stride]) * gelu_derivative(x[e]) : 0.0f;
+      }
+    }
+  }
+
+  template <class From>
+  static __device__ __forceinline__ void store_vector(Element* to, const From* from, int count, bool is_aligned) {
+    alignas(16) Element rounded[Tile::kVector];
+    CUTE_UNROLL
+    for (int e = 0; e < Tile::kVector; ++e) rounded[e] = Element(from[e]);
+    if (is_aligned && count >= Tile::kVector) {
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(rounded);
+      return;
+    }
+    CUTE_UNROLL
+    for (int e = 0; e < Tile::kVector; ++e) {
+      if (e < count) to[e] = rounded[e];
     }
   }
 
   const MonarchCudaParams& p;
   const bool allow_tf32_;
   Element* const stages_;
-  Element* const staged_;
   Element* const inner_;  // [blocks of the group, tiles of the depth] of Shared
   const MonarchGroup group_;
   const Slots slots_;
   const int64_t first_row_;
   const int num_rows_, depth_tiles_;
-  int stage_ = 0;
+  const Element* stage_ = stages_;
 };
 
 template <class Kernel>

@@ -1,6 +1,7 @@
 // The operands of a Monarch product on their way to shared memory, some steps ahead of the products.
 #pragma once
 
+#include "cuda/fast_softmax.h"
 #include "monarch/cuda/tiles.h"
 
 namespace vitkernels::cuda {
@@ -21,81 +22,90 @@ struct MonarchSlots {
   __device__ int part(int slot) const { return kBlocksOfSlot == 1 ? slot / count : 0; }
 };
 
+// All of it lives in registers. What is copied for rows and columns that do not exist reaches no result.
 template <class Element, int kBlocksOfSlot>
 class MonarchStream {
   using Tile = MonarchTile<Element>;
   using Slots = MonarchSlots<kBlocksOfSlot>;
 
  public:
-  __device__ MonarchStream(const MonarchGroup& group, int64_t first_row, Element* stages)
-      : group_(group), slots_(group), first_row_(first_row), stages_(stages) {
-    cursor_.advance(group_, Slots::kColumns, slots_.parts);
-  }
+  __device__ __forceinline__ MonarchStream(const MonarchGroup& group, int64_t first_row, Element* stages)
+      : group_(group), slots_(group), first_row_(first_row), stages_(stages), to_(stages + place()) {}
 
-  // The intermediate may be read.
-  __device__ void pass_barrier(int stage) { may_read_inner_ = true, stage_ = stage; }
+  // The intermediate may be read. Copies go on to a stage.
+  __device__ __forceinline__ void pass_barrier(const Element* stage) {
+    may_read_inner_ = 1, to_ = stages_ + (stage - stages_) + place();
+  }
 
   // Starts the copies of the next step, if there is one. The caller commits them.
   __device__ __forceinline__ void start() {
-    if (cursor_.is_done(group_)) return;
-    const bool is_second = cursor_.is_second(group_);
-    if (is_second && !may_read_inner_ && !group_.p.is_inner_shared) return;
-    if (step_ == 0) find_rows(is_second);
-    Element* const to = stages_ + stage_ * Tile::kStage + place();
-    const int column = step_ * Tile::kDepth + vector() * Tile::kVector, left = depth_ - column;
-    if (!is_second || !group_.p.is_inner_shared) {
-      copy_vector(to, input_ + column, has_input_ ? left : 0, is_input_aligned_);
+    if (left_ <= 0) {
+      rarely();
+      if (!find_tile()) return;
     }
-    if (is_weight_aligned_) {
+    if (is_aligned_) {
+      const int bytes = left_ > column() ? 16 : 0;
+      if (has_input_) copy_16_bytes(to_, next_[0], bytes);
       CUTE_UNROLL
-      for (int i = 0; i < Tile::kSlots; ++i) {
-        copy_16_bytes(to + (1 + i) * Tile::kTile, weight_ + rows_[i] + column, left > 0 && rows_[i] != kNone ? 16 : 0);
-      }
+      for (int i = 1; i <= Tile::kSlots; ++i) copy_16_bytes(to_ + i * Tile::kTile, next_[i], bytes);
     } else {
-#pragma unroll 1
-      for (int i = 0; i < Tile::kSlots; ++i) {
-        copy_vector(to + (1 + i) * Tile::kTile, weight_ + rows_[i] + column, rows_[i] != kNone ? left : 0, false);
+      rarely();
+      CUTE_UNROLL
+      for (int i = 0; i <= Tile::kSlots; ++i) {
+        const auto from = reinterpret_cast<const Element*>(computed_here(reinterpret_cast<uint64_t>(next_[i])));
+        if (i > 0 || has_input_) copy_vector(to_ + i * Tile::kTile, from, left_ - column(), false);
       }
     }
-    stage_ = stage_ + 1 == Tile::kStages ? 0 : stage_ + 1;
-    if (++step_ * Tile::kDepth >= depth_) step_ = 0, cursor_.advance(group_, Slots::kColumns, slots_.parts);
+    CUTE_UNROLL
+    for (int i = 0; i <= Tile::kSlots; ++i) next_[i] += Tile::kDepth;
+    left_ -= Tile::kDepth;
+    to_ = Tile::next_stage(to_, stages_ + place());
   }
 
  private:
-  static constexpr unsigned kNone = 1u << 31;
-
   static __device__ int row() { return int(threadIdx.x) / 4; }
-  static __device__ int vector() { return int(threadIdx.x) % 4; }
-  static __device__ int place() { return typename Tile::Shared::Layout{}(row(), vector() * Tile::kVector); }
+  static __device__ int column() { return int(threadIdx.x) % 4 * Tile::kVector; }
+  static __device__ int place() { return typename Tile::Shared::Layout{}(row(), column()); }
 
-  __device__ void find_rows(bool is_second) {
+  __device__ __forceinline__ bool find_tile() {
+    if (!has_next_) cursor_.advance(group_, Slots::kColumns, slots_.parts);
+    has_next_ = 1;
+    const bool is_second = cursor_.is_second(group_);
+    if (cursor_.is_done(group_) || (is_second && !may_read_inner_ && !group_.p.is_inner_shared)) return false;
+    has_next_ = 0;
     const MonarchCudaParams& p = group_.p;
     const BlockWeight& weight = is_second ? p.problem.second : p.problem.first;
-    weight_ = static_cast<const Element*>(weight.data);
-    depth_ = int(weight.inputs);
-    is_weight_aligned_ = is_second ? p.is_second_aligned : p.is_first_aligned;
-    is_input_aligned_ = is_second ? p.is_inner_aligned : p.is_x_aligned;
-    has_input_ = first_row_ + row() < p.problem.rows;
-    const Matrix& input = is_second ? p.inner : p.problem.x;
-    const int block = is_second ? group_.first : cursor_.block;  // a group that is not shared has one
-    input_ = input.row<const Element>(has_input_ ? first_row_ + row() : 0) + int64_t(block) * depth_;
-    for (int i = 0; i < Tile::kSlots; ++i) {
-      rows_[i] = is_second ? second_row(i) : first_row(i);
-      rows_[i] = rows_[i] == kNone ? kNone : rows_[i] * unsigned(depth_);
+    const int depth = int(weight.inputs);
+    has_input_ = !is_second || !p.is_inner_shared;
+    is_aligned_ = is_second ? p.is_second_aligned && (p.is_inner_shared || p.is_inner_aligned)
+                            : p.is_first_aligned && p.is_x_aligned;
+    if (has_input_) {
+      const Matrix& input = is_second ? p.inner : p.problem.x;
+      const int block = is_second ? group_.first : cursor_.block;  // a group that is not shared has one
+      next_[0] =
+          input.row<const Element>(min(first_row_ + row(), p.problem.rows - 1)) + int64_t(block) * depth + column();
     }
+    CUTE_UNROLL
+    for (int i = 0; i < Tile::kSlots; ++i) {
+      const unsigned from = is_second ? second_row(i) : first_row(i);
+      next_[1 + i] = static_cast<const Element*>(weight.data) + int64_t(from) * depth + column();
+    }
+    left_ = depth;
+    return true;
   }
+
+  // The weight's row for the thread's row of a slot, or any row.
   __device__ unsigned first_row(int slot) const {
     const int column = cursor_.first + slot * cursor_.width + row();
-    if (row() >= cursor_.width || column >= cursor_.end) return kNone;
+    if (column >= cursor_.end) return 0;
     const MonarchGroup::Place at = group_.place(cursor_.block, column);
-    if (at.block >= group_.count) return kNone;
-    return unsigned(cursor_.block) * unsigned(group_.p.problem.first.outputs) + unsigned(at.output);
+    const unsigned outputs = unsigned(group_.p.problem.first.outputs);
+    return unsigned(cursor_.block) * outputs + min(unsigned(at.output), outputs - 1);
   }
   __device__ unsigned second_row(int slot) const {
     const int block = slots_.block(slot, row() / Slots::kColumns), column = row() % Slots::kColumns;
     const int output = cursor_.first + slots_.part(slot) * cursor_.width + column;
-    if (column >= cursor_.width || block >= group_.count || slots_.part(slot) >= slots_.parts) return kNone;
-    if (output >= cursor_.end) return kNone;
+    if (block >= group_.count || output >= cursor_.end) return 0;
     return unsigned(group_.first + block) * unsigned(group_.p.problem.second.outputs) + unsigned(output);
   }
 
@@ -103,12 +113,11 @@ class MonarchStream {
   const Slots slots_;
   const int64_t first_row_;
   Element* const stages_;
+  Element* to_;  // the thread's vector of the next stage's first tile
   MonarchCursor cursor_;
-  const Element* input_ = nullptr;
-  const Element* weight_ = nullptr;
-  unsigned rows_[Tile::kSlots] = {};  // where they begin
-  int depth_ = 0, step_ = 0, stage_ = 0;
-  bool is_weight_aligned_ = false, is_input_aligned_ = false, has_input_ = false, may_read_inner_ = false;
+  const Element* next_[1 + Tile::kSlots] = {};  // its next vectors: of the input, and of each slot
+  int left_ = 0;                                // of the tile's depth
+  int is_aligned_ = 0, has_input_ = 0, may_read_inner_ = 0, has_next_ = 0;
 };
 
 }  // namespace vitkernels::cuda

@@ -16,9 +16,16 @@ struct MonarchTile {
   // A step of the depth: rows of the first operand, and for each slot rows of the weight.
   using Shared = SharedTile<Element, kRows, kDepth>;
   static constexpr int kTile = Shared::kElements, kStage = (1 + kSlots) * kTile;
-  // Outputs on their way to memory, some rows at a time.
-  static constexpr int kStagedRows = 128 / int(sizeof(Element)), kPitch = kSlots * kColumnsOfSlot + kVector;
-  static constexpr int kInner = kStages * kStage + kStagedRows * kPitch;  // where the intermediate begins
+  // Outputs on their way to memory, in float: sixteen rows, in a stage that has been multiplied.
+  static constexpr int kStagedRows = 16, kPitch = kSlots * kColumnsOfSlot + 4;
+  static_assert(kStagedRows * kPitch * 4 <= kStage * int(sizeof(Element)));
+  static constexpr int kInner = kStages * kStage;  // where the intermediate begins
+
+  // In the next stage, or from the last one on in the `first`.
+  template <class E>
+  static __device__ E* next_stage(E* at, E* first) {
+    return at == first + (kStages - 1) * kStage ? first : at + kStage;
+  }
 
   static int64_t shared_bytes(int64_t blocks, int64_t inputs) {
     return (kInner + blocks * ceil_div<int64_t>(inputs, kDepth) * kTile) * int64_t(sizeof(Element));
@@ -70,7 +77,7 @@ struct MonarchGroup {
 
 // A tile of either product: `width` columns for each slot.
 struct MonarchCursor {
-  static constexpr int kSlots = 4, kMinWidth = 32, kMaxWidth = 64;
+  static constexpr int kSlots = 4, kMinWidth = 48, kMaxWidth = 64;
 
   int block = -1;  // of the first weight; past them, the second product
   int first = 0, end = 0, width = 0;
@@ -94,7 +101,7 @@ struct MonarchCursor {
  private:
   // Of as few tiles as there can be, all about as wide.
   static __device__ int share(int columns, int parts, int widest) {
-    if (widest <= kMinWidth) return widest;
+    if (widest < kMinWidth) return widest;
     const int tiles = max(ceil_div(columns, parts * widest), 1);
     return max(ceil_div(ceil_div(columns, parts * tiles), 16) * 16, kMinWidth);
   }

@@ -40,7 +40,8 @@ def blockdiag_butterfly_multiply(
 
     The dtypes are float64, float32, bfloat16 and float16, the same for x, w1 and w2. Products are added up in float32
     (float64 for float64). For bfloat16 the intermediate is rounded to it where the CPU multiplies bfloat16; elsewhere
-    it stays float32. There are no CUDA kernels yet.
+    on the CPU it stays float32. On CUDA it is rounded to the dtype of ``x``; float64 is not taken there, and a weight
+    has less than ``2 ** 31`` elements. float32 is multiplied as TF32 where PyTorch allows it.
 
     Returns:
         ``(..., s * l)`` in the dtype of ``x``, with the same bits in every run, gradients included.
