@@ -108,6 +108,14 @@ def test_export_with_any_number_of_tokens(options):
         torch.testing.assert_close(program(tokens(length, batch)), module(tokens(length, batch)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_training_has_the_bits_of_inference(dtype):
+    module, x = mixer().to(dtype), tokens().to(dtype)
+    with torch.no_grad():
+        expected = module(x)
+    assert torch.equal(module(x), expected)
+
+
 def test_no_tokens():
     for options in KINDS.values():
         module = mixer(**options)
