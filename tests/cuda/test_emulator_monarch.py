@@ -1,4 +1,4 @@
-"""Monarch products on a GPU: agreement with float64 at hostile sizes, groups of blocks, traffic, and what is refused."""
+"""Monarch products on a GPU: agreement with float64 at hostile sizes, groups of blocks, traffic, and refusals."""
 
 import pytest
 import torch
@@ -140,21 +140,38 @@ def test_same_bits_in_every_run(cuda_kernels):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_traffic(dtype, cuda_kernels):
-    """Rows are read and written once, weights once for each 64 rows; the backward also leaves what it sums over rows."""
+    """Rows are read and written once, weights once for each 64 rows; what is summed over rows is left there once."""
     cuda_kernels.configure(shared_limit=LARGE_GPU)
-    x, w1, w2 = (t.requires_grad_() for t in operands(128, (4, 48, 48), (4, 64, 48), dtype=dtype))
-    out = vk.blockdiag_butterfly_multiply(x, w1, w2)
-    counters = cuda_kernels.counters()["vitkernels::monarch_multiply"]
-    assert counters.read.total == nbytes(x) + 2 * nbytes(w1, w2)
-    assert counters.written.total == counters.written.distinct == nbytes(out)
+    call = operands(128, (4, 48, 48), (4, 64, 48), dtype=dtype)
+    inner = nbytes(call[0])  # as wide
+    for is_recorded in (False, True):
+        cuda_kernels.reset()
+        x, w1, w2 = (t.requires_grad_(is_recorded) for t in call)
+        out = vk.blockdiag_butterfly_multiply(x, w1, w2)
+        counters = cuda_kernels.counters()["vitkernels::monarch_multiply"]
+        assert counters.read.total == nbytes(x) + 2 * nbytes(w1, w2)
+        assert counters.written.total == counters.written.distinct == nbytes(out) + is_recorded * inner
     cuda_kernels.reset()
     torch.autograd.grad(out, (x, w1, w2), torch.ones_like(out))
     counters = cuda_kernels.counters()
-    inner = nbytes(x)  # as wide
     assert counters["vitkernels::monarch_columns"].read.total == counters["vitkernels::monarch_columns"].written.total
-    products = counters["vitkernels::monarch_multiply"]  # the intermediate, and then both ways back
-    assert products.read.total == nbytes(x, out) + 2 * nbytes(w1, w2) + 2 * nbytes(w1)
-    assert products.written.total == nbytes(x) + 2 * inner
+    products = counters["vitkernels::monarch_multiply"]
+    assert products.read.total == nbytes(out) + 2 * nbytes(w1, w2)
+    assert products.written.total == nbytes(x) + inner
+
+
+@pytest.mark.parametrize("dtype", ON_TENSOR_CORES, ids=str)
+@pytest.mark.parametrize("activation", [0, 1])
+def test_backward_reads_what_the_forward_kept_or_computes_it(activation, dtype, cuda_kernels):
+    x, w1, w2, bias = operands(67, (4, 10, 16), (5, 24, 8), dtype=dtype, bias=True)
+    forward = torch.ops.vitkernels.blockdiag_butterfly_multiply
+    backward = torch.ops.vitkernels.blockdiag_butterfly_multiply_backward
+    found = []
+    for keeps in (False, True):
+        given = (x, w1, w2, bias, activation, False, keeps)
+        out, inner = forward(*given, None)
+        found.append((out, *backward(torch.ones_like(out), *given, inner, True, True, True)))
+    assert all(torch.equal(*each) for each in zip(*found, strict=True))
 
 
 def test_refusals(cuda_kernels):
@@ -163,6 +180,9 @@ def test_refusals(cuda_kernels):
     many = torch.zeros(1).expand(1, 2**16, 2**15)
     with pytest.raises(RuntimeError, match="multiply: w1 has 2147483648 elements, takes at most 2147483647 on a GPU"):
         torch.ops.vitkernels.blockdiag_butterfly_multiply(
-            torch.zeros(1).expand(0, 2**15), many, torch.zeros(1).expand(1, 1, 2**16), None, 0, False
+            torch.zeros(1).expand(0, 2**15), many, torch.zeros(1).expand(1, 1, 2**16), None, 0, False, False, None
         )
+    x, w1, w2 = operands(3, (4, 6, 5), (4, 9, 6))
+    with pytest.raises(RuntimeError, match="multiply: packed is a tensor, takes None on a GPU"):
+        torch.ops.vitkernels.blockdiag_butterfly_multiply(x, w1, w2, None, 0, False, False, x.view(torch.uint8))
     assert not cuda_kernels.launches()
