@@ -66,6 +66,24 @@ MUTANTS = (
         (f"{GATES}/test_reference.py", "-k", "merge"),
     ),
     Mutant(
+        "bias of another column", "csrc/monarch/cpu/multiply.cpp",
+        "epilogue(v, first_column + c, n)", "epilogue(v, column + c, n)", (f"{GATES}/test_monarch.py",),
+    ),
+    Mutant(
+        "stale padding of operands", "csrc/monarch/cpu/monarch_tile.h",
+        "j < blocks && count < width", "j < 0",
+        (f"{GATES}/test_layout.py", "-k", "uninitialised and butterfly"),
+    ),
+    Mutant(
+        "only the last rows' products are in a weight's gradient", "csrc/monarch/cpu/grad_weight.cpp",
+        "p.second.inputs, rows, row == 0,", "p.second.inputs, rows, true,",
+        (f"{GATES}/test_monarch.py",),
+    ),
+    Mutant(
+        "stale tails of the intermediate on a GPU", "csrc/monarch/cuda/multiply.cu",
+        "if (p.is_inner_shared) clear_tails();", "", (EMULATED, "-k", "test_layout_gate and butterfly"),
+    ),
+    Mutant(
         "stale spectrum: that of other channels' filters", "csrc/monarch/cpu/long_conv_task.h",
         "if (group == task / p.shares) return;", "if (group >= 0) return;",
         (f"{GATES}/test_reference.py", "-k", "long_conv"),
