@@ -16,7 +16,7 @@ __all__ = ["SpectralGating"]
 class SpectralGating(nn.Module):
     """A learned complex weight for each frequency of a map and each channel; GFNet's and SpectFormer's layer, fused.
 
-    The parameter is that of ``GlobalFilter`` and ``SpectralGatingNetwork``, whose files load: ``complex_weight
+    The parameter is that of ``GlobalFilter`` and ``SpectralGatingNetwork``, and their files load: ``complex_weight
     (height, width // 2 + 1, dim, 2)``, initialised with normal values times 0.02. On the CPU only.
 
     Args:
