@@ -142,20 +142,22 @@ def test_same_bits_in_every_run(cuda_kernels):
 def test_traffic(dtype, cuda_kernels):
     """Rows are read and written once, weights once for each 64 rows; what is summed over rows is left there once."""
     cuda_kernels.configure(shared_limit=LARGE_GPU)
-    call = operands(128, (4, 48, 48), (4, 64, 48), dtype=dtype)
-    inner = nbytes(call[0])  # as wide
+    call = operands(128, (4, 192, 48), (4, 96, 192), dtype=dtype)
+    inner = len(call[0]) * 768 * call[0].element_size()
     for is_recorded in (False, True):
         cuda_kernels.reset()
+        cuda_kernels.configure(shared_limit=LARGE_GPU)
         x, w1, w2 = (t.requires_grad_(is_recorded) for t in call)
         out = vk.blockdiag_butterfly_multiply(x, w1, w2)
         counters = cuda_kernels.counters()["vitkernels::monarch_multiply"]
         assert counters.read.total == nbytes(x) + 2 * nbytes(w1, w2)
         assert counters.written.total == counters.written.distinct == nbytes(out) + is_recorded * inner
     cuda_kernels.reset()
+    cuda_kernels.configure(shared_limit=LARGE_GPU)
     torch.autograd.grad(out, (x, w1, w2), torch.ones_like(out))
     counters = cuda_kernels.counters()
-    assert counters["vitkernels::monarch_columns"].read.total == counters["vitkernels::monarch_columns"].written.total
-    products = counters["vitkernels::monarch_multiply"]
+    columns, products = (counters[f"vitkernels::monarch_{name}"] for name in ("columns", "multiply"))
+    assert columns.read.total == columns.written.total == nbytes(out)
     assert products.read.total == nbytes(out) + 2 * nbytes(w1, w2)
     assert products.written.total == nbytes(x) + inner
 

@@ -192,7 +192,7 @@ class MonarchKernel {
 
   // The outputs of a tile in shared memory: runs of columns that lie beside each other in memory.
   struct Runs {
-    int count, length, pitch;      // `pitch` from one to the next in shared memory, a multiple of four
+    int count, length, pitch;      // `pitch` from one to the next in shared memory
     int64_t stride, column;        // from one to the next in memory, and where the first one begins
     int bias_stride, bias_of_run;  // between their columns, and from one to the next, of the bias and of grad_out
 
@@ -205,7 +205,7 @@ class MonarchKernel {
       } else {
         const bool is_whole = group.count == blocks;
         count = is_whole ? 1 : outputs, length = is_whole ? outputs * blocks : group.count;
-        pitch = (length + 3) / 4 * 4, stride = blocks;
+        pitch = length, stride = blocks;
         column = int64_t(tile.first) * blocks + group.first, bias_stride = 1, bias_of_run = blocks;
       }
     }
@@ -235,8 +235,7 @@ class MonarchKernel {
   __device__ __forceinline__ void stage_sums(Acc& acc, const MonarchCursor& tile, const Runs& runs, int outputs,
                                              float* staged) const {
     // From an output of a block to the next, and from a block to the next.
-    const bool is_whole = p.is_interleaved && runs.count == 1;
-    const int step = is_whole ? group_.count : p.is_interleaved ? runs.pitch : 1;
+    const int step = p.is_interleaved ? group_.count : 1;
     const int of_block = p.is_interleaved ? 1 : runs.pitch;
     CUTE_UNROLL
     for (int pair = 0; pair < 4; ++pair) {
@@ -264,6 +263,7 @@ class MonarchKernel {
     const bool is_aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0 && p.out.row_stride % kVector == 0 &&
                             (runs.count == 1 || runs.stride % kVector == 0);
     const int vectors = ceil_div(runs.length, kVector);
+    const bool has_vectors = runs.count == 1 || runs.pitch % 4 == 0;
     for (int i = lane_index(); i < runs.count * vectors; i += kWarpSize) {
       const int run = i / vectors, at = (i - run * vectors) * kVector, count = min(runs.length - at, kVector);
       const int64_t of_bias =
@@ -275,14 +275,20 @@ class MonarchKernel {
       for (int row = int(threadIdx.x) / kWarpSize; row < Tile::kStagedRows; row += kThreads / kWarpSize) {
         if (first + row >= num_rows_) break;
         const float* const from = staged + row * Tile::kPitch + run * runs.pitch + at;
-        float x[kVector] = {};
-        CUTE_UNROLL
-        for (int e = 0; e < kVector; e += 4) {
-          if (e >= count) break;
-          const float4 four = *reinterpret_cast<const float4*>(from + e);
-          x[e] = four.x + bias[e], x[e + 1] = four.y + bias[e + 1];
-          x[e + 2] = four.z + bias[e + 2], x[e + 3] = four.w + bias[e + 3];
+        alignas(16) float x[kVector] = {};
+        if (has_vectors) {
+          CUTE_UNROLL
+          for (int e = 0; e < kVector; e += 4) {
+            if (e < count) *reinterpret_cast<float4*>(x + e) = *reinterpret_cast<const float4*>(from + e);
+          }
+        } else {
+          CUTE_UNROLL
+          for (int e = 0; e < kVector; ++e) {
+            if (e < count) x[e] = from[e];
+          }
         }
+        CUTE_UNROLL
+        for (int e = 0; e < kVector; ++e) x[e] += bias[e];
         activate(x, first_row_ + first + row, of_bias, runs.bias_stride, count);
         store_vector(out + (first + row) * p.out.row_stride + run * runs.stride + at, x, count, is_aligned);
       }

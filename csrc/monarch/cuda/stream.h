@@ -44,8 +44,8 @@ class MonarchStream {
       if (!find_tile()) return;
     }
     if (is_aligned_) {
-      const int bytes = left_ > column() ? 16 : 0;
-      if (has_input_) copy_16_bytes(to_, next_[0], bytes);
+      if (has_input_) copy_16_bytes(to_, next_[0], left_ > column() ? 16 : 0);
+      const int bytes = left_ > first_of_weight_ ? 16 : 0;
       CUTE_UNROLL
       for (int i = 1; i <= Tile::kSlots; ++i) copy_16_bytes(to_ + i * Tile::kTile, next_[i], bytes);
     } else {
@@ -90,7 +90,8 @@ class MonarchStream {
       const unsigned from = is_second ? second_row(i) : first_row(i);
       next_[1 + i] = static_cast<const Element*>(weight.data) + int64_t(from) * depth + column();
     }
-    left_ = depth;
+    const int of_block = is_second ? row() % Slots::kColumns : row();
+    left_ = depth, first_of_weight_ = of_block < cursor_.width ? column() : depth;
     return true;
   }
 
@@ -117,6 +118,7 @@ class MonarchStream {
   MonarchCursor cursor_;
   const Element* next_[1 + Tile::kSlots] = {};  // its next vectors: of the input, and of each slot
   int left_ = 0;                                // of the tile's depth
+  int first_of_weight_ = 0;                     // the thread's column, or the depth if its rows are not multiplied
   int is_aligned_ = 0, has_input_ = 0, may_read_inner_ = 0, has_next_ = 0;
 };
 
