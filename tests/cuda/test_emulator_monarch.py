@@ -5,6 +5,7 @@ import torch
 import vitkernels as vk
 from support.devices import HALF, ON_TENSOR_CORES
 from support.emulation import nbytes, needs_emulator
+from support.error_policy import largest_error
 from support.operands import ROUNDING
 from vitkernels import reference
 
@@ -41,8 +42,8 @@ def check(call, units=4, **options):
     found = differentiate(vk.blockdiag_butterfly_multiply, call, grad_out, **options)
     expected = differentiate(reference.blockdiag_butterfly_multiply, [t.double() for t in call], grad_out, **options)
     for name, one, other in zip(("out", "x", "w1", "w2", "bias"), found, expected, strict=False):
-        largest = other.abs().max() if other.numel() else 1.0
-        error = (one.double() - other).abs().max() / largest / ROUNDING.get(dtype, 2.0**-22) if one.numel() else 0.0
+        largest = max(other.abs().amax().item(), 1e-30) if other.numel() else 1.0
+        error = largest_error(one, other) / largest / ROUNDING.get(dtype, 2.0**-22)
         assert error <= units, f"{name}: {error:.2f}"
     return found
 
@@ -157,7 +158,7 @@ def test_traffic(dtype, cuda_kernels):
     torch.autograd.grad(out, (x, w1, w2), torch.ones_like(out))
     counters = cuda_kernels.counters()
     columns, products = (counters[f"vitkernels::monarch_{name}"] for name in ("columns", "multiply"))
-    assert columns.read.total == columns.written.total == nbytes(out)
+    assert columns.read.total == columns.written.distinct == nbytes(out)
     assert products.read.total == nbytes(out) + 2 * nbytes(w1, w2)
     assert products.written.total == nbytes(x) + inner
 

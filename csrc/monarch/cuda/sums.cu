@@ -23,7 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t split = index.rest();
   const Range tiles = part_of(ceil_div<int64_t>(p.rows, kSummedRows), split, p.splits);
   for (int64_t i = threadIdx.x; i < p.blocks * columns_of_tile; i += kThreads) {
-    const int64_t block = i / columns_of_tile, column = columns.begin + i - block * columns_of_tile;
+    // Neighbouring threads read neighbours.
+    const int64_t block = p.is_interleaved ? i % p.blocks : i / columns_of_tile;
+    const int64_t column = columns.begin + (p.is_interleaved ? i / p.blocks : i % columns_of_tile);
     if (column >= columns.end) continue;
     const int64_t in_turn = column * p.blocks + block, behind = block * p.columns + column;
     const int64_t from = p.is_interleaved ? in_turn : behind;
