@@ -128,6 +128,16 @@ MUTANTS = (
         "return coordinate < size ? coordinate : -1;", "return coordinate <= size ? coordinate : -1;",
         (EMULATED, "-k", "rel-pos or all-terms-on-grid"),
     ),
+    Mutant(
+        "an element of the intermediate with another block", "csrc/monarch/cuda/tiles.h",
+        "of_group = column - depth * p.group;", "of_group = (column + 1 - depth * p.group) % p.group;",
+        (EMULATED, "-k", "test_reference_gate and blockdiag"),
+    ),
+    Mutant(
+        "outputs before all have been staged", "csrc/monarch/cuda/multiply.cu",
+        "      __syncthreads();\n      store_rows", "      store_rows",
+        ("tests/cuda/test_emulator_monarch.py", "-k", "test_shapes and vectors"),
+    ),
 )  # fmt: skip
 
 

@@ -74,9 +74,7 @@ def each_sized(calls, dtypes_of=dtypes_of, is_spared=lambda sample, dtype: False
 def some_tiles(sample):
     most = 1000 if "few" in sample.id else 150
     kept = "co"  # products of other sizes
-    return {
-        letter: n if letter in kept else min(n, 2 if letter == "b" else most) for letter, n in sample.sizes.items()
-    }
+    return {letter: n if letter in kept else min(n, 2 if letter == "b" else most) for letter, n in sample.sizes.items()}
 
 
 CORE = chosen(samples.SAMPLES, tag="core")
