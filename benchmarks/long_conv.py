@@ -15,15 +15,15 @@ Function = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Layer(NamedTuple):
-    """A mixer of a batch of 8: of ViT-S/16 and ViT-B/16 on images of 512, 724 and 1024 pixels."""
+    """A mixer of a batch of 8, with the channels of ViT-S and ViT-B."""
 
     length: int
     channels: int
-    has_tokens: bool
+    channels_last: bool
     batch: int = 8
 
     def __str__(self) -> str:
-        return f"{self.channels}-of-{self.length}-{'tokens' if self.has_tokens else 'signals'}"
+        return f"{self.channels}-of-{self.length}-{'tokens' if self.channels_last else 'signals'}"
 
 
 _LAYERS = [_Layer(n, c, t) for n in (1024, 2048, 4096) for c in (384, 768) for t in (False, True)]
@@ -62,9 +62,9 @@ def _inputs(layer: _Layer) -> Callable[[torch.dtype, torch.device], Inputs]:
         generator = torch.Generator(device).manual_seed(0)
 
         def signals() -> Tensor:
-            sizes = (layer.length, layer.channels) if layer.has_tokens else (layer.channels, layer.length)
+            sizes = (layer.length, layer.channels) if layer.channels_last else (layer.channels, layer.length)
             values = torch.randn(layer.batch, *sizes, device=device, generator=generator).to(dtype)
-            return values.mT if layer.has_tokens else values
+            return values.mT if layer.channels_last else values
 
         taps = torch.randn(layer.channels, layer.length, device=device, generator=generator) / layer.length**0.5
         return {"x": signals(), "taps": taps.to(dtype), "grad_out": signals()}

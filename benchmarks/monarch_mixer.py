@@ -1,4 +1,4 @@
-"""Entries of ``nn.MonarchMixer``, against the same layers with PyTorch's convolutions and transforms."""
+"""Entries of ``nn.MonarchMixer``, against the same layers around PyTorch's transforms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.ours import vk
 from benchmarks.registry import OURS, Call, Entry, Inputs, Peer, Target, register
@@ -23,9 +22,7 @@ def _ours(mixer: Any, x: Tensor) -> Tensor:
 
 def _torch_fft(mixer: Any, x: Tensor) -> Tensor:
     n = x.shape[1]
-    signals = mixer.in_linear(x).mT  # [B, 3 C, N]
-    short = mixer.short_filter
-    x1, x2, v = F.conv1d(signals, short.weight, short.bias, padding=2, groups=len(short.bias))[..., :n].chunk(3, 1)
+    x1, x2, v = mixer.short_filter(mixer.in_linear(x)).mT.chunk(3, 1)  # [B, C, N]
     taps = mixer.filter_fn(n)  # [C, 2 N - 1]
     circular = torch.cat((taps[:, n - 1 :], taps.new_zeros(len(taps), 1), taps[:, : n - 1]), -1)  # [C, 2 N]
     spectrum = torch.fft.rfft((x1 * v).to(taps.dtype), 2 * n) * torch.fft.rfft(circular)  # [B, C, N + 1]

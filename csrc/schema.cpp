@@ -105,7 +105,7 @@ std::vector<std::string> make_schemas() {
   // device's own order, or without rows.
   const std::string monarch =
       "Tensor x, Tensor w1, Tensor w2, Tensor? bias, SymInt activation, bool allow_tf32, bool keeps_inner";
-  // packed: both weights as the CPU's kernels read them, instead of those.
+  // packed: both weights as the CPU's kernels read them, which are read instead of those given, of the same dtype.
   schemas.push_back("blockdiag_butterfly_multiply(" + monarch + ", Tensor? packed) -> (Tensor out, Tensor inner)");
   schemas.push_back("blockdiag_butterfly_pack(Tensor w1, Tensor w2) -> Tensor");
   schemas.push_back(

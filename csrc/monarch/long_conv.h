@@ -1,8 +1,8 @@
 // Params of the long convolution. Plain data, no torch.
 //
-// y[t] = sum over lags l of tap(l) x[t - l], as a product of polynomials modulo z^L + i with L >= N. Such a product of two
-// real signals is that modulo z^2L - (-1): the coefficients below L are the real part, those above are the imaginary
-// part. So neither signal is padded to twice its length, and each batch has a transform of its own.
+// y[t] = sum over lags l of tap(l) x[t - l], as a product of polynomials modulo z^L + i with L >= N. Such a product of
+// two real signals is that modulo z^2L - (-1): the coefficients below L are the real part, those above are the
+// imaginary part. So neither signal is padded to twice its length, and each batch has a transform of its own.
 #pragma once
 
 #include <algorithm>
@@ -95,12 +95,6 @@ struct LongConvProblem {
   int64_t groups() const { return (channels + channel_group - 1) / channel_group; }
   int64_t tasks() const { return groups() * shares; }
 };
-
-// From few channels, tasks of a part of the batch each. They depend on shapes alone.
-inline int64_t long_conv_shares(const LongConvProblem& p) {
-  constexpr int64_t kTasks = 48;
-  return std::clamp<int64_t>((kTasks + p.groups() - 1) / p.groups(), 1, std::max<int64_t>(p.batch, 1));
-}
 
 struct LongConvParams {
   LongConvProblem problem;

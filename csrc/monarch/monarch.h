@@ -1,7 +1,7 @@
 // Params of the Monarch kernels. Plain data, no torch.
 //
-// A product with two block-diagonal weights, row by row. Blocks of the first read neighbors and write neighbors; blocks of
-// the second take turns, both where they read and where they write:
+// A product with two block-diagonal weights, row by row. Blocks of the first read neighbors and write neighbors; blocks
+// of the second take turns, both where they read and where they write:
 //   t[i q + a] = sum_b first[i, a, b] x[i p + b],   y[s l + j] = sum_r second[j, s, r] t[r l + j].
 #pragma once
 
@@ -64,7 +64,8 @@ inline Range monarch_rows(const MonarchProblem& p, int64_t task) {
   return share_of({0, p.rows}, task, monarch_tasks(p));
 }
 
-// What the first product gave, in the order of its outputs: a forward may keep it for the backward, which reads it then.
+// What the first product gave, in the order of its outputs: a forward may keep it for the backward, which reads it
+// then.
 struct Inner {
   enum class Use { kNone, kWrite, kRead } use = Use::kNone;
   Matrix rows;  // [rows, inner()]

@@ -40,12 +40,6 @@ struct SpectralGatingProblem {
   int64_t tasks() const { return groups() * shares; }
 };
 
-// From few channels, tasks of a part of the batch each. They depend on shapes alone.
-inline int64_t spectral_gating_shares(const SpectralGatingProblem& p) {
-  constexpr int64_t kTasks = 48;
-  return std::clamp<int64_t>((kTasks + p.groups() - 1) / p.groups(), 1, std::max<int64_t>(p.batch, 1));
-}
-
 struct SpectralGatingParams {
   SpectralGatingProblem problem;
   Maps out;

@@ -141,6 +141,10 @@ def isa() -> str:
     return name
 
 
+#: Whether kernels in use multiply bfloat16 as such, and do not make it float32 first.
+multiplies_bfloat16 = bytes(_cpu.vitkernels_isa()) in (b"avx512_bf16", b"amx_bf16")
+
+
 def isas_built() -> list[str]:
     """The instruction sets that the library holds kernels for."""
     return str(_cpu.vitkernels_isas_built().decode()).split()

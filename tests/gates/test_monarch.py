@@ -3,6 +3,7 @@
 import pytest
 import torch
 import vitkernels as vk
+from vitkernels._library import multiplies_bfloat16
 
 op = vk.blockdiag_butterfly_multiply
 
@@ -60,7 +61,9 @@ def test_only_requested_gradients():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", [0, 1])
 def test_backward_reads_what_the_forward_kept_or_computes_it(dtype, activation):
-    """With the same bits, since both are rounded alike."""
+    """With the same bits, where the forward has what it keeps in the dtype of x."""
+    if dtype is torch.bfloat16 and not multiplies_bfloat16:
+        pytest.skip("the intermediate is float32, and is not kept")
     x, (w1, w2) = torch.randn(300, 20).to(dtype), weights((4, 13, 5), (4, 19, 13), dtype)
     grad, bias = torch.randn(300, 76).to(dtype), torch.randn(76).to(dtype)
     forward = torch.ops.vitkernels.blockdiag_butterfly_multiply
@@ -77,20 +80,46 @@ def test_backward_reads_what_the_forward_kept_or_computes_it(dtype, activation):
         backward(grad, *given, inner[:0], True, True, True)
 
 
-def test_the_intermediate_is_kept_for_a_backward_alone():
-    x, (w1, w2) = torch.randn(300, 20), weights((4, 13, 5), (4, 19, 13))
+def test_the_intermediate_is_kept_for_what_reads_it():
+    tensors = torch.randn(300, 20), *weights((4, 13, 5), (4, 19, 13)), torch.randn(76)
 
-    def kept(x):
+    def kept(*learning, dtype=torch.float32, **options):
         saved = []
+        call = [t.detach().to(dtype).requires_grad_(i in learning) for i, t in enumerate(tensors)]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-            op(x, w1, w2)
+            op(*call, **options)
         return saved.count((300, 52))
 
-    assert kept(x) == 0 and kept(x.clone().requires_grad_()) == 1
+    assert [kept(), kept(0), kept(1), kept(2), kept(3)] == [0, 0, 0, 1, 0]
+    assert [kept(i, activation="gelu") for i in range(4)] == [1, 1, 1, 1]
+    assert [kept(2, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)] == [0, int(multiplies_bfloat16)]
+    with torch.autocast("cpu", torch.float16):
+        assert kept(2) == 0
+    with torch.no_grad():
+        assert kept(2) == 0
+    x, w1, w2, _ = tensors
     out, inner = torch.ops.vitkernels.blockdiag_butterfly_multiply(
         x.requires_grad_(), w1, w2, None, 0, False, True, None
     )
     assert out.requires_grad and not inner.requires_grad
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_an_intermediate_beyond_the_range_of_float16(activation):
+    """It is float32 on the CPU, in the backward too."""
+    call = [
+        torch.full(shape, v, dtype=torch.float16) for shape, v in (((40, 8), 100), ((1, 8, 8), 200), ((1, 4, 8), 1e-4))
+    ]
+    grad = torch.full((40, 4), 1e-3, dtype=torch.float16)
+    found, expected = (
+        torch.autograd.grad(function(*leaves, activation=activation), leaves, grad.to(leaves[0].dtype))
+        for function, leaves in (
+            (op, [t.clone().requires_grad_() for t in call]),
+            (vk.reference.blockdiag_butterfly_multiply, [t.double().requires_grad_() for t in call]),
+        )
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -182,13 +182,16 @@ def changes():
     def load(layer):
         layer.load_state_dict({n: 2 * p for n, p in layer.state_dict().items()})
 
+    def transpose(layer):
+        layer.blkdiag1.data = layer.blkdiag1.data.mT
+
     def set_data(layer):
         for _ in range(4):  # memory that was given up may be had again
             layer.blkdiag1.data = layer.blkdiag1.data + 1
 
     def change_data(layer):
         layer.blkdiag1.data.mul_(2)
-        layer.train().eval()
+        layer.pack()
 
     return {
         "optimizer": step,
@@ -197,27 +200,28 @@ def changes():
         "parameter": replace,
         "state_dict": load,
         "set data": set_data,
-        "data and eval": change_data,
+        "set strides": transpose,
+        "data and pack": change_data,
         "swap": lambda layer: torch.utils.swap_tensors(layer.blkdiag1, nn.Parameter(layer.blkdiag1.detach() * 2)),
     }
 
 
 @pytest.mark.parametrize("change", changes().values(), ids=changes())
 def test_weights_are_packed_when_they_have_changed(change, packings):
-    layer, x = MonarchLinear(14, 18).eval(), torch.randn(5, 14)
+    layer, x = MonarchLinear(14, 18).pack(), torch.randn(5, 14)
     with torch.no_grad():
         before = layer(x)
         assert torch.equal(layer(x), before) and len(packings) == 1
         change(layer)
         after = layer(x)
         assert len(packings) == 2 and not torch.equal(after, before)
-        fresh = MonarchLinear(14, 18)  # packs in each call while it trains
+        fresh = MonarchLinear(14, 18)  # packs in each call
         fresh.load_state_dict(layer.state_dict())
         assert torch.equal(fresh(x), after) and len(packings) == 2
 
 
 def test_weights_are_packed_for_each_dtype_and_each_copy(packings):
-    layer, x = MonarchLinear(14, 18).eval(), torch.randn(5, 14)
+    layer, x = MonarchLinear(14, 18).pack(), torch.randn(5, 14)
     with torch.no_grad():
         plain = layer(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -234,19 +238,35 @@ def test_weights_are_packed_for_each_dtype_and_each_copy(packings):
 
 
 def test_weights_are_not_packed_where_that_cannot_be_kept(packings):
-    layer, x = MonarchLinear(14, 18).eval(), torch.randn(5, 14)
+    layer, x = MonarchLinear(14, 18).pack(), torch.randn(5, 14)
     expected = layer(x).detach()  # records a gradient
     with torch.no_grad():
-        assert torch.equal(copy.deepcopy(layer).train()(x), expected)
+        assert torch.equal(copy.deepcopy(layer).eval()(x), expected)
         assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), expected)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert layer(mode.from_tensor(x)).shape == (5, 18)
         assert torch.equal(copy.deepcopy(layer).share_memory()(x), expected)
     with torch.inference_mode():
-        made = MonarchLinear(14, 18).eval()  # its parameters count no changes
+        made = MonarchLinear(14, 18).pack()  # its parameters count no changes
         made.load_state_dict(layer.state_dict())
         assert torch.equal(made(x), expected)
     assert not packings
+
+
+def test_packed_weights_in_a_transform(packings):
+    """A frozen layer within ``torch.func.grad`` packs in each call, and as before behind it."""
+    layer, x = MonarchLinear(14, 18).pack(), torch.randn(5, 14)
+
+    def scaled(factor):
+        with torch.no_grad():
+            out = layer(x)
+        return (factor * out).sum()
+
+    found = torch.func.grad(scaled)(torch.ones(()))
+    with torch.no_grad():
+        assert not packings
+        torch.testing.assert_close(found, layer(x).sum())
+        assert len(packings) == 1
 
 
 def test_vmap_over_inputs_and_over_layers():

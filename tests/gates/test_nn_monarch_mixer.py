@@ -155,6 +155,26 @@ def test_explicit_filter_keeps_the_variance():
         assert taps[:, 0 if is_causal else 49].std() > 2 * taps[:, -1].std()
 
 
+@every_kind
+def test_made_on_another_device(options):
+    with torch.device("meta"):
+        assert all(p.is_meta for p in mixer(**options).parameters())
+
+
+def test_mlp_without_gradients():
+    """One pass where nobody looks in between; a layer of another kind, or with hooks, is called as it is."""
+    mlp, x, seen = vk.nn.MonarchMLP(16, 24), torch.randn(5, 16), []
+    expected = mlp(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected)
+        hook = mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+        torch.testing.assert_close(mlp(x), expected)
+        torch.testing.assert_close(seen[0], mlp.fc1(x))
+        hook.remove()
+        vk.expand_monarch(model := torch.nn.Sequential(mlp))
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["_Positions", "_Decay", "_Sine"])
 def test_emptied_filters_are_reinitialised(name):
     """Constants and frequencies of a module that was made without memory, by the method that PyTorch's layers have."""

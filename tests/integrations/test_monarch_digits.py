@@ -93,6 +93,7 @@ def mean_accuracy(kind: str) -> float:
     return sum(accuracy(kind, seed) for seed in SEEDS) / len(SEEDS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
 def test_within_a_point_of_dense(kind):
     dense = mean_accuracy("dense")

@@ -202,6 +202,18 @@ def hooked():
     return linear
 
 
+def hooked_gradient():
+    linear = nn.Linear(16, 16)
+    linear.weight.register_hook(lambda grad: 2 * grad)
+    return linear
+
+
+def hooked_file():
+    linear = nn.Linear(16, 16)
+    linear.register_state_dict_pre_hook(lambda *args: None)
+    return linear
+
+
 def overridden():
     linear = nn.Linear(16, 16)
     linear.forward = lambda x: x
@@ -215,6 +227,12 @@ def parametrized():
 def tied():
     pair = nn.Sequential(nn.Linear(16, 16), nn.Embedding(16, 16))
     pair[1].weight = pair[0].weight
+    return pair
+
+
+def in_the_same_memory():
+    pair = nn.Sequential(nn.Linear(16, 16), nn.Embedding(16, 16))
+    pair[1].weight = nn.Parameter(pair[0].weight.data)
     return pair
 
 
@@ -241,9 +259,17 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("reason", LEFT)
-def test_left_alone(reason):
-    model = nn.Sequential(LEFT[reason](), nn.Linear(16, 32))
+@pytest.mark.parametrize(
+    ("reason", "make"),
+    [
+        *LEFT.items(),
+        ("it has hooks", hooked_gradient),
+        ("it has hooks", hooked_file),
+        ("it shares parameters with 0.1", in_the_same_memory),
+    ],
+)
+def test_left_alone(reason, make):
+    model = nn.Sequential(make(), nn.Linear(16, 32))
     before = [*model.modules()][:-1]
     report = vk.monarchize(model, targets="*")
     assert [entry.reason for entry in report.stock] == [reason]

@@ -41,8 +41,8 @@ PAIRS = {
 
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
-    "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA", "MonarchLinear",
-    "MonarchMLP", "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "SpectralGating",
+    "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA",
+    "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "SpectralGating",
     "TokenPerformer",
 }  # fmt: skip
 

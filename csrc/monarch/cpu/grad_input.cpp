@@ -1,7 +1,7 @@
 // Backward of a Monarch product on the CPU, first pass: the gradient of x. Compiled once per instruction set.
 //
-// A task is a block of rows, as in the forward. It leaves the intermediate, which it reads or computes, and its gradient to
-// the second pass.
+// A task is a block of rows, as in the forward. It leaves the intermediate, which it reads or computes, and its
+// gradient to the second pass.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/monarch_tile.h"

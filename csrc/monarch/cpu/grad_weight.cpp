@@ -1,7 +1,8 @@
-// Backward of a Monarch product on the CPU, second pass: the gradients of the weights. Compiled once per instruction set.
+// Backward of a Monarch product on the CPU, second pass: the gradients of the weights. Compiled once per instruction
+// set.
 //
-// A task owns some rows of the gradients, of one block of the first weight or of all blocks of the second, and adds up the
-// products of all rows of x in order.
+// A task owns some rows of the gradients, of one block of the first weight or of all blocks of the second, and adds up
+// the products of all rows of x in order.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/monarch_tile.h"

@@ -1,8 +1,8 @@
 // A long convolution on the CPU. Compiled once per instruction set.
 //
 // A task is a group of channels, in some batches. It transforms the filter once. Then each batch's signals go through
-// columns and rows of the transform; what a row becomes is multiplied by the filter's while it is in registers, and goes
-// back at once.
+// columns and rows of the transform; what a row becomes is multiplied by the filter's while it is in registers, and
+// goes back at once.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/long_conv_task.h"

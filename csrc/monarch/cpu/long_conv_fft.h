@@ -1,8 +1,9 @@
 // The transforms of a long convolution: evaluation of polynomials at the roots of z^L = -i, and back.
 //
-// Lanes are channels, so nothing is shuffled. The order of the frequencies is whatever decimation in frequency leaves: a
-// product does not mind, and decimation in time takes it back from there. The columns are transformed a vector's width of
-// them at a time, on their way from the signal or to it; then rows, from which on a product is not far (multiply_row).
+// Lanes are channels, so nothing is shuffled. The order of the frequencies is whatever decimation in frequency leaves:
+// a product does not mind, and decimation in time takes it back from there. The columns are transformed a vector's
+// width of them at a time, on their way from the signal or to it; then rows, from which on a product is not far
+// (multiply_row).
 #pragma once
 
 #include "monarch/cpu/dft.h"

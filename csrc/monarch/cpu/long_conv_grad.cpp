@@ -1,8 +1,8 @@
 // The gradients of a long convolution on the CPU. Compiled once per instruction set.
 //
-// Both are correlations: that of x with the filter's conjugate spectrum, and that of the filter, of which the spectra of
-// all batches are added up before they go back. With several tasks for the same channels, the sums of each are added up
-// in the end, in order.
+// Both are correlations: that of x with the filter's conjugate spectrum, and that of the filter, of which the spectra
+// of all batches are added up before they go back. With several tasks for the same channels, the sums of each are added
+// up in the end, in order.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/long_conv_task.h"

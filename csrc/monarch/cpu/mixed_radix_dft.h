@@ -1,7 +1,7 @@
 // Transforms of any length, of as many signals as a vector has lanes: n points, one behind the other.
 //
-// Lanes are channels, so nothing is shuffled. Decimation in frequency goes forward and leaves the frequencies in the order
-// of its digits (MixedRadix::place); decimation in time starts from there and comes back.
+// Lanes are channels, so nothing is shuffled. Decimation in frequency goes forward and leaves the frequencies in the
+// order of its digits (MixedRadix::place); decimation in time starts from there and comes back.
 #pragma once
 
 #include "cpu/scratch.h"
@@ -35,7 +35,8 @@ class MixedRadixDft {
     for (int s = plan.stages - 1; s >= 0; --s) run_stage<true>(s, data);
   }
 
-  // There and back. f(points, at) changes some frequencies on the way, which are in registers: those from place `at` on.
+  // There and back. f(points, at) changes some frequencies on the way, which are in registers: those from place `at`
+  // on.
   template <class Function>
   void forward_and_inverse(T* data, Function&& f) const {
     const int last = plan.stages - 1;

@@ -51,7 +51,8 @@ struct SharedInner {
   E* grad_row(int64_t r) const { return rows.data + rows.size() + r * grad_width; }
 };
 
-// Columns of all blocks at once that a product into turns computes: what stays in the second-level cache beside the rows.
+// Columns of all blocks at once that a product into turns computes: what stays in the second-level cache beside the
+// rows.
 template <class E>
 int64_t turn_columns(int64_t blocks) {
   constexpr int64_t kColumns = 256;

@@ -1,7 +1,7 @@
 // A Monarch product on the CPU. Compiled once per instruction set.
 //
-// A task is a block of rows. Their intermediate stays in its scratch memory: the first product writes it row by row, and
-// it is shared out between the blocks of the second on the way.
+// A task is a block of rows. Their intermediate stays in its scratch memory: the first product writes it row by row,
+// and it is shared out between the blocks of the second on the way.
 
 #include "cpu/gelu.h"
 #include "cpu/make_kernel.h"

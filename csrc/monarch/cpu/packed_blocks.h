@@ -6,8 +6,8 @@
 
 namespace vitkernels::VK_ISA {
 
-// Blocks [depth, columns] of a product, one after the other: the weight transposed, or as it is where gradients flow from
-// outputs to inputs.
+// Blocks [depth, columns] of a product, one after the other: the weight transposed, or as it is where gradients flow
+// from outputs to inputs.
 template <class E>
 class PackedBlocks {
  public:

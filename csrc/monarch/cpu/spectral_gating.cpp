@@ -1,8 +1,8 @@
 // Spectral gating on the CPU. Compiled once per instruction set.
 //
-// A task is a group of channels, in some batches. It orders the weight once. Then each map goes through its rows, through
-// its columns, there and back, and through its rows again: between reading x and writing out, it stays in the cache. What
-// a column becomes is multiplied by the weight while it is in registers.
+// A task is a group of channels, in some batches. It orders the weight once. Then each map goes through its rows,
+// through its columns, there and back, and through its rows again: between reading x and writing out, it stays in the
+// cache. What a column becomes is multiplied by the weight while it is in registers.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/spectral_gating_task.h"

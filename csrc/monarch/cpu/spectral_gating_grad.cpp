@@ -1,8 +1,8 @@
 // The gradients of spectral gating on the CPU. Compiled once per instruction set.
 //
-// That of x is the same operator with the conjugate weight. That of the weight is the product of grad_out's spectra with
-// the conjugates of x's, added up over the batch in order; with several tasks for the same channels, the sums of each are
-// added up in the end.
+// That of x is the same operator with the conjugate weight. That of the weight is the product of grad_out's spectra
+// with the conjugates of x's, added up over the batch in order; with several tasks for the same channels, the sums of
+// each are added up in the end.
 
 #include "cpu/make_kernel.h"
 #include "monarch/cpu/spectral_gating_task.h"

@@ -1,7 +1,7 @@
 // What a task of spectral gating, a group of channels, does in the forward and in the backward.
 //
-// Two rows of a map are the real and the imaginary parts of one transform. Their half spectra are told apart on the way to
-// the columns, which are transformed there and back in place.
+// Two rows of a map are the real and the imaginary parts of one transform. Their half spectra are told apart on the way
+// to the columns, which are transformed there and back in place.
 #pragma once
 
 #include "cpu/interleave.h"

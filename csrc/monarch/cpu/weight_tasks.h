@@ -5,8 +5,8 @@
 
 namespace vitkernels {
 
-// First those of the first weight, some rows of one block each; then those of the second, the same rows of all blocks, of
-// which an output gradient has neighbors.
+// First those of the first weight, some rows of one block each; then those of the second, the same rows of all blocks,
+// of which an output gradient has neighbors.
 class MonarchWeightTasks {
  public:
   explicit MonarchWeightTasks(const MonarchProblem& p)

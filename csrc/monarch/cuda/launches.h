@@ -33,8 +33,8 @@ struct MonarchCudaParams {
   Matrix out{};                // [rows, outputs()], or null: the intermediate alone
   bool is_interleaved = true;  // blocks of `out` take turns; or they lie one behind the other
 
-  // How blocks of threads share the work: a group of the second weight's blocks has the columns of the intermediate that
-  // it needs in shared memory, or in `inner`. Set by plan().
+  // How blocks of threads share the work: a group of the second weight's blocks has the columns of the intermediate
+  // that it needs in shared memory, or in `inner`. Set by plan().
   int group = 0, num_groups = 0;
   bool is_inner_shared = true;
   Divisor divisor{};  // by the group, or by the second weight's inputs
@@ -44,8 +44,8 @@ struct MonarchCudaParams {
 // Of blocks of the second weight, whose outputs a thread block has side by side.
 inline constexpr int kMaxMonarchGroup = 16;
 
-// The gradients of a weight: parts [splits, blocks, left, right] = left^T right of a share of the rows, for each block of
-// columns.
+// The gradients of a weight: parts [splits, blocks, left, right] = left^T right of a share of the rows, for each block
+// of columns.
 struct MonarchGradWeightCudaParams {
   int64_t rows = 0, blocks = 0, left_columns = 0, right_columns = 0, splits = 0;
   Matrix left{}, right{};  // [rows, blocks columns]

@@ -1,9 +1,10 @@
 // Products with a Monarch matrix on a GPU.
 //
-// A thread block takes 64 rows of x. The first product leaves the intermediate of these rows in shared memory, where the
-// blocks of the second weight read it; the second product adds the epilogue. Both weights pass through shared memory
-// once, and copies run ahead across tiles and products. Where the intermediate of all blocks does not fit, thread blocks
-// share them, and only x is read again. That of a single block may be too large: it goes through global memory.
+// A thread block takes 64 rows of x. The first product leaves the intermediate of these rows in shared memory, where
+// the blocks of the second weight read it; the second product adds the epilogue. Both weights pass through shared
+// memory once, and copies run ahead across tiles and products. Where the intermediate of all blocks does not fit,
+// thread blocks share them, and only x is read again. That of a single block may be too large: it goes through global
+// memory.
 
 #include "monarch/cuda/gelu.h"
 #include "monarch/cuda/stream.h"

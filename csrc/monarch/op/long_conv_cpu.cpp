@@ -2,6 +2,7 @@
 #include "common/boxed.h"
 #include "common/parallel.h"
 #include "cpu/kernel.h"
+#include "monarch/batch_shares.h"
 #include "monarch/long_conv.h"
 #include "monarch/op/roots.h"
 
@@ -55,7 +56,7 @@ struct LongConvArguments {
     plan = LongConvPlan(problem.length);
     const bool is_double = x.scalar_type() == ScalarType::Double;
     problem.channel_group = vector_bytes(isa()) / int64_t(is_double ? sizeof(double) : sizeof(float));
-    problem.shares = long_conv_shares(problem);
+    problem.shares = batch_shares(problem.groups(), problem.batch);
     const Tensor twiddles = empty_as(x, {2 * plan.twiddles()}, statistics_type(x.scalar_type()));
     dispatch_statistics(twiddles,
                         [&]<class T>(T) { write_twiddles(plan, static_cast<T*>(twiddles.mutable_data_ptr())); });

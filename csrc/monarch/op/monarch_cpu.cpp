@@ -49,23 +49,23 @@ void blockdiag_butterfly_pack(Call& call) {
 }
 
 // As the operator above left the weights, or packed for this call.
-Tensor packed_weights(const Checker& checker, const MonarchArguments& args, const OptionalTensor& given) {
-  const MonarchProblem& problem = args.problem;
-  if (!given) return pack(problem, args.x, false, problem.num_blocks());
-  checker.tensor("packed", *given, args.x, ScalarType::Byte, {packed_size({.problem = problem})});
-  return as_contiguous(*given);
+Tensor packed_weights(const MonarchArguments& args, const OptionalTensor& given) {
+  return given ? as_contiguous(*given) : pack(args.problem, args.x, false, args.problem.num_blocks());
 }
 
 void blockdiag_butterfly_multiply(Call& call) {
   const MonarchArguments args(call);
   const auto given = call.take<OptionalTensor>("packed");
+  if (given) {
+    call.checker.tensor("packed", *given, args.x, ScalarType::Byte, {packed_size({.problem = args.problem})});
+  }
   const MonarchProblem& problem = args.problem;
   const Tensor inner = empty_as(args.x, args.inner_sizes(), args.x.scalar_type());
   Tensor out;
   if (problem.rows == 0) {
     out = empty_as(args.x, args.out_sizes(), args.x.scalar_type());
   } else {
-    const Tensor packed = packed_weights(call.checker, args, given);
+    const Tensor packed = packed_weights(args, given);
     out = multiply(args, args.activation, packed, inner_of(inner, Inner::Use::kWrite));
   }
   call.give(out, "out");

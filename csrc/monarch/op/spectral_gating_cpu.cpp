@@ -2,6 +2,7 @@
 #include "common/boxed.h"
 #include "common/parallel.h"
 #include "cpu/kernel.h"
+#include "monarch/batch_shares.h"
 #include "monarch/op/roots.h"
 #include "monarch/spectral_gating.h"
 
@@ -59,7 +60,7 @@ struct SpectralGatingArguments {
     problem.column_places = column_places.data(), problem.row_places = row_places.data();
     const bool is_double = x.scalar_type() == ScalarType::Double;
     problem.channel_group = vector_bytes(isa()) / int64_t(is_double ? sizeof(double) : sizeof(float));
-    problem.shares = spectral_gating_shares(problem);
+    problem.shares = batch_shares(problem.groups(), problem.batch);
     const int64_t count = problem.of_columns.roots() + problem.of_rows.roots();
     const Tensor roots = empty_as(x, {2 * count}, statistics_type(x.scalar_type()));
     dispatch_statistics(roots, [&]<class T>(T) {

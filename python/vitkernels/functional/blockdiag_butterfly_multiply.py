@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitkernels._library import multiplies_bfloat16
 from vitkernels.functional.arguments import check_stored, check_tensors
 from vitkernels.ops.attention import allow_tf32
 from vitkernels.ops.monarch import blockdiag_butterfly_multiply as _multiply
@@ -27,8 +28,8 @@ def blockdiag_butterfly_multiply(
         y_{sl + j} = \sigma \big( \mathrm{bias}_{sl + j} + \sum_r w^2_{jsr} \, t_{rl + j} \big)
 
     Blocks of the first matrix read neighbors. Those of the second take turns, both in what they read and in what they
-    write. The forward permutes nothing in memory. It leaves ``t`` there only where a gradient is recorded, whose
-    computation would have to repeat the first product otherwise.
+    write. The forward permutes nothing in memory. It leaves ``t`` there only where a gradient is recorded that would
+    have to repeat the first product otherwise, and ``t`` is in the dtype of ``x``.
 
     Args:
         x: ``(..., k * p)``. Leading dimensions that are no single stride apart are copied.
@@ -68,15 +69,22 @@ def multiply(
     if x.dim() > 2:
         check_stored(_OP, x=x)
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    keeps_inner = _keeps_inner(x, w1, w2, bias)
+    keeps_inner = _keeps_inner(activation, x, w1, w2, bias)
     out, _ = _multiply(rows, w1, w2, bias, _number_of(activation), allow_tf32(x), keeps_inner, packed)
     return out[0] if x.dim() == 1 else torch.unflatten(out, 0, x.shape[:-1])
 
 
-def _keeps_inner(*tensors: Tensor | None) -> bool:
-    """Whether there will be a backward, to our knowledge: where there is one without it, it computes it again."""
-    is_for_inference = torch.compiler.is_exporting() or not torch.is_grad_enabled()
-    return not is_for_inference and any(t is not None and t.requires_grad for t in tensors)
+def _keeps_inner(activation: str, x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None) -> bool:
+    """Whether a backward will read the intermediate, to our knowledge: without it, it computes it again."""
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    is_cast = x.is_cpu and torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+    # Where kernels have it in float32, it would lose bits and range in the dtype of x.
+    if x.is_cpu and (dtype == torch.float16 or (dtype == torch.bfloat16 and not multiplies_bfloat16)):
+        return False
+    needed_by = (w2,) if activation == "none" else (x, w1, w2, bias)
+    return any(t is not None and t.requires_grad for t in needed_by)
 
 
 def _number_of(activation: Any) -> int:

@@ -60,10 +60,10 @@ def long_conv(x: Tensor, filter: Tensor, *, is_causal: bool = True) -> Tensor:
         )
     check_stored(_OP, x=x)
     batch = x[None] if x.dim() == 2 else x.flatten(0, -3)
-    has_tokens = batch.stride(-2) == 1 and batch.stride(-1) != 1
-    if has_tokens:
+    channels_last = batch.stride(-2) == 1 and batch.stride(-1) != 1
+    if channels_last:
         batch = batch.transpose(1, 2)
-    out: Tensor = _long_conv(batch, filter, has_tokens, is_causal)
-    if has_tokens:
+    out: Tensor = _long_conv(batch, filter, channels_last, is_causal)
+    if channels_last:
         out = out.transpose(1, 2)
     return out[0] if x.dim() == 2 else torch.unflatten(out, 0, x.shape[:-2])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from vitkernels.integrations.monarch_report import MonarchEntry, MonarchReport
-from vitkernels.integrations.swap import has_hooks
+from vitkernels.nn.hooks import has_hooks
 from vitkernels.nn.monarch import MonarchLinear, why_not_projected
 
 __all__ = ["MLP_TARGETS", "expand_monarch", "monarchize"]
@@ -36,9 +36,9 @@ def monarchize(
     make the optimizer afterwards. A module that occurs several times in the model is replaced once, everywhere.
 
     Left alone, with a reason in the report, are subclasses of ``nn.Linear``, also parametrized ones; layers with hooks
-    or a forward of their own; layers that share their weight with another module; layers whose weight the module around
-    them reads instead of calling them, as ``nn.TransformerEncoderLayer`` does; and layers that would not be smaller, or
-    are so small that inner features would not connect all blocks.
+    or a forward of their own; layers that share their weight with another module; layers whose weight the forward of
+    the module right around them reads instead of calling them, as that of ``nn.TransformerEncoderLayer`` does; and
+    layers that would not be smaller, or are so small that inner features would not connect all blocks.
 
     Args:
         model: any module that contains linear layers.
@@ -149,12 +149,17 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that have each parameter, by its identity."""
+    """The names of the modules that have each parameter, by where it is."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
+            if parameter is not None:
+                owners.setdefault(_place(parameter), []).append(name)
     return owners
+
+
+def _place(parameter: nn.Parameter) -> int:
+    return parameter.data_ptr() or id(parameter)  # two parameters may lie in the same memory
 
 
 def _obstacle(layer: nn.Module, stock_class: type[nn.Module]) -> str:
@@ -165,12 +170,21 @@ def _obstacle(layer: nn.Module, stock_class: type[nn.Module]) -> str:
         return f"a subclass of {stock_class.__name__}, {type(layer).__name__}, may compute something else"
     if "forward" in layer.__dict__:
         return "its forward is overridden on the instance"
-    return "it has hooks" if has_hooks(layer) else ""
+    return "it has hooks" if has_hooks(layer) or _has_other_hooks(layer) else ""
+
+
+def _has_other_hooks(layer: nn.Module) -> bool:
+    """Whether there are hooks of its gradients, or of saving and loading it."""
+    names = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    of_gradients = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(layer, name) for name in names) or any(
+        getattr(p, name) for p in layer.parameters(recurse=False) for name in of_gradients
+    )
 
 
 def _sharing(layer: nn.Module, name: str, owners: dict[int, list[str]]) -> str:
     """With what it shares parameters, or nothing."""
-    others = {other: None for p in layer.parameters(recurse=False) for other in owners[id(p)] if other != name}
+    others = {other: None for p in layer.parameters(recurse=False) for other in owners[_place(p)] if other != name}
     return f"it shares parameters with {', '.join(others)}" if others else ""
 
 

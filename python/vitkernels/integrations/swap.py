@@ -14,8 +14,9 @@ from vitkernels.integrations.classes import class_at, exchange, exchanged, path_
 from vitkernels.integrations.devices import KERNEL_DTYPES, conditions
 from vitkernels.integrations.exporters import check_exporter, refuse_script
 from vitkernels.integrations.report import Entry, kind_of
+from vitkernels.nn.hooks import has_hooks
 
-__all__ = ["DROPOUT", "SOFTMAX", "Fused", "Swaps", "has_hooks"]
+__all__ = ["DROPOUT", "SOFTMAX", "Fused", "Swaps"]
 
 #: Classes that `absorbed` names.
 DROPOUT = ("torch.nn.modules.dropout.Dropout", "torch.nn.modules.linear.Identity")
@@ -193,13 +194,6 @@ def _part(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 def _has(module: nn.Module, path: str) -> bool:
     parent, _, name = path.rpartition(".")
     return hasattr(_at(module, parent) if parent else module, name)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _may_be_passed_over(module: nn.Module | None, classes: tuple[type, ...]) -> bool:

@@ -166,7 +166,8 @@ class ExplicitFilter(nn.Module):
     def reset_parameters(self) -> None:
         """Random taps that decay as those of :class:`ImplicitFilter` do, whose variances have a sum of 1."""
         dim, count = self.weight.shape
-        lag = torch.arange(count) if self.is_causal else (torch.arange(count) - self.max_length + 1).abs()  # [M]
+        tap = torch.arange(count, device="cpu")  # [M]
+        lag = tap if self.is_causal else (tap - self.max_length + 1).abs()  # [M]
         decay = torch.exp(_rates(dim)[:, None] * lag / max(self.max_length - 1, 1))  # [dim, M]
         nn.init.normal_(self.weight)
         with torch.no_grad():

@@ -28,10 +28,6 @@ class MonarchLinear(nn.Module):
     Both factors are initialised like ``nn.Linear``, but for a factor of ``3 ** 0.25``, with which outputs have the
     variance that they have there. (HazyResearch's are smaller by ``3 ** 0.5``.)
 
-    On the CPU the factors are packed once in evaluation mode without gradients, which takes as much memory again, and
-    packed again when they have changed: when an operation in place has counted up their version, or they are others.
-    Changes of ``parameter.data`` count nothing up: go through :meth:`train` and :meth:`eval` after these.
-
     Args:
         in_features: features of the input.
         out_features: features of the output.
@@ -73,12 +69,26 @@ class MonarchLinear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_features, **factory))
         else:
             self.register_parameter("bias", None)
-        self._packed = PackedWeights()
+        self._packed: PackedWeights | None = None
         self.reset_parameters()
 
-    def train(self, mode: bool = True) -> MonarchLinear:
-        """As ``nn.Module``; packed factors are given up."""
+    def pack(self) -> MonarchLinear:
+        """Have calls without gradients on the CPU keep the factors packed, which takes as much memory again.
+
+        For inference with weights that stay as they are. A change that PyTorch counts has them packed again, but fused
+        optimizers, collectives of ``torch.distributed``, ``parameter.data`` and NumPy's views of it change weights
+        uncounted: call this again after these. :meth:`train` and :meth:`eval` end it. Compiled and exported graphs, and
+        transforms of ``torch.func``, pack in each call.
+
+        Returns:
+            The layer.
+        """
         self._packed = PackedWeights()
+        return self
+
+    def train(self, mode: bool = True) -> MonarchLinear:
+        """As ``nn.Module``; ends :meth:`pack`."""
+        self._packed = None
         return super().train(mode)
 
     def reset_parameters(self) -> None:
@@ -107,7 +117,7 @@ class MonarchLinear(nn.Module):
             raise RuntimeError(f"vitkernels.nn.{type(self).__name__}: x has shape {tuple(x.shape)}, takes {layout}")
         if padding := self.in_features_extended - self.in_features:
             x = F.pad(x, (0, padding))
-        packed = None if self.training else self._packed.of(self.blkdiag1, self.blkdiag2)
+        packed = None if self._packed is None else self._packed.of(self.blkdiag1, self.blkdiag2)
         out = multiply(x, self.blkdiag1, self.blkdiag2, self._stored_bias(x), activation, packed)
         return out[..., : self.out_features] if self.out_features < self.out_features_extended else out
 

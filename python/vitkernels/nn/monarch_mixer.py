@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitkernels.functional import long_conv
+from vitkernels.nn.hooks import is_as_made
 from vitkernels.nn.long_filters import ExplicitFilter, ImplicitFilter
 from vitkernels.nn.maps import check_input, integers
 from vitkernels.nn.monarch import MonarchLinear
@@ -80,6 +81,8 @@ class MonarchMixer(nn.Module):
         integers("MonarchMixer", "filter_emb_dim", filter_emb_dim, 1, at_least=3)
         _refuse("filter_emb_dim", filter_emb_dim, "an odd number", filter_emb_dim % 2 == 0)
         _refuse("is_causal", is_causal, "True or False", not isinstance(is_causal, bool))
+        is_flag = isinstance(residual_long_conv, bool)
+        _refuse("residual_long_conv", residual_long_conv, "True or False", not is_flag)
         _refuse("filter", filter, "'implicit' or 'explicit'", filter not in ("implicit", "explicit"))
         is_number = isinstance(filter_freq, (int, float)) and not isinstance(filter_freq, bool)
         _refuse("filter_freq", filter_freq, "a finite number", not is_number or not math.isfinite(filter_freq))
@@ -146,7 +149,7 @@ class MonarchMLP(nn.Module):
     """M2's mixer of channels: two layers with Monarch weights and GELU between.
 
     ``fc1`` and ``fc2`` are the names of timm's ``Mlp``, but their weights are those of :class:`MonarchLinear`. (M2-BERT
-    has a gated MLP of the same layers.) On the CPU only.
+    has a gated MLP of the same layers.)
 
     Args:
         dim: channels of the input and the output.
@@ -186,8 +189,9 @@ class MonarchMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to the same."""
-        # The backward of one pass would repeat a product to have GELU's argument.
-        hidden = F.gelu(self.fc1(x)) if torch.is_grad_enabled() else self.fc1(x, "gelu")
+        # In one pass, unless a gradient is recorded, whose backward would repeat a product to have GELU's argument.
+        is_one_pass = not torch.is_grad_enabled() and is_as_made(self.fc1, MonarchLinear)
+        hidden = self.fc1(x, "gelu") if is_one_pass else F.gelu(self.fc1(x))
         out: Tensor = self.drop2(self.fc2(self.drop1(hidden)))
         return out
 

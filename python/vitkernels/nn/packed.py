@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitkernels._torch_private import has_dispatch_mode, is_tracing
+from vitkernels._torch_private import has_dispatch_mode, is_tracing, is_transformed
 
 __all__ = ["PackedWeights"]
 
@@ -22,16 +22,23 @@ class _Entry(NamedTuple):
 
 
 class PackedWeights:
-    """Both weights of :func:`vitkernels.blockdiag_butterfly_multiply` packed, as long as they do not change."""
+    """Both weights of :func:`vitkernels.blockdiag_butterfly_multiply` packed, as long as they do not change.
+
+    Not every change is seen: fused optimizers, collectives and aliases count none.
+    """
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
     def of(self, w1: Tensor, w2: Tensor) -> Tensor | None:
         """The weights packed, in autocast's dtype if that is at work, or ``None`` where each call has to do it."""
-        if torch.compiler.is_compiling() or is_tracing() or has_dispatch_mode() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing():
+            return None
+        if is_transformed() or has_dispatch_mode():
             return None
         weights = (w1, w2)
+        if not w1.is_cpu:  # moved: what was packed is of no use any more
+            self._entry = None
         if w1.dtype != w2.dtype or not all(map(_is_watched, weights)):
             return None
         dtype = w1.dtype
@@ -39,9 +46,10 @@ class PackedWeights:
             dtype = torch.get_autocast_dtype("cpu")
         entry = self._entry
         if entry is None or not _is_current(entry, weights, dtype):
-            packed = torch.ops.vitkernels.blockdiag_butterfly_pack(w1.detach().to(dtype), w2.detach().to(dtype))
-            versions = (w1._version, w2._version)
-            self._entry = entry = _Entry(weights, (w1.detach(), w2.detach()), versions, dtype, packed)
+            versions = (w1._version, w2._version)  # first: another thread may change them meanwhile
+            stored = (w1.detach(), w2.detach())
+            packed = torch.ops.vitkernels.blockdiag_butterfly_pack(*(w.to(dtype) for w in stored))
+            self._entry = entry = _Entry(weights, stored, versions, dtype, packed)
         return entry.packed
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
@@ -57,6 +65,8 @@ def _is_watched(weight: Tensor) -> bool:
 
 def _is_current(entry: _Entry, weights: tuple[Tensor, Tensor], dtype: torch.dtype) -> bool:
     return entry.dtype == dtype and all(
-        new is old and new._version == version and new.data_ptr() == stored.data_ptr()
+        new is old
+        and new._version == version
+        and (new.data_ptr(), new.shape, new.stride()) == (stored.data_ptr(), stored.shape, stored.stride())
         for new, old, version, stored in zip(weights, entry.weights, entry.versions, entry.stored, strict=True)
     )

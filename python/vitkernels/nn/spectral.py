@@ -63,9 +63,13 @@ class SpectralGating(nn.Module):
             raise RuntimeError(
                 f"{name}: x has shape {tuple(x.shape)}, takes {layout}: a map of {height} x {width} and {dim} channels"
             )
+        weight: Tensor = self.complex_weight
+        # Autocast gives the map its dtype, but not the weight. Float32 goes with any of them.
+        if weight.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type):
+            weight = weight.float()
         if x.dim() == 4:
-            return spectral_gating(x, self.complex_weight)
-        return spectral_gating(torch.unflatten(x, 1, (height, width)), self.complex_weight).flatten(1, 2)
+            return spectral_gating(x, weight)
+        return spectral_gating(torch.unflatten(x, 1, (height, width)), weight).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, height={self.height}, width={self.width}"
