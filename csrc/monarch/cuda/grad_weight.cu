@@ -2,6 +2,7 @@
 //
 // A thread block has a tile of a block's gradient and a share of the rows; the shares' sums are added in order.
 
+#include "cuda/fast_softmax.h"
 #include "cuda/parts.h"
 #include "cuda/scheduler.h"
 #include "monarch/cuda/operands.h"
@@ -68,13 +69,20 @@ struct MonarchGradWeightKernel {
     static __device__ int first_column() { return int(threadIdx.x) % kVectorsOfRow * kVector; }
 
     // Of the next step, of which `rows` exist.
-    __device__ __forceinline__ void start(Element* tile, int64_t rows) {
+    template <bool kIsAligned>
+    __device__ __forceinline__ void start(Element* tile, int rows) {
       Element* const to = tile + typename Tile::Layout{}(first_row(), first_column());
       static_assert(kRowsOfPass % 8 == 0);  // the swizzle's period
       constexpr int kPassElements = typename Tile::Layout{}(kRowsOfPass, 0);
       CUTE_UNROLL
       for (int pass = 0; pass < kPasses; ++pass) {
-        copy_vector(to + pass * kPassElements, next, first_row() + pass * kRowsOfPass < rows ? count : 0, is_aligned);
+        const bool exists = first_row() + pass * kRowsOfPass < rows;
+        const auto from = kIsAligned ? next : computed_here(next);  // one pointer for both
+        if constexpr (kIsAligned) {
+          copy_16_bytes(to + pass * kPassElements, from, exists && count > 0 ? 16 : 0);
+        } else {
+          copy_vector(to + pass * kPassElements, from, exists ? count : 0, false);
+        }
         next += kRowsOfPass * stride;
       }
     }
@@ -94,8 +102,15 @@ struct MonarchGradWeightKernel {
     const auto start = [&] {
       if (started < steps) {
         Element* const stage = shared + started % kStages * kStage;
-        lefts.start(stage, num_rows);
-        rights.start(stage + Tile::kElements, num_rows);
+        const int exist = int(min(num_rows, int64_t(kRows)));
+        if (lefts.is_aligned && rights.is_aligned) {
+          lefts.template start<true>(stage, exist);
+          rights.template start<true>(stage + Tile::kElements, exist);
+        } else {
+          rarely();
+          lefts.template start<false>(stage, exist);
+          rights.template start<false>(stage + Tile::kElements, exist);
+        }
         num_rows -= kRows, ++started;
       }
       commit_copies();
