@@ -136,11 +136,12 @@ struct MonarchGradWeightKernel {
           uint32_t of_left[2][4];
           CUTE_UNROLL
           for (int m = 0; m < 2; ++m) a.read(of_left[m], stage, first_m + m, k);
+          const PreparedRows<Element, decltype(arithmetic)> prepared(of_left);
           CUTE_UNROLL
           for (int pair = 0; pair < 2; ++pair) {
             uint32_t of_right[4];
             b.read(of_right, stage + Tile::kElements, first_n + pair, k);
-            multiply_pair<Element>(arithmetic, acc, of_left, of_right, pair);
+            multiply_pair<Element>(arithmetic, acc, prepared, of_right, pair);
           }
         }
       }

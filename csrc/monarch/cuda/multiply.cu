@@ -27,6 +27,7 @@ class MonarchKernel {
       : p(params),
         allow_tf32_(allow_tf32),
         stages_(shared),
+        places_(reinterpret_cast<int*>(shared + Tile::kPlaces)),
         inner_(shared + Tile::kInner),
         group_(params, int(block_index() % unsigned(params.num_groups))),
         slots_(group_),
@@ -46,6 +47,7 @@ class MonarchKernel {
       if (is_second && !was_second) finish_inner(stream);
       if (tile.is_done(group_)) break;
       was_second = is_second;
+      if (!is_second) write_place(tile);
       Acc acc;
       cute::clear(acc);
       if (kBlocks > 1 && is_second) {
@@ -59,6 +61,7 @@ class MonarchKernel {
         store_outputs(acc, tile);
       } else {
         share_out(acc, tile);
+        places_offset_ ^= kThreads;
       }
     }
   }
@@ -96,7 +99,7 @@ class MonarchKernel {
     __syncthreads();
     if (!p.is_inner_shared) {
       wait_for_copies<0>();
-      stream.pass_barrier(stage_);
+      stream.pass_barrier(stages_ + stage_);
       start_stages(stream);
     } else if (p.needs_inner) {
       store_inner();
@@ -110,10 +113,10 @@ class MonarchKernel {
     const RowOperand<Element, true> rows_operand(first_row_of_warp());
     const RowOperand<Element, false> columns_operand(0);
     const bool is_inner = is_second && p.is_inner_shared;
-    const Element* a[kOfSlot];  // the next step's operands
+    int a[kOfSlot];  // the next step's operands, in elements from the stages on
     CUTE_UNROLL
     for (int i = 0; i < kOfSlot; ++i) {
-      a[i] = inner_ + min(slots_.block(slot(), i), group_.count - 1) * depth_tiles_ * Tile::kTile;
+      a[i] = Tile::kInner + min(slots_.block(slot(), i), group_.count - 1) * depth_tiles_ * Tile::kTile;
     }
     with_arithmetic<Element>(allow_tf32_, [&](auto arithmetic) __attribute__((always_inline)) {
 #pragma unroll 1
@@ -122,7 +125,7 @@ class MonarchKernel {
         __syncthreads();  // the stage is there, and all reads of the one before are done
         stream.start();
         commit_copies();
-        const Element* const stage = stage_;
+        const Element* const stage = stages_ + stage_;
         const Element* const columns_tile = stage + (1 + slot()) * Tile::kTile;
         constexpr int kUnrolled = sizeof(Element) == 2 ? kSteps : 1;  // of float, code grows and registers run out
 #pragma unroll kUnrolled
@@ -131,48 +134,73 @@ class MonarchKernel {
           for (int i = 0; i < kOfSlot; ++i) {
             uint32_t rows[2][4];
             CUTE_UNROLL
-            for (int m = 0; m < 2; ++m) rows_operand.read(rows[m], is_inner ? a[i] : stage, m, k);
+            for (int m = 0; m < 2; ++m) rows_operand.read(rows[m], stages_ + (is_inner ? a[i] : stage_), m, k);
+            const PreparedRows<Element, decltype(arithmetic)> prepared(rows);
             CUTE_UNROLL
             for (int j = 0; j < kPairs; ++j) {
               const int pair = i * (4 / kOfSlot) + j;
               uint32_t columns[4];
               columns_operand.read(columns, columns_tile, pair, k);
-              multiply_pair<Element>(arithmetic, acc, rows, columns, pair);
+              multiply_pair<Element>(arithmetic, acc, prepared, columns, pair);
             }
           }
         }
-        stage_ = Tile::next_stage(stage_, static_cast<const Element*>(stages_));
+        stage_ = stage_ == (Tile::kStages - 1) * Tile::kStage ? 0 : stage_ + Tile::kStage;
         CUTE_UNROLL
         for (int i = 0; i < kOfSlot; ++i) a[i] += Tile::kTile;
       }
     });
   }
 
+  // Where a column goes, one for each thread, before a barrier of the product: in shared memory to whole tiles of the
+  // depth, or to a column of `inner`; -1 if it is none of the group's.
+  __device__ __forceinline__ void write_place(const MonarchCursor& tile) const {
+    const int of_slot = int(threadIdx.x) % Tile::kColumnsOfSlot;
+    const int column = tile.first + int(threadIdx.x) / Tile::kColumnsOfSlot * tile.width + of_slot;
+    int place = -1;
+    if (of_slot < tile.width && column < tile.end) {
+      const MonarchGroup::Place at = group_.place(tile.block, column);
+      const int columns = p.is_inner_shared ? depth_tiles_ * Tile::kDepth : int(p.problem.second.inputs);
+      if (at.block < group_.count)
+        place = (p.is_inner_shared ? at.block : group_.first + at.block) * columns + at.depth;
+    }
+    places_[places_offset_ + int(threadIdx.x)] = place;
+  }
+
   // Of the intermediate, to the blocks of the second weight.
   __device__ __forceinline__ void share_out(Acc& acc, const MonarchCursor& tile) const {
+    if (p.is_inner_shared) {
+      using Layout = typename Tile::Shared::Layout;
+      constexpr int kEightRows = Layout{}(8, 0);  // the swizzle's period
+      for_each_place(tile, [&](int pair, int c, int place) __attribute__((always_inline)) {
+        Element* const to = inner_ + place / Tile::kDepth * Tile::kTile + Layout{}(row_of(0), place % Tile::kDepth);
+        CUTE_UNROLL
+        for (int r = 0; r < 4; ++r) to[r * kEightRows] = Element(sum_at(acc, r, pair, c));
+      });
+    } else {
+      rarely();
+      for_each_place(tile, [&](int pair, int c, int place) __attribute__((always_inline)) {
+        // From row to row, since pointers to all four would take the registers of the sums.
+        Element* to = p.inner.row<Element>(first_row_ + computed_here(row_of(0))) + place;
+        CUTE_UNROLL
+        for (int r = 0; r < 4; ++r, to += 8 * p.inner.row_stride) {
+          if (row_of(r) < num_rows_) *to = Element(sum_at(acc, r, pair, c));
+        }
+      });
+    }
+  }
+
+  // Calls f(pair, column of it, place).
+  template <class Function>
+  __device__ __forceinline__ void for_each_place(const MonarchCursor& tile, Function&& f) const {
+    const int* const places = places_ + places_offset_ + slot() * Tile::kColumnsOfSlot;
     CUTE_UNROLL
     for (int pair = 0; pair < 4; ++pair) {
       if (pair * 16 >= tile.width) break;
       CUTE_UNROLL
       for (int c = 0; c < 4; ++c) {
-        const int column = tile.first + slot() * tile.width + pair * 16 + column_of(c);
-        if (column >= tile.end) continue;
-        const MonarchGroup::Place at = group_.place(tile.block, column);
-        if (at.block >= group_.count) continue;
-        if (p.is_inner_shared) {
-          Element* const to = inner_ + (at.block * depth_tiles_ + at.depth / Tile::kDepth) * Tile::kTile;
-          CUTE_UNROLL
-          for (int r = 0; r < 4; ++r) {
-            to[typename Tile::Shared::Layout{}(row_of(r), at.depth % Tile::kDepth)] = Element(sum_at(acc, r, pair, c));
-          }
-        } else {
-          const int64_t inner_column = int64_t(group_.first + at.block) * p.problem.second.inputs + at.depth;
-          CUTE_UNROLL
-          for (int r = 0; r < 4; ++r) {
-            if (row_of(r) >= num_rows_) continue;
-            p.inner.row<Element>(first_row_ + row_of(r))[inner_column] = Element(sum_at(acc, r, pair, c));
-          }
-        }
+        const int place = places[pair * 16 + column_of(c)];
+        if (place >= 0) f(pair, c, place);
       }
     }
   }
@@ -180,8 +208,10 @@ class MonarchKernel {
   // From shared memory to its rows in memory.
   __device__ void store_inner() const {
     const int inputs = int(p.problem.second.inputs), vectors = depth_tiles_ * (Tile::kDepth / Tile::kVector);
+#pragma unroll 1
     for (int row = int(threadIdx.x) / kWarpSize; row < num_rows_; row += kThreads / kWarpSize) {
       Element* const to = p.inner.row<Element>(first_row_ + row) + int64_t(group_.first) * inputs;
+#pragma unroll 1
       for (int i = lane_index(); i < group_.count * vectors; i += kWarpSize) {
         const int block = i / vectors, depth = (i - block * vectors) * Tile::kVector;
         const Element* const tile = inner_ + (block * depth_tiles_ + depth / Tile::kDepth) * Tile::kTile;
@@ -215,9 +245,8 @@ class MonarchKernel {
   __device__ __forceinline__ void store_outputs(Acc& acc, const MonarchCursor& tile) const {
     const int columns = slots_.parts * tile.width, outputs = min(columns, tile.end - tile.first);  // of each block
     const Runs runs(p, group_, tile, outputs, columns);
-    const Element* const last = stages_ + (Tile::kStages - 1) * Tile::kStage;
-    const Element* const multiplied = stage_ == stages_ ? last : stage_ - Tile::kStage;
-    float* const staged = reinterpret_cast<float*>(const_cast<Element*>(multiplied));  // [kStagedRows, kPitch]
+    const int multiplied = (stage_ == 0 ? Tile::kStages * Tile::kStage : stage_) - Tile::kStage;
+    float* const staged = reinterpret_cast<float*>(stages_ + multiplied);  // [kStagedRows, kPitch]
 #pragma unroll 1
     for (int first = 0; first < num_rows_; first += Tile::kStagedRows) {
       __syncthreads();  // all reads of the stage, or of the rows before, are done
@@ -265,6 +294,7 @@ class MonarchKernel {
                             (runs.count == 1 || runs.stride % kVector == 0);
     const int vectors = ceil_div(runs.length, kVector);
     const bool has_vectors = runs.count == 1 || runs.pitch % 4 == 0;
+#pragma unroll 1
     for (int i = lane_index(); i < runs.count * vectors; i += kWarpSize) {
       const int run = i / vectors, at = (i - run * vectors) * kVector, count = min(runs.length - at, kVector);
       const int64_t of_bias =
@@ -328,12 +358,14 @@ class MonarchKernel {
   const MonarchCudaParams& p;
   const bool allow_tf32_;
   Element* const stages_;
+  int* const places_;     // [2, columns of a tile]: one is read while the next is written
   Element* const inner_;  // [blocks of the group, tiles of the depth] of Shared
   const MonarchGroup group_;
   const Slots slots_;
   const int64_t first_row_;
   const int num_rows_, depth_tiles_;
-  const Element* stage_ = stages_;
+  int places_offset_ = 0;
+  int stage_ = 0;  // where the next one begins, in elements
 };
 
 template <class Kernel>

@@ -78,20 +78,33 @@ template <int kRows, int kColumns>
 using MonarchSums = decltype(cute::make_tensor<float>(
     cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kRows>, cute::Int<kColumns>>{}));  // (MMA,MMA_M,MMA_N)
 
+// Two sixteens of rows, as the arithmetic has them: prepared once for all columns.
+template <class Element, class Arithmetic>
+struct PreparedRows {
+  using Fragment = decltype(fragment_of<Element>(std::declval<const uint32_t (&)[4]>()));
+  using Prepared = decltype(Arithmetic::prepare(std::declval<const Fragment&>()));
+
+  Prepared upper, lower;
+
+  __device__ explicit PreparedRows(const uint32_t (&rows)[2][4])
+      : upper(Arithmetic::prepare(fragment_of<Element>(rows[0]))),
+        lower(Arithmetic::prepare(fragment_of<Element>(rows[1]))) {}
+};
+
 // Columns 16 pair .. 16 pair + 15 of the sums += a b, one instruction deep.
 template <class Element, class Arithmetic, class Acc>
-__device__ __forceinline__ void multiply_pair(Arithmetic arithmetic, Acc& acc, const uint32_t (&rows)[2][4],
+__device__ __forceinline__ void multiply_pair(Arithmetic arithmetic, Acc& acc,
+                                              const PreparedRows<Element, Arithmetic>& rows,
                                               const uint32_t (&columns)[4], int pair) {
   const cute::MMA_Atom<typename TensorCore<Element>::Atom> mma;
   CUTE_UNROLL
-  for (int m = 0; m < 2; ++m) {
-    const auto a = arithmetic.prepare(fragment_of<Element>(rows[m]));  // (MMA)
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t column[2] = {columns[2 * i], columns[2 * i + 1]};
-      auto&& sum = acc(cute::_, m, 2 * pair + i);  // (MMA)
-      arithmetic.multiply_add(mma, a, arithmetic.prepare(fragment_of<Element>(column)), sum);
-    }
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t column[2] = {columns[2 * i], columns[2 * i + 1]};
+    const auto b = arithmetic.prepare(fragment_of<Element>(column));  // (MMA)
+    auto&& upper = acc(cute::_, 0, 2 * pair + i);                     // (MMA)
+    auto&& lower = acc(cute::_, 1, 2 * pair + i);                     // (MMA)
+    arithmetic.multiply_add(mma, rows.upper, b, upper);
+    arithmetic.multiply_add(mma, rows.lower, b, lower);
   }
 }
 

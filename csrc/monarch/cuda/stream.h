@@ -52,8 +52,7 @@ class MonarchStream {
       rarely();
       CUTE_UNROLL
       for (int i = 0; i <= Tile::kSlots; ++i) {
-        const auto from = reinterpret_cast<const Element*>(computed_here(reinterpret_cast<uint64_t>(next_[i])));
-        if (i > 0 || has_input_) copy_vector(to_ + i * Tile::kTile, from, left_ - column(), false);
+        if (i > 0 || has_input_) copy_elements(to_ + i * Tile::kTile, next_[i], left_ - column());
       }
     }
     CUTE_UNROLL
@@ -66,6 +65,13 @@ class MonarchStream {
   static __device__ int row() { return int(threadIdx.x) / 4; }
   static __device__ int column() { return int(threadIdx.x) % 4 * Tile::kVector; }
   static __device__ int place() { return typename Tile::Shared::Layout{}(row(), column()); }
+
+  // One by one, in few registers.
+  static __device__ __forceinline__ void copy_elements(Element* to, const Element* from, int count) {
+    from = computed_here(from);
+#pragma unroll 1
+    for (int e = 0; e < Tile::kVector; ++e) to[e] = e < count ? from[e] : Element(0);
+  }
 
   __device__ __forceinline__ bool find_tile() {
     if (!has_next_) cursor_.advance(group_, Slots::kColumns, slots_.parts);

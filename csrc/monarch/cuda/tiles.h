@@ -19,7 +19,8 @@ struct MonarchTile {
   // Outputs on their way to memory, in float: sixteen rows, in a stage that has been multiplied.
   static constexpr int kStagedRows = 16, kPitch = kSlots * kColumnsOfSlot + 4;
   static_assert(kStagedRows * kPitch * 4 <= kStage * int(sizeof(Element)));
-  static constexpr int kInner = kStages * kStage;  // where the intermediate begins
+  // Where columns of two tiles of the intermediate go, and where that begins.
+  static constexpr int kPlaces = kStages * kStage, kInner = kPlaces + 2 * kThreads * 4 / int(sizeof(Element));
 
   // In the next stage, or from the last one on in the `first`.
   template <class E>
