@@ -42,7 +42,7 @@ struct MonarchCudaParams {
 };
 
 // Of blocks of the second weight, whose outputs a thread block has side by side.
-inline constexpr int kMaxMonarchGroup = 16;
+inline constexpr int kMaxMonarchGroup = 8;
 
 // The gradients of a weight: parts [splits, blocks, left, right] = left^T right of a share of the rows, for each block
 // of columns.

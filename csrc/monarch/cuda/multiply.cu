@@ -31,9 +31,7 @@ class MonarchKernel {
         inner_(shared + Tile::kInner),
         group_(params, int(block_index() % unsigned(params.num_groups))),
         slots_(group_),
-        first_row_(int64_t(block_index() / unsigned(params.num_groups)) * Tile::kRows),
-        num_rows_(int(min(params.problem.rows - first_row_, int64_t(Tile::kRows)))),
-        depth_tiles_(ceil_div(int(params.problem.second.inputs), Tile::kDepth)) {}
+        first_row_(int64_t(block_index() / unsigned(params.num_groups)) * Tile::kRows) {}
 
   __device__ __forceinline__ void run() {
     if (p.is_inner_shared) clear_tails();
@@ -41,12 +39,10 @@ class MonarchKernel {
     start_stages(stream);
     MonarchCursor tile;
     tile.advance(group_, Slots::kColumns, slots_.parts);
-    bool was_second = false;
     for (;; tile.advance(group_, Slots::kColumns, slots_.parts)) {
       const bool is_second = tile.is_second(group_);
-      if (is_second && !was_second) finish_inner(stream);
+      if (is_second && tile.first == 0) finish_inner(stream);
       if (tile.is_done(group_)) break;
-      was_second = is_second;
       if (!is_second) write_place(tile);
       Acc acc;
       cute::clear(acc);
@@ -80,11 +76,15 @@ class MonarchKernel {
     return acc(r % 2 * 2 + c % 2, r / 2, 2 * pair + c / 2);
   }
 
+  // Found where they are used, to save registers.
+  __device__ int num_rows() const { return int(min(p.problem.rows - computed_here(first_row_), int64_t(Tile::kRows))); }
+  __device__ int depth_tiles() const { return ceil_div(computed_here(int(p.problem.second.inputs)), Tile::kDepth); }
+
   // Behind the intermediate's columns its last tiles are zero.
   __device__ void clear_tails() const {
     if (int(p.problem.second.inputs) % Tile::kDepth == 0) return;
     for (int block = 0; block < group_.count; ++block) {
-      Element* const tile = inner_ + ((block + 1) * depth_tiles_ - 1) * Tile::kTile;
+      Element* const tile = inner_ + ((block + 1) * depth_tiles() - 1) * Tile::kTile;
       *reinterpret_cast<uint4*>(tile + int(threadIdx.x) * Tile::kVector) = uint4{};
     }
   }
@@ -116,7 +116,7 @@ class MonarchKernel {
     int a[kOfSlot];  // the next step's operands, in elements from the stages on
     CUTE_UNROLL
     for (int i = 0; i < kOfSlot; ++i) {
-      a[i] = Tile::kInner + min(slots_.block(slot(), i), group_.count - 1) * depth_tiles_ * Tile::kTile;
+      a[i] = Tile::kInner + min(slots_.block(slot(), i), group_.count - 1) * depth_tiles() * Tile::kTile;
     }
     with_arithmetic<Element>(allow_tf32_, [&](auto arithmetic) __attribute__((always_inline)) {
 #pragma unroll 1
@@ -160,7 +160,7 @@ class MonarchKernel {
     int place = -1;
     if (of_slot < tile.width && column < tile.end) {
       const MonarchGroup::Place at = group_.place(tile.block, column);
-      const int columns = p.is_inner_shared ? depth_tiles_ * Tile::kDepth : int(p.problem.second.inputs);
+      const int columns = p.is_inner_shared ? depth_tiles() * Tile::kDepth : int(p.problem.second.inputs);
       if (at.block < group_.count)
         place = (p.is_inner_shared ? at.block : group_.first + at.block) * columns + at.depth;
     }
@@ -184,7 +184,7 @@ class MonarchKernel {
         Element* to = p.inner.row<Element>(first_row_ + computed_here(row_of(0))) + place;
         CUTE_UNROLL
         for (int r = 0; r < 4; ++r, to += 8 * p.inner.row_stride) {
-          if (row_of(r) < num_rows_) *to = Element(sum_at(acc, r, pair, c));
+          if (row_of(r) < num_rows()) *to = Element(sum_at(acc, r, pair, c));
         }
       });
     }
@@ -207,14 +207,14 @@ class MonarchKernel {
 
   // From shared memory to its rows in memory.
   __device__ void store_inner() const {
-    const int inputs = int(p.problem.second.inputs), vectors = depth_tiles_ * (Tile::kDepth / Tile::kVector);
+    const int inputs = int(p.problem.second.inputs), vectors = depth_tiles() * (Tile::kDepth / Tile::kVector);
 #pragma unroll 1
-    for (int row = int(threadIdx.x) / kWarpSize; row < num_rows_; row += kThreads / kWarpSize) {
+    for (int row = int(threadIdx.x) / kWarpSize; row < num_rows(); row += kThreads / kWarpSize) {
       Element* const to = p.inner.row<Element>(first_row_ + row) + int64_t(group_.first) * inputs;
 #pragma unroll 1
       for (int i = lane_index(); i < group_.count * vectors; i += kWarpSize) {
         const int block = i / vectors, depth = (i - block * vectors) * Tile::kVector;
-        const Element* const tile = inner_ + (block * depth_tiles_ + depth / Tile::kDepth) * Tile::kTile;
+        const Element* const tile = inner_ + (block * depth_tiles() + depth / Tile::kDepth) * Tile::kTile;
         store_vector(to + block * inputs + depth, tile + typename Tile::Shared::Layout{}(row, depth % Tile::kDepth),
                      inputs - depth, p.is_inner_aligned);
       }
@@ -248,7 +248,7 @@ class MonarchKernel {
     const int multiplied = (stage_ == 0 ? Tile::kStages * Tile::kStage : stage_) - Tile::kStage;
     float* const staged = reinterpret_cast<float*>(stages_ + multiplied);  // [kStagedRows, kPitch]
 #pragma unroll 1
-    for (int first = 0; first < num_rows_; first += Tile::kStagedRows) {
+    for (int first = 0; first < num_rows(); first += Tile::kStagedRows) {
       __syncthreads();  // all reads of the stage, or of the rows before, are done
       if (first_row_of_warp() == first) {
         stage_sums<0>(acc, tile, runs, outputs, staged);
@@ -304,7 +304,7 @@ class MonarchKernel {
       for (int e = 0; e < kVector; ++e) bias[e] = p.bias && e < count ? p.bias[of_bias + e * runs.bias_stride] : 0.0f;
 #pragma unroll 1
       for (int row = int(threadIdx.x) / kWarpSize; row < Tile::kStagedRows; row += kThreads / kWarpSize) {
-        if (first + row >= num_rows_) break;
+        if (first + row >= num_rows()) break;
         const float* const from = staged + row * Tile::kPitch + run * runs.pitch + at;
         alignas(16) float x[kVector] = {};
         if (has_vectors) {
@@ -363,7 +363,6 @@ class MonarchKernel {
   const MonarchGroup group_;
   const Slots slots_;
   const int64_t first_row_;
-  const int num_rows_, depth_tiles_;
   int places_offset_ = 0;
   int stage_ = 0;  // where the next one begins, in elements
 };
@@ -391,8 +390,7 @@ template <DType kDType>
 cudaError_t MonarchLaunches<kDType>::multiply(const MonarchCudaParams& p, bool allow_tf32, cudaStream_t stream) {
   using Element = MonarchElement<kDType>;
   if (p.group <= 4) return launch<Element, 1>(p, allow_tf32, stream);
-  if (p.group <= 8) return launch<Element, 2>(p, allow_tf32, stream);
-  return launch<Element, 4>(p, allow_tf32, stream);
+  return launch<Element, 2>(p, allow_tf32, stream);
 }
 
 template <DType kDType>

@@ -34,7 +34,7 @@ class MonarchStream {
 
   // The intermediate may be read. Copies go on to a stage.
   __device__ __forceinline__ void pass_barrier(const Element* stage) {
-    may_read_inner_ = 1, to_ = stages_ + (stage - stages_) + place();
+    flags_ |= kMayReadInner, to_ = stages_ + (stage - stages_) + place(thread_index());
   }
 
   // Starts the copies of the next step, if there is one. The caller commits them.
@@ -62,9 +62,13 @@ class MonarchStream {
   }
 
  private:
+  static constexpr int kMayReadInner = 1, kHasNext = 2;
+
   static __device__ int row() { return int(threadIdx.x) / 4; }
   static __device__ int column() { return int(threadIdx.x) % 4 * Tile::kVector; }
-  static __device__ int place() { return typename Tile::Shared::Layout{}(row(), column()); }
+  static __device__ int place(int thread = threadIdx.x) {
+    return typename Tile::Shared::Layout{}(thread / 4, thread % 4 * Tile::kVector);
+  }
 
   // One by one, in few registers.
   static __device__ __forceinline__ void copy_elements(Element* to, const Element* from, int count) {
@@ -74,11 +78,11 @@ class MonarchStream {
   }
 
   __device__ __forceinline__ bool find_tile() {
-    if (!has_next_) cursor_.advance(group_, Slots::kColumns, slots_.parts);
-    has_next_ = 1;
+    if (!(flags_ & kHasNext)) cursor_.advance(group_, Slots::kColumns, slots_.parts);
+    flags_ |= kHasNext;
     const bool is_second = cursor_.is_second(group_);
-    if (cursor_.is_done(group_) || (is_second && !may_read_inner_ && !group_.p.is_inner_shared)) return false;
-    has_next_ = 0;
+    if (cursor_.is_done(group_) || (is_second && !(flags_ & kMayReadInner) && !group_.p.is_inner_shared)) return false;
+    flags_ &= ~kHasNext;
     const MonarchCudaParams& p = group_.p;
     const BlockWeight& weight = is_second ? p.problem.second : p.problem.first;
     const int depth = int(weight.inputs);
@@ -125,7 +129,7 @@ class MonarchStream {
   const Element* next_[1 + Tile::kSlots] = {};  // its next vectors: of the input, and of each slot
   int left_ = 0;                                // of the tile's depth
   int first_of_weight_ = 0;                     // the thread's column, or the depth if its rows are not multiplied
-  int is_aligned_ = 0, has_input_ = 0, may_read_inner_ = 0, has_next_ = 0;
+  int is_aligned_ = 0, has_input_ = 0, flags_ = 0;
 };
 
 }  // namespace vitkernels::cuda
