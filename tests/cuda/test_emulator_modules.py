@@ -54,6 +54,8 @@ ROWS = {
     "CrossShapedWindowAttention": ("window_attention", MODULES["CrossShapedWindowAttention"]),
     "GridAttention": ("window_attention", MODULES["GridAttention"]),
     "HaloAttention": ("spatial_attention", MODULES["HaloAttention"]),
+    "MonarchLinear": ("monarch_multiply", MODULES["MonarchLinear"]),
+    "MonarchMLP": ("monarch_multiply", MODULES["MonarchMLP"]),
     "NeighborhoodAttention1D": ("spatial_attention_plain", MODULES["NeighborhoodAttention1D"]),
     "NeighborhoodAttention2D": ("spatial_attention_plain", MODULES["NeighborhoodAttention2D"]),
     "NeighborhoodAttention3D": ("spatial_attention_plain", MODULES["NeighborhoodAttention3D"]),
@@ -127,7 +129,7 @@ def test_agrees(name, dtype, kernel, emulator):
         found = computed(module, inputs[0], *arguments, is_accelerated=name not in MODULES)
     assert emulator.errors() == []
     launched = {launch.kernel.removeprefix("vitkernels::") for launch in emulator.launches()}
-    assert kernel in launched and any("backward" in name for name in launched), launched
+    assert kernel in launched and any("backward" in name or "grad" in name for name in launched), launched
     for standard in standards(module, inputs, *arguments):
         factor = OUTPUT_FACTOR if standard.name == "output" else GRADIENT_FACTOR
         # Twice the floor of an operator: a module rounds on both sides of it.
