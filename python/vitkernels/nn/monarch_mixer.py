@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitkernels.functional import long_conv
 from vitkernels.nn.hooks import is_as_made
 from vitkernels.nn.long_filters import ExplicitFilter, ImplicitFilter
-from vitkernels.nn.maps import check_input, integers
+from vitkernels.nn.maps import check_input, check_stored_input, integers
 from vitkernels.nn.monarch import MonarchLinear
 
 __all__ = ["MonarchMLP", "MonarchMixer"]
@@ -182,6 +182,7 @@ class MonarchMLP(nn.Module):
         hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
         integers("MonarchMLP", "hidden_dim", hidden_dim, 1)
         integers("MonarchMLP", "nblocks", nblocks, 1)
+        self.dim = dim
         self.fc1 = MonarchLinear(dim, hidden_dim, nblocks, bias, **factory)
         self.drop1 = nn.Dropout(drop)
         self.fc2 = MonarchLinear(hidden_dim, dim, nblocks, bias, **factory)
@@ -189,6 +190,10 @@ class MonarchMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` to the same."""
+        layout = f"(..., {self.dim})"
+        check_stored_input(self, x, layout)
+        if x.dim() == 0 or x.size(-1) != self.dim:
+            raise RuntimeError(f"vitkernels.nn.MonarchMLP: x has shape {tuple(x.shape)}, takes {layout}")
         # In one pass, unless a gradient is recorded, whose backward would repeat a product to have GELU's argument.
         is_one_pass = not torch.is_grad_enabled() and is_as_made(self.fc1, MonarchLinear)
         hidden = self.fc1(x, "gelu") if is_one_pass else F.gelu(self.fc1(x))
