@@ -24,6 +24,9 @@ def cases(draw):
     # Where logits tie at 1e8, an lse in float32 cannot tell the backward how many did.
     sample = draw(st.sampled_from([s for s in DENSE if "beyond-lse" not in s.tags and not why_not(s)]))
     sizes = {letter: draw(lengths) for letter, lengths in LENGTHS.items() if letter in sample.sizes}
+    if sample.operator.startswith("linear_attention") and "d" in sizes:
+        # With one feature the query cancels out of the result: its gradient is what rounding leaves of zero.
+        sizes["d"] = max(sizes["d"], 2)
     dtypes = [dtype for dtype in FLOOR if not why_not(sample, dtype)]
     return sample, sizes, draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**16))
 
