@@ -120,7 +120,7 @@ struct MonarchGradWeightKernel {
     const ColumnOperand<Element, true> a;
     const ColumnOperand<Element, false> b;
     const int warp = int(threadIdx.x) / kWarpSize, first_m = warp % 2 * 2, first_n = warp / 2 * 2;
-    MonarchSums<2, 4> acc;  // (MMA,MMA_M,MMA_N)
+    MonarchAcc<2, 4> acc;  // (MMA,MMA_M,MMA_N)
     cute::clear(acc);
     with_arithmetic<Element>(allow_tf32, [&](auto arithmetic) __attribute__((always_inline)) {
 #pragma unroll 1

@@ -17,7 +17,7 @@ using namespace cuda;
 template <class T, int kBlocks>
 class MonarchKernel {
   using Tile = MonarchTile<T>;
-  using Acc = MonarchSums<2, Tile::kColumnsOfSlot / 8>;  // (MMA,MMA_M,MMA_N)
+  using Acc = MonarchAcc<2, Tile::kColumnsOfSlot / 8>;  // (MMA,MMA_M,MMA_N)
 
  public:
   using Element = T;

@@ -75,7 +75,7 @@ __device__ auto fragment_of(const uint32_t (&registers)[kRegisters]) {
 
 // Of 16 kRows x 8 kColumns elements.
 template <int kRows, int kColumns>
-using MonarchSums = decltype(cute::make_tensor<float>(
+using MonarchAcc = decltype(cute::make_tensor<float>(
     cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kRows>, cute::Int<kColumns>>{}));  // (MMA,MMA_M,MMA_N)
 
 // Two sixteens of rows, as the arithmetic has them: prepared once for all columns.

@@ -86,8 +86,8 @@ struct MonarchCursor {
   __device__ bool is_second(const MonarchGroup& group) const { return block >= int(group.p.problem.first.blocks); }
   __device__ bool is_done(const MonarchGroup& group) const { return is_second(group) && first >= end; }
 
-  // `widest` columns of a slot are those of `parts` shares of the outputs of a block, in the second product.
-  __device__ void advance(const MonarchGroup& group, int widest, int parts) {
+  // `max_width` columns of a slot are those of `parts` shares of the outputs of a block, in the second product.
+  __device__ void advance(const MonarchGroup& group, int max_width, int parts) {
     const int blocks = int(group.p.problem.first.blocks);
     first += (is_second(group) ? parts : kSlots) * width;
     while (first >= end && block < blocks) {
@@ -95,15 +95,15 @@ struct MonarchCursor {
       const bool is_last = block == blocks;
       first = is_last ? 0 : group.begin(block);
       end = !is_last ? group.end(block) : group.p.out.data ? int(group.p.problem.second.outputs) : 0;
-      width = share(end - first, is_last ? parts : kSlots, is_last ? widest : kMaxWidth);
+      width = share(end - first, is_last ? parts : kSlots, is_last ? max_width : kMaxWidth);
     }
   }
 
  private:
   // Of as few tiles as there can be, all about as wide.
-  static __device__ int share(int columns, int parts, int widest) {
-    if (widest < kMinWidth) return widest;
-    const int tiles = max(ceil_div(columns, parts * widest), 1);
+  static __device__ int share(int columns, int parts, int max_width) {
+    if (max_width < kMinWidth) return max_width;
+    const int tiles = max(ceil_div(columns, parts * max_width), 1);
     return max(ceil_div(ceil_div(columns, parts * tiles), 16) * 16, kMinWidth);
   }
 };

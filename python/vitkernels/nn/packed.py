@@ -15,7 +15,7 @@ __all__ = ["PackedWeights"]
 class _Entry(NamedTuple):
     weights: tuple[Tensor, Tensor]
     stored: tuple[Tensor, Tensor]
-    """Aliases, which keep the memory: other weights cannot come to lie there meanwhile."""
+    """Aliases, which keep the memory: other weights cannot come to lie there."""
     versions: tuple[int, int]
     dtype: torch.dtype
     packed: Tensor
@@ -46,7 +46,7 @@ class PackedWeights:
             dtype = torch.get_autocast_dtype("cpu")
         entry = self._entry
         if entry is None or not _is_current(entry, weights, dtype):
-            versions = (w1._version, w2._version)  # first: another thread may change them meanwhile
+            versions = (w1._version, w2._version)  # before they are read: another thread may change them
             stored = (w1.detach(), w2.detach())
             packed = torch.ops.vitkernels.blockdiag_butterfly_pack(*(w.to(dtype) for w in stored))
             self._entry = entry = _Entry(weights, stored, versions, dtype, packed)
