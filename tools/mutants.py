@@ -67,7 +67,8 @@ MUTANTS = (
     ),
     Mutant(
         "bias of another column", "csrc/monarch/cpu/multiply.cpp",
-        "epilogue(v, first_column + c, n)", "epilogue(v, column + c, n)", (f"{GATES}/test_monarch.py",),
+        "epilogue(v, first_column + c, n)", "epilogue(v, column + c, n)",
+        (f"{GATES}/test_reference.py", "-k", "butterfly"),
     ),
     Mutant(
         "stale padding of operands", "csrc/monarch/cpu/monarch_tile.h",
@@ -77,7 +78,7 @@ MUTANTS = (
     Mutant(
         "only the last rows' products are in a weight's gradient", "csrc/monarch/cpu/grad_weight.cpp",
         "p.second.inputs, rows, row == 0,", "p.second.inputs, rows, true,",
-        (f"{GATES}/test_monarch.py",),
+        (f"{GATES}/test_reference.py", "-k", "butterfly"),
     ),
     Mutant(
         "stale tails of the intermediate on a GPU", "csrc/monarch/cuda/multiply.cu",

@@ -58,7 +58,7 @@ MONARCH_SAMPLES = [
     monarch("bias-odd", (2, 10, 33), (5, 3, 4), bias=statistic("o")),
     monarch("gelu", (4, 6, 5), (4, 9, 6), activation="gelu", tags="core"),
     monarch("gelu-bias", (4, 18, 5), (8, 23, 9), q=150, bias=statistic("o"), activation="gelu", tags="core deploy"),
-    monarch("gelu-bias-wide", (2, 6, 5), (3, 70, 4), q=150, bias=statistic("o"), activation="gelu"),
+    monarch("gelu-bias-wide", (2, 6, 5), (3, 130, 4), q=150, bias=statistic("o"), activation="gelu"),
     monarch("no-batch", (4, 6, 5), (4, 9, 6), b=0, bias=statistic("o"), activation="gelu", tags="core"),
     long_conv("plain", tags="core deploy"),
     long_conv("both-directions", m="X", tags="core"),
