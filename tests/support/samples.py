@@ -354,7 +354,7 @@ SAMPLES = [
         feature_map="identity", scale=0.3, qk_norm="l2", tags="mixed",
     ),
     linear_varlen(
-        "residual", n=1, eps=0.1, residual_v=0.5, key=Input("tgd"), value=Input("tgv"),
+        "residual", eps=1.0, residual_v=0.5, key=Input("tgd"), value=Input("tgv"),
         cu_seqlens_k=Offsets("n", "t", torch.int32), max_seqlen_k=Length("t"),
     ),
     linear_varlen("no-keys", u=0),

@@ -26,8 +26,12 @@ def linear_attention(
     qk_norm: str | None = None,
     residual_v: float = 0.0,
     head_map: Tensor | None = None,
+    own_value: Tensor | None = None,
 ) -> Tensor:
-    """Same arguments, shapes and results as :func:`vitkernels.linear_attention`."""
+    """Same arguments, shapes and results as :func:`vitkernels.linear_attention`.
+
+    ``own_value``: the rows that ``residual_v`` adds, where they are not those of ``value``.
+    """
     wide = torch.promote_types(query.dtype, torch.float32)
     if qk_norm == "l2":
         query, key = normalized(query), normalized(key)
@@ -41,7 +45,8 @@ def linear_attention(
         sums = q @ k.sum(-2).unsqueeze(-1) + eps  # [B, H, Nq, 1]
         out = torch.where(sums == 0, 0.0, out / torch.where(sums == 0, 1.0, sums))
     if residual_v:
-        out = out + residual_v * v
+        own = v if own_value is None else own_value.to(wide).transpose(1, 2)[:, read]  # [B, H, Nq, Dv]
+        out = out + residual_v * own
     return out.transpose(1, 2).to(query.dtype)
 
 
@@ -59,7 +64,8 @@ def linear_attention_varlen(
     count, parts = len(cu_seqlens_q) - 1, []
     for i in range(max(count, 1)):  # no sequences: the attention of none
         rows, columns = (slice(int(c[i]), int(c[min(i + 1, count)])) for c in (cu_seqlens_q, cu_seqlens_k))
-        parts.append(linear_attention(query[None, rows], key[None, columns], value[None, columns], **options)[0])
+        q, k, v, own = query[None, rows], key[None, columns], value[None, columns], value[None, rows]
+        parts.append(linear_attention(q, k, v, own_value=own, **options)[0])
     return torch.cat(parts)
 
 
