@@ -107,6 +107,15 @@ MUTANTS = (
         (f"{GATES}/test_reference.py", "-k", "spectral_gating"),
     ),
     Mutant(
+        "no twiddles on the way back on a GPU", "csrc/monarch/cuda/spectral_lines.h",
+        "    if (j > 0) rotate<true>(roots, j * stage.root_step);\n", "",
+        ("tests/cuda/test_emulator_spectral_gating.py", "-k", "test_sizes and 28-15"),
+    ),
+    Mutant(
+        "only the last map's products are in a gradient on a GPU", "csrc/monarch/cuda/spectral_gating.cu",
+        "if (!is_first) ", "if (false) ", ("tests/cuda/test_emulator_spectral_gating.py", "-k", "several_maps"),
+    ),
+    Mutant(
         "dropped barrier", "csrc/attention/cuda/sum_parts.cu", "  __syncthreads();\n", "",
         (EMULATED, "-k", "test_reference_gate"),
     ),

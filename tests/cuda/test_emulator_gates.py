@@ -124,6 +124,7 @@ def launches_expected(sample):
     owners = {
         "attention_transposed": "bqhk", "spatial_attention": "bhzyx", "linear_attention": "bh",
         "linear_attention_varlen": "nh", "channel_attention": "bh", "decayed_linear_attention": "bh",
+        "spectral_gating": "bc",
     }.get(sample.operator, "bqht")  # fmt: skip
     return all(n > 0 for letter, n in sample.sizes.items() if letter in owners)
 
@@ -143,7 +144,11 @@ def test_float32_gate(sample, cuda_kernels):
         layout_gates.expanded_gradients(sample, sizes=sample.small())
 
 
-@pytest.mark.parametrize("sample", [s for s in CORE if s.operator in SOME_DTYPES and s.id == "plain"], ids=str)
+PLAIN = [s for s in CORE if s.operator in SOME_DTYPES and s.id == "plain"]
+ON_NO_TENSOR_CORES = ("spectral_gating",)
+
+
+@pytest.mark.parametrize("sample", PLAIN, ids=str)
 def test_attention_takes_no_float64(sample, cuda_kernels):
     data = "x" if "x" in sample.call(torch.float64) else "query"
     takes = f"{sample.operator}: {data} is float64, takes float32, bfloat16 or float16 on a GPU"
@@ -152,7 +157,7 @@ def test_attention_takes_no_float64(sample, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
-@pytest.mark.parametrize("sample", [s for s in CORE if s.operator in SOME_DTYPES and s.id == "plain"], ids=str)
+@pytest.mark.parametrize("sample", [s for s in PLAIN if s.operator not in ON_NO_TENSOR_CORES], ids=str)
 def test_tf32_where_it_is_allowed(sample, precision, cuda_kernels):
     call = sample.call(torch.float32)
     truth = differentiate(sample.reference, in_float64(call))

@@ -60,6 +60,7 @@ ROWS = {
     "NeighborhoodAttention2D": ("spatial_attention_plain", MODULES["NeighborhoodAttention2D"]),
     "NeighborhoodAttention3D": ("spatial_attention_plain", MODULES["NeighborhoodAttention3D"]),
     "ProxyTokenAttention": ("attention_plain", MODULES["ProxyTokenAttention"]),
+    "SpectralGating": ("spectral_gating", MODULES["SpectralGating"]),
     "TokenTransformer": ("attention_plain", MODULES["TokenTransformer"]),
     "WindowAttention": ("spatial_attention_plain", MODULES["WindowAttention"]),
     "WindowAttentionV2": ("spatial_attention", MODULES["WindowAttentionV2"]),

@@ -30,6 +30,7 @@ FUNCTIONS = {
     "channel_attention": ON_TENSOR_CORES,
     "decayed_linear_attention": ON_TENSOR_CORES,
     "blockdiag_butterfly_multiply": ON_TENSOR_CORES,
+    "spectral_gating": ON_TENSOR_CORES,
 }
 
 

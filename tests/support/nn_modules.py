@@ -42,7 +42,7 @@ PAIRS = {
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
     "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA",
-    "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention", "SpectralGating",
+    "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention",
     "TokenPerformer",
 }  # fmt: skip
 

@@ -150,6 +150,8 @@ SPILLS = {
     "attention_backward_keys<PlainKeysKernel<{}, 64, false, true>>": (8, 1),
     "attention_backward_keys<PlainKeysKernel<{}, 64, true, true>>": (8, 1),
 }
+# Registers of kernels whose loops depend on the sizes: two blocks of 256 threads fit a multiprocessor.
+WITHOUT_SPILLS = {"spectral_gating<{}>": 128, "spectral_gating_grad<{}>": 128}
 LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernels_cuda_emulated.so"]
 
 
@@ -174,3 +176,15 @@ def test_main_loops(dtype, mangled):
             f"{kernel}: {loop.slots_per_hmma:.2f} instructions and {loop.ldsm_per_hmma:.2f} LDSM for each HMMA, "
             f"{kernel.stack} bytes of stack, takes {slots}, {ldsm} and {stack}"
         )
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.full), "90"])
+def test_transforms_of_maps_stay_in_registers(architecture):
+    programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
+    if programs is None or library is None:
+        pytest.skip("needs ptxas and a library built with CUDA")
+    kernels = {str(k): k for k in cuda_report.measure(programs, library, [architecture], "spectral_gating")}
+    for name, registers in WITHOUT_SPILLS.items():
+        for dtype in ("float32", "bfloat16", "float16"):
+            kernel = kernels[name.format(dtype)]
+            assert kernel.registers <= registers and kernel.stack == 0 and not kernel.spills, kernel

@@ -23,8 +23,8 @@ def spectral_gating(x: Tensor, weight: Tensor) -> Tensor:
     weight makes of the frequencies 0 and ``W / 2`` along a row need not be the spectrum of anything real; as there, the
     imaginary part is ignored.
 
-    Rows and columns are transformed and gated in one pass for each map and group of channels, which stays in the cache.
-    Any size is fine; the fastest have no prime factor above 7.
+    Rows and columns are transformed and gated in one pass for each map and group of channels, which stays in the cache
+    or in shared memory. Any size is fine; the fastest have no prime factor above 7.
 
     Args:
         x: ``(B, H, W, C)`` of any strides. Two layouts are fast: contiguous, and ``maps.permute(0, 2, 3, 1)`` of
@@ -32,8 +32,9 @@ def spectral_gating(x: Tensor, weight: Tensor) -> Tensor:
         weight: ``(H, W // 2 + 1, C, 2)``, the real and the imaginary part of each frequency's weight.
 
     The dtypes of ``x`` are float64, float32, bfloat16 and float16; ``weight`` has the same, or float32 with one of 16
-    bits. Everything between the inputs and the rounded result is float32 (float64 for float64). There are no CUDA
-    kernels yet.
+    bits. Everything between the inputs and the rounded result is float32 (float64 for float64). On a GPU there is no
+    float64, a channel's map has to fit into the shared memory of a thread block (about ``4 H W`` bytes, and twice as
+    many for the gradient of the weight), and the prime factors of ``H`` and ``W`` are at most 1023.
 
     Returns:
         ``(B, H, W, C)``, contiguous, in the dtype of ``x``, with the same bits in every run, gradients included.
@@ -42,7 +43,8 @@ def spectral_gating(x: Tensor, weight: Tensor) -> Tensor:
     spectrum. Likewise rounding errors are relative to the largest values of the channel, at every position.
 
     Raises:
-        RuntimeError: on a wrong rank, dtype, device or size, naming the argument and what it takes.
+        RuntimeError: on a wrong rank, dtype, device or size, or maps too large for a GPU, naming the argument and what
+            it takes.
 
     Sources: Rao et al., "Global Filter Networks for Image Classification" (2021), section 3.2; Patro et al.,
     "SpectFormer: Frequency and Attention is what you need in a Vision Transformer" (2023), section 3.

@@ -17,7 +17,7 @@ class SpectralGating(nn.Module):
     """A learned complex weight for each frequency of a map and each channel; GFNet's and SpectFormer's layer, fused.
 
     The parameter is that of ``GlobalFilter`` and ``SpectralGatingNetwork``, and their files load: ``complex_weight
-    (height, width // 2 + 1, dim, 2)``, initialised with normal values times 0.02. On the CPU only.
+    (height, width // 2 + 1, dim, 2)``, initialised with normal values times 0.02.
 
     Args:
         dim: channels of the map.

@@ -121,6 +121,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW1("cvt.rzi.u64.f32", "64", "32");
   ROW1("cvt.rzi.s32.f64", "32", "64");
   ROW1("cvt.rni.s64.f64", "64", "64");
+  ROW1("cvt.rzi.s64.f64", "64", "64");
   ROW1("cvt.rzi.u8.f32", "16", "32");
   ROW1("cvt.rzi.s16.f16", "16", "16");
   ROW1("cvt.rni.s32.f16", "32", "16");
@@ -129,6 +130,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW1("cvt.rpi.f32.f32", "32", "32");
   ROW1("cvt.rzi.f32.f32", "32", "32");
   ROW1("cvt.rni.f64.f64", "64", "64");
+  ROW1("cvt.rzi.f64.f64", "64", "64");
   ROW1("cvt.rmi.f16.f16", "16", "16");
   ROW1("cvt.sat.f32.f32", "32", "32");
   ROW1("cvt.ftz.f32.f32", "32", "32");
@@ -220,6 +222,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW2("add.rn.f64", "64", "64", "64");
   ROW2("sub.f64", "64", "64", "64");
   ROW2("mul.f64", "64", "64", "64");
+  ROW2("mul.rn.f64", "64", "64", "64");
   ROW2("mul.rp.f64", "64", "64", "64");
   ROW2("div.rn.f64", "64", "64", "64");
   ROW2("min.f64", "64", "64", "64");
