@@ -13,6 +13,7 @@ from benchmarks import (
     monarch,
     monarch_mixer,
     neighborhood_attention,
+    regional_routing_attention,
     spectral_gating,
     window_attention,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "monarch",
     "monarch_mixer",
     "neighborhood_attention",
+    "regional_routing_attention",
     "spectral_gating",
     "targets",
     "window_attention",

@@ -55,6 +55,10 @@ std::vector<std::string> make_schemas() {
   add_attention(schemas, "attention", "", options);
   add_attention(schemas, "attention_varlen", kPacking, options);
   add_attention(schemas, "spatial_attention", "SymInt[] axes, bool is_shared_query, bool qk_norm, ", "bool allow_tf32");
+  // region_graph (B, heads or 1, query regions, topk): the key regions that each query region sees. Regions are numbered
+  // in row-major order; the map's borders cut them short, or has_outside counts what lies beyond as keys of zeros.
+  add_attention(schemas, "regional_routing_attention",
+                "Tensor region_graph, SymInt[] region_size, SymInt[] kv_region_size, ", "bool allow_tf32");
   // value_q (B, Nq, heads, dv), out (B, Nk, heads, dv), query_weight broadcasts to (B, Nq, heads).
   const std::string rows = "Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, ";
   const std::string transposed = rows + kScore + kKeys + options;

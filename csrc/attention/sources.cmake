@@ -3,18 +3,20 @@ set(engine csrc/attention)
 
 # Compiled once per instruction set.
 list(APPEND cpu_kernel_sources
-  ${engine}/cpu/backward.cpp ${engine}/cpu/forward.cpp ${engine}/cpu/merge_attentions.cpp
+  ${engine}/cpu/backward.cpp ${engine}/cpu/forward.cpp ${engine}/cpu/listed_backward.cpp
+  ${engine}/cpu/listed_forward.cpp ${engine}/cpu/merge_attentions.cpp
   ${engine}/cpu/spatial_backward.cpp ${engine}/cpu/spatial_forward.cpp ${engine}/cpu/transposed.cpp
   ${engine}/cpu/transposed_backward.cpp ${engine}/cpu/unit_rows.cpp)
 
 # Of both libraries: argument checks.
 list(APPEND op_sources
   ${engine}/op/arguments.cpp ${engine}/op/calls.cpp ${engine}/op/offset_arguments.cpp
+  ${engine}/op/routed_arguments.cpp
   ${engine}/op/spatial_arguments.cpp ${engine}/spatial_tiles.cpp)
 
 list(APPEND cpu_op_sources
   ${engine}/op/dense_cpu.cpp ${engine}/op/logit_gradients.cpp ${engine}/op/merge_attentions_cpu.cpp
-  ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
+  ${engine}/op/routed_cpu.cpp ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
   ${engine}/op/transposed_cpu.cpp)
 
 list(APPEND cuda_op_sources

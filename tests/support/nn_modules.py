@@ -7,6 +7,7 @@ import vitkernels as vk
 MODULES = {
     "AgentAttention": lambda: (vk.nn.AgentAttention(16, 2, (4, 6), 4), (2, 4, 6, 16)),
     "Attention": lambda: (vk.nn.Attention(24, 3, qkv_bias=True), (2, 7, 24)),
+    "BiLevelRoutingAttention": lambda: (vk.nn.BiLevelRoutingAttention(16, 2, n_win=2, topk=2), (2, 5, 6, 16)),
     "CrissCrossAttention": lambda: (vk.nn.CrissCrossAttention(16), (2, 16, 4, 5)),
     "CrossShapedWindowAttention": lambda: (vk.nn.CrossShapedWindowAttention(16, 2, 2), (2, 4, 6, 16)),
     "FocusedLinearAttention": lambda: (vk.nn.FocusedLinearAttention(16, 2, (4, 6)), (2, 4, 6, 16)),
@@ -41,7 +42,7 @@ PAIRS = {
 
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
-    "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA",
+    "BiLevelRoutingAttention", "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA",
     "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention",
     "TokenPerformer",
 }  # fmt: skip

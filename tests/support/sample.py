@@ -129,6 +129,27 @@ class Offsets:
 
 
 @dataclass(frozen=True)
+class RegionGraph:
+    """For each region of the queries' map ``topk`` regions of the keys' map, drawn at random: some of them twice."""
+
+    query_map: str
+    key_map: str
+    region: tuple[int, ...]
+    kv_region: tuple[int, ...]
+    topk: int
+    heads: str = "1"
+    dtype: torch.dtype = torch.int64
+
+    def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+        counts = [
+            math.prod(-(-sizes[a] // size) for a, size in zip(letters, region, strict=True))
+            for letters, region in ((self.query_map, self.region), (self.key_map, self.kv_region))
+        ]
+        shape = (sizes["b"], sizes.get(self.heads, 1), counts[0], self.topk if counts[1] else 0)
+        return torch.randint(max(counts[1], 1), shape, generator=generator, dtype=self.dtype).to(DEVICE)
+
+
+@dataclass(frozen=True)
 class Length:
     """A size as an argument."""
 

@@ -32,6 +32,7 @@ from support.sample import (
     uneven_map,
 )  # fmt: skip
 from support.samples_monarch import MONARCH_SAMPLES
+from support.samples_routed import ROUTED_SAMPLES
 from support.samples_spatial import SPATIAL_SAMPLES
 
 DATA = {"query": "bqhd", "key": "bkgd", "value": "bkgv"}
@@ -359,6 +360,7 @@ SAMPLES = [
     ),
     linear_varlen("no-keys", u=0),
     linear_varlen("no-tokens", t=0, u=0, n=2),
+    *ROUTED_SAMPLES,
     *MONARCH_SAMPLES,
     channels("plain", tags="core deploy"),
     channels("number-scale", scale=0.05, d=33, v=5),

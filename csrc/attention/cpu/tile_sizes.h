@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "attention/dense.h"
+#include "attention/listed.h"
 #include "attention/spatial.h"
 
 namespace vitkernels {
@@ -65,6 +66,18 @@ inline int64_t spatial_backward_splits(const SpatialParams& p, int64_t batch_gro
   constexpr int64_t kTasks = 32;
   const int64_t wanted = kTasks / (batch_groups * p.kv_heads + 1), max_splits = has_sums ? 2 : 4;
   return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.num_tiles(), 1, max_splits));
+}
+
+// To listed keys: blocks of rows that the queries of a group are cut into.
+inline int64_t listed_query_blocks(const ListedParams& p) {
+  return std::max<int64_t>((p.queries.max_tokens() + kForwardQueryBlock - 1) / kForwardQueryBlock, 1);
+}
+
+// Splits of the groups in the backward, for parallelism with few heads. Each holds partial sums of all key gradients.
+inline int64_t listed_splits(const ListedParams& p) {
+  constexpr int64_t kTasks = 32, kMaxSplits = 2;
+  const int64_t wanted = kTasks / (p.problem.batch * p.problem.kv_heads + 1);
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(p.groups, 1, kMaxSplits));
 }
 
 // Transposed. A task owns a tile of keys; with few heads, tiles are smaller to keep several threads busy. Every tile

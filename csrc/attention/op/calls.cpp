@@ -58,6 +58,17 @@ SpatialCall take_spatial(Call& call) {
           .allow_tf32 = call.take<bool>("allow_tf32")};
 }
 
+RoutedCall take_routed(Call& call) {
+  return {.query = call.take<Tensor>("query"),
+          .key = call.take<Tensor>("key"),
+          .value = call.take<Tensor>("value"),
+          .region_graph = call.take<Tensor>("region_graph"),
+          .region_size = call.take<std::vector<int64_t>>("region_size"),
+          .kv_region_size = call.take<std::vector<int64_t>>("kv_region_size"),
+          .score = ScoreArguments(call),
+          .allow_tf32 = call.take<bool>("allow_tf32")};
+}
+
 TransposedCall take_transposed(Call& call) {
   const Tensor query = call.take<Tensor>("query"), key = call.take<Tensor>("key");
   const Tensor value_q = call.take<Tensor>("value_q"), lse = call.take<Tensor>("lse");

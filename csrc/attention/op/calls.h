@@ -44,6 +44,14 @@ struct SpatialCall {
 };
 SpatialCall take_spatial(Call& call);
 
+struct RoutedCall {
+  Tensor query, key, value, region_graph;
+  std::vector<int64_t> region_size, kv_region_size;
+  ScoreArguments score;
+  bool allow_tf32;
+};
+RoutedCall take_routed(Call& call);
+
 // There is a value for each query instead of each key; `attention` has the key in place of the missing value.
 struct TransposedCall {
   DenseCall attention;

@@ -13,6 +13,7 @@ from vitkernels.functional.linear_attention_varlen import linear_attention_varle
 from vitkernels.functional.long_conv import long_conv
 from vitkernels.functional.merge_attentions import merge_attentions
 from vitkernels.functional.neighborhood import na1d, na2d, na3d
+from vitkernels.functional.routing import bilevel_route, regional_routing_attention
 from vitkernels.functional.spatial_attention import spatial_attention
 from vitkernels.functional.spectral_gating import spectral_gating
 from vitkernels.functional.windows import grid_attention, halo_attention, window_attention
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "bilevel_route",
     "blockdiag_butterfly_multiply",
     "channel_attention",
     "criss_cross_attention",
@@ -36,6 +38,7 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "regional_routing_attention",
     "spatial_attention",
     "spectral_gating",
     "window_attention",

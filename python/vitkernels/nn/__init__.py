@@ -18,6 +18,7 @@ from vitkernels.nn.monarch_mixer import MonarchMixer, MonarchMLP
 from vitkernels.nn.neighborhood import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from vitkernels.nn.proxy import ProxyTokenAttention
 from vitkernels.nn.rep_bn import ProgressiveRepBN, RepBN
+from vitkernels.nn.routing import BiLevelRoutingAttention
 from vitkernels.nn.spectral import SpectralGating
 from vitkernels.nn.token_transformer import TokenPerformer, TokenTransformer
 from vitkernels.nn.windows import GridAttention, WindowAttention, WindowAttentionV2
@@ -25,6 +26,7 @@ from vitkernels.nn.windows import GridAttention, WindowAttention, WindowAttentio
 __all__ = [
     "AgentAttention",
     "Attention",
+    "BiLevelRoutingAttention",
     "CrissCrossAttention",
     "CrossShapedWindowAttention",
     "FITBlock",

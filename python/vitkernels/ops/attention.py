@@ -16,6 +16,7 @@ __all__ = [
     "attention_transposed",
     "attention_varlen",
     "merge_attentions",
+    "regional_routing_attention",
     "spatial_attention",
     "statistics_dtype",
 ]
@@ -53,6 +54,7 @@ def _like_first(given: Arguments) -> tuple[Tensor, ...]:
 
 attention = register("attention", _out_and_lse)
 attention_varlen = register("attention_varlen", _out_and_lse)
+regional_routing_attention = register("regional_routing_attention", _out_and_lse)
 spatial_attention = register("spatial_attention", _out_and_lse)
 attention_transposed = register("attention_transposed", _of_keys)
 merge_attentions = register("merge_attentions", _like_first)

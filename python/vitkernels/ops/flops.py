@@ -2,7 +2,8 @@
 
 They follow its conventions: two FLOPs for each multiply-add of a matrix product, none for a softmax, five products in a
 backward of softmax attention, and ``is_causal`` of dense attention counts as if every key were seen. Over a map only
-the pairs of a query and a key that see each other count (those beyond ``radius``, too).
+the pairs of a query and a key that see each other count (those beyond ``radius``, too); between routed regions, those
+of whole regions.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def _pairs(given: Arguments) -> int:
         lengths = (_lengths(given[f"cu_seqlens_{side}"], given[f"max_seqlen_{side}"]) for side in "qk")
         return sum(heads * q * k for q, k in zip(*lengths, strict=True))
     batch: int = key.size(0)
+    if "region_graph" in given:
+        return batch * heads * prod(query.shape[1:-2]) * given["region_graph"].size(-1) * prod(given["kv_region_size"])
     if "axes" not in given:
         return batch * heads * int(query.size(1) * key.size(1))
     maps = [tuple((key if given["is_shared_query"] else query).shape[1:-2]), tuple(key.shape[1:-2])]
@@ -126,7 +129,7 @@ def _register(name: str, count: Count) -> None:
     registered(formula)
 
 
-for _name in ("attention", "attention_varlen", "attention_transposed", "spatial_attention"):
+for _name in ("attention", "attention_varlen", "attention_transposed", "regional_routing_attention", "spatial_attention"):
     _register(_name, _of_pairs(1, 1))
     _register(f"{_name}_backward", _of_pairs(3, 2))
 _register("channel_attention", _of_channels(1))

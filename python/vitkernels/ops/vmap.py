@@ -25,6 +25,7 @@ _BATCHES = (
     "key",
     "value",
     "value_q",
+    "region_graph",
     "out",
     "lse",
     "state",

@@ -10,6 +10,7 @@ from vitkernels.reference.decayed_linear_attention import decayed_linear_attenti
 from vitkernels.reference.linear_attention import linear_attention, linear_attention_varlen
 from vitkernels.reference.long_conv import long_conv
 from vitkernels.reference.merge_attentions import merge_attentions
+from vitkernels.reference.regional_routing_attention import regional_routing_attention
 from vitkernels.reference.spatial_attention import spatial_attention
 from vitkernels.reference.spectral_gating import spectral_gating
 
@@ -25,6 +26,7 @@ __all__ = [
     "linear_attention_varlen",
     "long_conv",
     "merge_attentions",
+    "regional_routing_attention",
     "spatial_attention",
     "spectral_gating",
 ]

@@ -1,0 +1,85 @@
+// The operators vitkernels::regional_routing_attention and vitkernels::regional_routing_attention_backward on the CPU.
+#include "attention/cpu/tile_sizes.h"
+#include "attention/op/routed_arguments.h"
+#include "common/parallel.h"
+#include "cpu/kernel.h"
+
+namespace vitkernels {
+namespace {
+
+void regional_routing_attention(Call& call) {
+  const RoutedArguments args(call.checker, take_routed(call));
+  const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
+  const Tensor lse = empty_as(args.query, args.lse_sizes(), statistics_type(args.dtype));
+  if (out.numel() > 0) {
+    ListedParams params;
+    args.fill(params);
+    params.out = map_tokens(out);
+    params.lse = lse.mutable_data_ptr();
+    const int64_t of_head = params.groups * listed_query_blocks(params);
+    run_kernel(kernel<ListedParams>(), params, args.batch * args.heads * of_head, 1, args.query);
+  }
+  call.give(out, "out");
+  call.give(lse, "lse");
+}
+
+// d(scale) of each head, added in double and in order.
+Tensor sum_head_scale(const Tensor& sums, double factor, const Tensor& like) {
+  const Tensor total = zeros_as(like, sizes_of(like), ScalarType::Double);
+  const double* from = static_cast<const double*>(sums.const_data_ptr());
+  double* to = static_cast<double*>(total.mutable_data_ptr());
+  for (int64_t i = 0; i < sums.numel(); ++i) to[i % like.numel()] += factor * from[i];
+  return torch::stable::to(total, like.scalar_type());
+}
+
+void regional_routing_attention_backward(Call& call) {
+  RoutedCall forward = take_routed(call);
+  BackwardCall from(call, forward.score);
+  const RoutedArguments args(call.checker, std::move(forward));
+  from.check(call.checker, args.query, args.out_sizes());
+  const Tensor out = with_even_tokens(from.out), grad_out = with_even_tokens(from.grad_out);
+  const Tensor grad_query = empty_as(args.query, sizes_of(args.query), args.query.scalar_type());
+  const Tensor grad_key = empty_as(args.key, sizes_of(args.key), args.key.scalar_type());
+  const Tensor grad_value = empty_as(args.value, sizes_of(args.value), args.value.scalar_type());
+
+  ListedBackwardParams params;
+  args.fill(params.forward);
+  params.forward.out = map_tokens(out);
+  params.forward.lse = const_cast<void*>(from.lse.const_data_ptr());
+  params.grad_out = map_tokens(grad_out);
+  params.grad_lse = from.grad_lse ? from.grad_lse->const_data_ptr() : nullptr;
+  params.grad_query = map_tokens(grad_query);
+  params.grad_key = map_tokens(grad_key), params.grad_value = map_tokens(grad_value);
+  params.splits = listed_splits(params.forward);
+
+  const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;
+  const int64_t pairs = is_empty ? 0 : args.batch * args.kv_heads;  // an empty tensor may have any batch size
+  const Kernel<ListedBackwardParams>& kernel = vitkernels::kernel<ListedBackwardParams>();
+  const int64_t part_elements = pairs == 0 ? 0 : kernel.parts(params) / int64_t(from.lse.element_size());
+  const Tensor parts = empty_as(from.lse, {part_elements}, from.lse.scalar_type());
+  params.parts = parts.mutable_data_ptr();
+  const Tensor scale_sums = zeros_as(args.query, {from.needed.head_scale ? args.batch * params.splits : 0, args.heads},
+                                     ScalarType::Double);
+  if (from.needed.head_scale) params.head_scale_sums = static_cast<double*>(scale_sums.mutable_data_ptr());
+  run_kernel(kernel, params, pairs * params.splits, 1, args.query);
+  torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
+
+  ScoreFields<OptionalTensor> terms;
+  if (from.needed.head_scale) {
+    terms.head_scale = sum_head_scale(scale_sums, args.score.scale, *args.score.terms.head_scale);
+  }
+  call.give(grad_query, "grad_query");
+  call.give(grad_key, "grad_key");
+  call.give(grad_value, "grad_value");
+  give_gradients(call, terms, from.lse);
+}
+
+}  // namespace
+}  // namespace vitkernels
+
+STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
+  using namespace vitkernels;
+  m.impl("regional_routing_attention", &boxed<"regional_routing_attention", regional_routing_attention>);
+  m.impl("regional_routing_attention_backward",
+         &boxed<"regional_routing_attention_backward", regional_routing_attention_backward>);
+}
