@@ -6,6 +6,7 @@ Source: Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attentio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import vitkernels as vk
@@ -92,9 +93,8 @@ class BiFormer(nn.Module):
     ) -> None:
         super().__init__()
         stem = [*_halved(in_chans, embed_dim[0] // 2), nn.GELU(), *_halved(embed_dim[0] // 2, embed_dim[0])]
-        pairs = zip(embed_dim[:-1], embed_dim[1:], strict=True)
         self.downsample_layers = nn.ModuleList(
-            [nn.Sequential(*stem), *(nn.Sequential(*_halved(before, after)) for before, after in pairs)]
+            [nn.Sequential(*stem), *(nn.Sequential(*_halved(before, after)) for before, after in pairwise(embed_dim))]
         )
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dim, dim // head_dim, n_win, topk, mlp_ratio, side_dwconv) for _ in range(count)))

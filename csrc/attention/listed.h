@@ -12,7 +12,7 @@ namespace vitkernels {
 struct TokenLists {
   const int32_t* entries = nullptr;  // [batch, heads, groups, count]; null: group g has entry g
   int64_t batch_stride = 0, head_stride = 0;
-  int64_t count = 1;  // entries of a group
+  int64_t count = 1;                // entries of a group
   const int32_t* tokens = nullptr;  // [entries, tokens_per_entry]; -1 lies outside the map
   int64_t tokens_per_entry = 1;
 

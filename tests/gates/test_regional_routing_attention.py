@@ -78,7 +78,9 @@ def test_threads_change_no_bit():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("size", "region"), [((8, 12), (4, 4)), ((15, 13), (4, 5)), ((3, 4), (7, 7)), ((9, 5), (1, 2))])
+@pytest.mark.parametrize(
+    ("size", "region"), [((8, 12), (4, 4)), ((15, 13), (4, 5)), ((3, 4), (7, 7)), ((9, 5), (1, 2))]
+)
 def test_routes_by_average_pools(size, region):
     """As the refactored layer finds them: border regions average what is on the map."""
     q, k, _ = qkv(*size, heads=3)

@@ -24,7 +24,8 @@ def gathered_attention(q, k, v, graph, n_win, heads, scale):
     """Equation 5 and 6 on windows: the keys and values of the chosen ones are gathered, and attended to."""
 
     def chosen(t):
-        listed = torch.stack([each[index] for each, index in zip(t, graph, strict=True)])  # [B, windows, topk, tokens, C]
+        # [B, windows, topk, tokens, C]
+        listed = torch.stack([each[index] for each, index in zip(t, graph, strict=True)])
         return listed.flatten(2, 3).unflatten(-1, (heads, -1))
 
     logits = torch.einsum("bwihd,bwjhd->bwhij", q.unflatten(-1, (heads, -1)), chosen(k)) * scale

@@ -141,11 +141,11 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
         for n in other.tensor.shape
     }
     dims = range(slot.tensor.dim())
-    if slot.argument == "query" and target.name.endswith("spatial_attention"):
+    if slot.argument == "query" and target.name.endswith(("spatial_attention", "routing_attention")):
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
     if "groups" in call and slot.argument == "query":
         dims = dims[:-2]  # whose channels may be any number
-    if "w1" in call or "filter" in call or "weight" in call:
+    if "w1" in call or "filter" in call or "weight" in call or slot.argument == "region_graph":
         dims = [slot.tensor.dim() + d for d in decided(target, call, slot)]
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
@@ -242,6 +242,8 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
             return [d for d in range(-count, 0) if slot.tensor.size(d) > 1]
         axis = -2 if name == "filter" else channels
         return [axis] if slot.tensor.size(axis) > 1 else []
+    if name == "region_graph":  # any number of routes, for all heads or each
+        return [d for d in (-4, -2) if slot.tensor.size(d) > 1]
     if "weight" in call:  # any batch
         free |= {-4} if name == "x" and not is_backward else set()
         return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]

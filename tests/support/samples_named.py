@@ -58,4 +58,6 @@ _OPERATORS = {
     "spectral_gating",
 }
 # bilevel_route gives integers, which no gate compares.
-assert {s.operator for s in NAMED_SAMPLES} | _OPERATORS | {"bilevel_route"} == set(vk.functional.__all__), "a function without a row"
+assert {s.operator for s in NAMED_SAMPLES} | _OPERATORS | {"bilevel_route"} == set(vk.functional.__all__), (
+    "a function without a row"
+)

@@ -26,9 +26,9 @@ def routed(
 
 
 ROUTED_SAMPLES = [
-    routed("plain", (13, 10), (4, 5), tags="core deploy"),
+    routed("plain", (13, 10), (3, 5), tags="core deploy"),
     routed("of-heads", (8, 12), (4, 4), topk=2, of_heads=True, g=4, scale=statistic("h", positive), return_lse=True),
-    routed("zero", (9, 13), (4, 5), outside="zero", scale=0.3, tags="core"),
+    routed("zero", (10, 13), (3, 5), outside="zero", scale=0.3, tags="core"),
     routed("key-map", (13, 10), (4, 5), key_map=(7, 6), kv_region=(3, 4), topk=2, return_lse=True, tags="mixed"),
     routed("large-regions", (3, 5), (7, 7), topk=1, outside="zero", g=1),
     routed("line", (131,), (20,), topk=4, g=4, d=33, v=7, qk_norm="l2", tags="mixed"),

@@ -147,9 +147,8 @@ class ListedBackward {
           clear_outside<T>(logits, visible, width);
           clear_outside<T>(gradients, visible, width);
         },
-        [&](int turn) VK_BODY {
-          next.prefetch({first * next_share, (first + rows.end - rows.begin) * next_share}, turn);
-        });
+        [&](int turn)
+            VK_BODY { next.prefetch({first * next_share, (first + rows.end - rows.begin) * next_share}, turn); });
   }
 
   void add_gradients(Range columns) {

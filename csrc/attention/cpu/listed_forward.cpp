@@ -95,8 +95,7 @@ class ListedForward {
         {present.queries.from(rows.begin), count, acc + first_row * value_width, states + first_row, is_only_tile},
         seen, p.score.scale_of<T>(present.head), false, [&](int64_t) VK_BODY { return seen; },
         [](T*, int64_t, Range, int64_t, T) VK_BODY { return T(0); },
-        [&](int turn)
-            VK_BODY { next.prefetch({first_row * next_share, (first_row + count) * next_share}, turn); });
+        [&](int turn) VK_BODY { next.prefetch({first_row * next_share, (first_row + count) * next_share}, turn); });
   }
 
   void finish(Range rows) {

@@ -58,8 +58,8 @@ void regional_routing_attention_backward(Call& call) {
   const int64_t part_elements = pairs == 0 ? 0 : kernel.parts(params) / int64_t(from.lse.element_size());
   const Tensor parts = empty_as(from.lse, {part_elements}, from.lse.scalar_type());
   params.parts = parts.mutable_data_ptr();
-  const Tensor scale_sums = zeros_as(args.query, {from.needed.head_scale ? args.batch * params.splits : 0, args.heads},
-                                     ScalarType::Double);
+  const Tensor scale_sums =
+      zeros_as(args.query, {from.needed.head_scale ? args.batch * params.splits : 0, args.heads}, ScalarType::Double);
   if (from.needed.head_scale) params.head_scale_sums = static_cast<double*>(scale_sums.mutable_data_ptr());
   run_kernel(kernel, params, pairs * params.splits, 1, args.query);
   torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });

@@ -181,7 +181,7 @@ def _region_means(t: Tensor, region_size: Sequence[int]) -> Tensor:
 
 def _means_along(t: Tensor, axis: int, size: int) -> Tensor:
     count, last = divmod(t.size(axis), size)
-    whole = t.narrow(axis, 0, count * size).unflatten(axis, (count, size)).mean(axis + 1)  # type: ignore[no-untyped-call]
+    whole: Tensor = t.narrow(axis, 0, count * size).unflatten(axis, (count, size)).mean(axis + 1)  # type: ignore[no-untyped-call]
     if last == 0:
         return whole
     return torch.cat([whole, t.narrow(axis, count * size, last).mean(axis, keepdim=True)], axis)

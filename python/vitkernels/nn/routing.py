@@ -75,7 +75,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, height, width, dim)`` to the same."""
-        check_map(self, x)
+        check_map(self, x, is_convolved=self.lepe is not None)
         sizes = x.shape[1:3]
         if self.auto_pad:
             bottom, right = (-n % self.n_win for n in sizes)
@@ -87,8 +87,8 @@ class BiLevelRoutingAttention(nn.Module):
         out = regional_routing_attention(q, k, v, self.scale, graph, region).flatten(-2)  # [B, H, W, dim]
         if self.lepe is not None:
             out = out + self.lepe(v.flatten(-2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = self.wo(out)
-        return out[:, : sizes[0], : sizes[1]].contiguous() if self.auto_pad else out
+        output: Tensor = self.wo(out)
+        return output[:, : sizes[0], : sizes[1]].contiguous() if self.auto_pad else output
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}"

@@ -50,7 +50,9 @@ def _pairs(given: Arguments) -> int:
         return sum(heads * q * k for q, k in zip(*lengths, strict=True))
     batch: int = key.size(0)
     if "region_graph" in given:
-        return batch * heads * prod(query.shape[1:-2]) * given["region_graph"].size(-1) * prod(given["kv_region_size"])
+        seen: int = given["region_graph"].size(-1) * prod(given["kv_region_size"])
+        rows: int = prod(query.shape[1:-2])
+        return batch * heads * rows * seen
     if "axes" not in given:
         return batch * heads * int(query.size(1) * key.size(1))
     maps = [tuple((key if given["is_shared_query"] else query).shape[1:-2]), tuple(key.shape[1:-2])]
@@ -129,7 +131,13 @@ def _register(name: str, count: Count) -> None:
     registered(formula)
 
 
-for _name in ("attention", "attention_varlen", "attention_transposed", "regional_routing_attention", "spatial_attention"):
+for _name in (
+    "attention",
+    "attention_varlen",
+    "attention_transposed",
+    "regional_routing_attention",
+    "spatial_attention",
+):
     _register(_name, _of_pairs(1, 1))
     _register(f"{_name}_backward", _of_pairs(3, 2))
 _register("channel_attention", _of_channels(1))

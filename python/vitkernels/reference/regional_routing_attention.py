@@ -77,4 +77,4 @@ def _on_map(t: Tensor, tokens: Tensor, sizes: Sequence[int]) -> Tensor:
     """``(B, *map, ...)`` from ``(B, regions, tokens, ...)``."""
     place = torch.empty(torch.Size(sizes).numel() + 1, dtype=torch.long, device=t.device)
     place[tokens.flatten()] = torch.arange(tokens.numel(), device=t.device)
-    return t.flatten(1, 2)[:, place[:-1]].unflatten(1, sizes)  # type: ignore[no-untyped-call]
+    return t.flatten(1, 2)[:, place[:-1]].reshape(t.size(0), *sizes, *t.shape[3:])
