@@ -81,6 +81,8 @@ class Kernel:
     """Static, in bytes; the dynamic part of a launch is not in the library."""
     loops: tuple[sass.Loop, ...] = field(default=(), repr=False)
     """Those that hold matrix instructions, if they were looked for."""
+    opcodes: tuple[str, ...] = field(default=(), repr=False)
+    """All instructions, if they were looked for."""
 
     @property
     def spills(self) -> bool:
@@ -153,8 +155,8 @@ def _needed(symbol: str) -> re.Pattern[str]:
     return sass.NEEDED_WITHOUT_SOFTMAX if re.search(r"\d(channel|decayed|linear|monarch)_", symbol) else sass.NEEDED
 
 
-def parse(text: str, loops: Mapping[str, Sequence[sass.Loop]] | None = None) -> list[Kernel]:
-    """The kernels that ``ptxas -v`` printed about, with their loops by mangled name."""
+def parse(text: str, functions: Mapping[str, Sequence[sass.Instruction]] | None = None) -> list[Kernel]:
+    """The kernels that ``ptxas -v`` printed about, with their code by mangled name."""
     sections = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", text)[1:]
     triples = list(zip(sections[::3], sections[1::3], sections[2::3], strict=True))
     kernels = []
@@ -162,7 +164,10 @@ def parse(text: str, loops: Mapping[str, Sequence[sass.Loop]] | None = None) -> 
         # A function that a kernel calls has properties of its own, listed after the kernel's.
         values = {name: sum(map(int, re.findall(pattern, body))) for name, pattern in _PARTS.items()}
         name, arguments = short_name(demangled)
-        kernels.append(Kernel(name, arguments, architecture, **values, loops=tuple((loops or {}).get(symbol, ()))))
+        code = (functions or {}).get(symbol, ())
+        loops = tuple(sass.loops(code, _needed(symbol))) if code else ()
+        opcodes = tuple(instruction.opcode for instruction in code)
+        kernels.append(Kernel(name, arguments, architecture, **values, loops=loops, opcodes=opcodes))
     return kernels
 
 
@@ -197,8 +202,7 @@ class Programs:
             functions = {}
             if self.nvdisasm and architecture == LOOP_ARCHITECTURE:
                 functions = sass.disassemble(self.nvdisasm, cubin)
-        loops = {symbol: sass.loops(code, _needed(symbol)) for symbol, code in functions.items()}
-        return parse(ran.stderr + ran.stdout, loops)
+        return parse(ran.stderr + ran.stdout, functions)
 
 
 def measure(

@@ -148,6 +148,16 @@ MUTANTS = (
         "      __syncthreads();\n      store_rows", "      store_rows",
         ("tests/cuda/test_emulator_monarch.py", "-k", "test_shapes and vectors"),
     ),
+    Mutant(
+        "a gradient's points before the signal's have been read", "csrc/monarch/cuda/long_conv_grad.cu",
+        "      __syncthreads();  // all have read what the gradient takes the place of\n", "",
+        ("tests/cuda/test_emulator_long_conv.py", "-k", "test_lengths"),
+    ),
+    Mutant(
+        "a share of the batch is not in the filter's gradient", "csrc/monarch/cuda/long_conv_grad.cu",
+        "share < p.shares; ++share", "share < p.shares - (p.shares > 1); ++share",
+        ("tests/cuda/test_emulator_long_conv.py", "-k", "test_batches"),
+    ),
 )  # fmt: skip
 
 

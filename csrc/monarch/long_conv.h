@@ -18,7 +18,7 @@ struct Signals {
   int64_t batch_stride = 0, channel_stride = 0, time_stride = 0;
 
   template <class S>
-  S* at(int64_t batch, int64_t channel) const {
+  VK_HOST_DEVICE S* at(int64_t batch, int64_t channel) const {
     return static_cast<S*>(data) + batch * batch_stride + channel * channel_stride;
   }
 };

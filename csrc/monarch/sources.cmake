@@ -9,8 +9,10 @@ list(APPEND cpu_kernel_sources
 list(APPEND cpu_op_sources
   ${engine}/op/long_conv_cpu.cpp ${engine}/op/monarch_cpu.cpp ${engine}/op/spectral_gating_cpu.cpp)
 
-list(APPEND cuda_op_sources ${engine}/op/monarch_cuda.cpp ${engine}/op/spectral_gating_cuda.cpp)
+list(APPEND cuda_op_sources
+  ${engine}/op/long_conv_cuda.cpp ${engine}/op/monarch_cuda.cpp ${engine}/op/spectral_gating_cuda.cpp)
 
 list(APPEND cuda_kernel_sources_by_dtype
-  ${engine}/cuda/grad_weight.cu ${engine}/cuda/multiply.cu ${engine}/cuda/spectral_gating.cu
+  ${engine}/cuda/grad_weight.cu ${engine}/cuda/long_conv.cu ${engine}/cuda/long_conv_grad.cu
+  ${engine}/cuda/long_conv_outer.cu ${engine}/cuda/multiply.cu ${engine}/cuda/spectral_gating.cu
   ${engine}/cuda/sums.cu)

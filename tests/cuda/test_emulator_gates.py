@@ -8,7 +8,7 @@ import torch
 import vitkernels as vk
 from support import fuzz_worker, samples
 from support.calls import differentiate, in_float64
-from support.devices import DTYPES, FUNCTIONS, is_taken
+from support.devices import DTYPES, FUNCTIONS, WITHOUT_TF32, is_taken
 from support.emulation import needs_emulator
 from support.error_policy import check_sample, largest_error
 from support.gates import autocast, compilers, errors, registration
@@ -124,7 +124,7 @@ def launches_expected(sample):
     owners = {
         "attention_transposed": "bqhk", "spatial_attention": "bhzyx", "linear_attention": "bh",
         "linear_attention_varlen": "nh", "channel_attention": "bh", "decayed_linear_attention": "bh",
-        "spectral_gating": "bc",
+        "long_conv": "bc", "spectral_gating": "bc",
     }.get(sample.operator, "bqht")  # fmt: skip
     return all(n > 0 for letter, n in sample.sizes.items() if letter in owners)
 
@@ -145,7 +145,6 @@ def test_float32_gate(sample, cuda_kernels):
 
 
 PLAIN = [s for s in CORE if s.operator in SOME_DTYPES and s.id == "plain"]
-ON_NO_TENSOR_CORES = ("spectral_gating",)
 
 
 @pytest.mark.parametrize("sample", PLAIN, ids=str)
@@ -157,7 +156,7 @@ def test_attention_takes_no_float64(sample, cuda_kernels):
     assert not cuda_kernels.launches()
 
 
-@pytest.mark.parametrize("sample", [s for s in PLAIN if s.operator not in ON_NO_TENSOR_CORES], ids=str)
+@pytest.mark.parametrize("sample", [s for s in PLAIN if s.operator not in WITHOUT_TF32], ids=str)
 def test_tf32_where_it_is_allowed(sample, precision, cuda_kernels):
     call = sample.call(torch.float32)
     truth = differentiate(sample.reference, in_float64(call))

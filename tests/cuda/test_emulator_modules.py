@@ -56,6 +56,7 @@ ROWS = {
     "HaloAttention": ("spatial_attention", MODULES["HaloAttention"]),
     "MonarchLinear": ("monarch_multiply", MODULES["MonarchLinear"]),
     "MonarchMLP": ("monarch_multiply", MODULES["MonarchMLP"]),
+    "MonarchMixer": ("long_conv", MODULES["MonarchMixer"]),
     "NeighborhoodAttention1D": ("spatial_attention_plain", MODULES["NeighborhoodAttention1D"]),
     "NeighborhoodAttention2D": ("spatial_attention_plain", MODULES["NeighborhoodAttention2D"]),
     "NeighborhoodAttention3D": ("spatial_attention_plain", MODULES["NeighborhoodAttention3D"]),

@@ -30,8 +30,11 @@ FUNCTIONS = {
     "channel_attention": ON_TENSOR_CORES,
     "decayed_linear_attention": ON_TENSOR_CORES,
     "blockdiag_butterfly_multiply": ON_TENSOR_CORES,
+    "long_conv": ON_TENSOR_CORES,
     "spectral_gating": ON_TENSOR_CORES,
 }
+# Those of them whose float32 is never rounded to TF32.
+WITHOUT_TF32 = ("long_conv", "spectral_gating")
 
 
 def is_taken(sample: Any) -> bool:

@@ -28,7 +28,7 @@ ROWS: dict[str, dict[str, int]] = {
     "plain": {}, "bias-hqk": {}, "bias-table": {}, "rel-pos-2": {}, "tokens-197-203": {"q": 64, "k": 130},
     "tokens-197-203-bias": {"q": 64, "k": 130}, "all-terms": {}, "all-terms-on-grid": {}, "column-sums": {},
     "parts-2": {}, "shared-query": {}, "relu": {}, "one-scale": {}, "long": {"k": 600},
-    "more-blocks": {}, "16-blocks": {},
+    "more-blocks": {}, "16-blocks": {}, "5-channels-of-769-in-both-directions": {"x": 5000}, "very-long": {"x": 20001},
 }  # fmt: skip
 HEAD_DIMS = (32, 64, 128, 256)
 

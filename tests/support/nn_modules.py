@@ -43,7 +43,7 @@ PAIRS = {
 # What has no kernels on other devices yet, or none at all.
 ON_CPU_ONLY = {
     "BiLevelRoutingAttention", "FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "LiteMLA",
-    "MonarchMixer", "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention",
+    "ProgressiveRepBN", "RepBN", "SimplifiedLinearAttention",
     "TokenPerformer",
 }  # fmt: skip
 

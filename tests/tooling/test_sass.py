@@ -1,5 +1,6 @@
 """Loops in machine code, the model of their speed, and how many instructions the main loops of the kernels may have."""
 
+import operator
 import re
 
 import pytest
@@ -152,6 +153,15 @@ SPILLS = {
 }
 # Registers of kernels whose loops depend on the sizes: two blocks of 256 threads fit a multiprocessor.
 WITHOUT_SPILLS = {"spectral_gating<{}>": 128, "spectral_gating_grad<{}>": 128}
+# Of kernels without matrix instructions: all of them, and the reads and the writes of shared memory among them, 64 bits
+# each. A thread has 8 points; each kind of stage, radix 8, 4 or 2 in between, is there once forward and once back, and
+# twice forward where two tensors are transformed.
+TRANSFORM_LIMITS = {
+    "long_conv<{}, 1, true>": (2250, 64),
+    "long_conv<{}, 1, false>": (1950, 64),
+    "long_conv_grad<{}, 1, true, true>": (3300, 96),
+    "long_conv_grad<{}, 1, true, false>": (2250, 64),
+}
 LIBRARIES = [*_library.cuda_library_paths(), emulation.DIRECTORY / "libvitkernels_cuda_emulated.so"]
 
 
@@ -188,3 +198,23 @@ def test_transforms_of_maps_stay_in_registers(architecture):
         for dtype in ("float32", "bfloat16", "float16"):
             kernel = kernels[name.format(dtype)]
             assert kernel.registers <= registers and kernel.stack == 0 and not kernel.spills, kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mangled"),
+    [("bfloat16", "N.*8BFloat16"), pytest.param("float32", "f", marks=pytest.mark.full)],
+)
+def test_transforms(dtype, mangled):
+    """In few instructions on sm_90, in registers, and points of 64 bits in shared memory."""
+    programs, library = cuda_report.Programs.find(), next((path for path in LIBRARIES if path.exists()), None)
+    if programs is None or library is None or programs.nvdisasm is None:
+        pytest.skip("needs ptxas, nvdisasm and a library built with CUDA")
+    kernels = {str(k): k for k in cuda_report.measure(programs, library, ["90"], rf"\d+long_conv(_grad)?I{mangled}")}
+    for name, (instructions, accesses) in TRANSFORM_LIMITS.items():
+        kernel = kernels[name.format(dtype)]
+        reads, writes, local = (
+            [x for x in kernel.opcodes if x.startswith(prefix)] for prefix in ("LDS", "STS", ("LDL", "STL"))
+        )
+        assert {*reads} == {"LDS.64"} and {*writes} == {"STS.64"} and not local and not kernel.stack, name
+        found = len(kernel.opcodes), len(reads), len(writes)
+        assert all(map(operator.le, found, (instructions, accesses, accesses))), f"{kernel}: {found}"

@@ -1,9 +1,8 @@
 // The operators vitkernels::long_conv and its backward on the CPU.
-#include "common/boxed.h"
 #include "common/parallel.h"
 #include "cpu/kernel.h"
 #include "monarch/batch_shares.h"
-#include "monarch/long_conv.h"
+#include "monarch/op/long_conv_arguments.h"
 #include "monarch/op/roots.h"
 
 namespace vitkernels {
@@ -23,108 +22,58 @@ void write_twiddles(const LongConvPlan& plan, T* to) {
   }
 }
 
-// Owns what the problem points to.
-struct LongConvArguments {
-  Tensor x, filter;
-  bool channels_last, is_causal;
-  LongConvPlan plan{1};
-  LongConvProblem problem;
-
-  explicit LongConvArguments(Call& call)
-      : x(call.take<Tensor>("x")),
-        filter(call.take<Tensor>("filter")),
-        channels_last(call.take<bool>("channels_last")),
-        is_causal(call.take<bool>("is_causal")) {
-    check(call.checker);
-    problem.x = signals(x);
-    problem.filter = of_filter(filter);
-    problem.plan = &plan;
-  }
-
-  Signals signals(const Tensor& t) const {
-    return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(channel_axis()), t.stride(3 - channel_axis())};
-  }
-
-  static Signals of_filter(const Tensor& t) {
-    return {const_cast<void*>(t.const_data_ptr()), 0, t.stride(0), t.stride(1)};
-  }
-
-  bool is_empty() const { return x.numel() == 0; }
-
-  // What a call with elements needs besides: a plan, its twiddles, and tasks.
-  Tensor prepare() {
-    plan = LongConvPlan(problem.length);
-    const bool is_double = x.scalar_type() == ScalarType::Double;
+// What a call with elements needs besides: a plan, its twiddles, and tasks.
+class LongConvTasks {
+ public:
+  explicit LongConvTasks(const LongConvArguments& args) : problem(args.problem), plan_(problem.length) {
+    const bool is_double = problem.dtype == DType::kFloat64;
     problem.channel_group = vector_bytes(isa()) / int64_t(is_double ? sizeof(double) : sizeof(float));
     problem.shares = batch_shares(problem.groups(), problem.batch);
-    const Tensor twiddles = empty_as(x, {2 * plan.twiddles()}, statistics_type(x.scalar_type()));
-    dispatch_statistics(twiddles,
-                        [&]<class T>(T) { write_twiddles(plan, static_cast<T*>(twiddles.mutable_data_ptr())); });
-    problem.twiddles = twiddles.const_data_ptr();
-    return twiddles;
+    twiddles_ = empty_as(args.x, {2 * plan_.twiddles()}, statistics_type(problem.dtype));
+    dispatch_statistics(twiddles_,
+                        [&]<class T>(T) { write_twiddles(plan_, static_cast<T*>(twiddles_.mutable_data_ptr())); });
+    problem.plan = &plan_;
+    problem.twiddles = twiddles_.const_data_ptr();
   }
+  LongConvTasks(const LongConvTasks&) = delete;
+
+  LongConvProblem problem;
 
  private:
-  int64_t channel_axis() const { return channels_last ? 2 : 1; }
-
-  void check(const Checker& checker) {
-    checker.rank("x", x, 3, channels_last ? "(B, N, channels)" : "(B, channels, N)");
-    checker.rank("filter", filter, 2, "(channels, taps)");
-    problem.dtype = checker.element_type("x", x);
-    checker.tensor("x", x, x, x.scalar_type());
-    checker.tensor("filter", filter, x, x.scalar_type());
-    problem.batch = x.size(0), problem.channels = x.size(channel_axis()), problem.length = x.size(3 - channel_axis());
-    problem.taps = filter.size(1);
-    checker.size("filter", filter, 0, problem.channels, "the channels of x");
-    checker.check(problem.length > 0, "x has shape ", Shape{sizes_of(x)}, ", takes at least one position");
-    if (is_causal) {
-      checker.check(0 < problem.taps && problem.taps <= problem.length, "filter has ", problem.taps,
-                    " taps, takes 1 to ", problem.length, " (the length of x) if it is causal");
-    } else {
-      checker.check(problem.taps % 2 == 1 && problem.taps < 2 * problem.length, "filter has ", problem.taps,
-                    " taps, takes an odd number of them up to ", 2 * problem.length - 1,
-                    " (twice the length of x, less one) if it is not causal");
-    }
-    problem.first_lag = is_causal ? 0 : -(problem.taps / 2);
-  }
+  const LongConvPlan plan_;
+  Tensor twiddles_;
 };
 
 void long_conv(Call& call) {
-  LongConvArguments args(call);
+  const LongConvArguments args(call);
   const Tensor out = empty_as(args.x);
   if (!args.is_empty()) {
-    const Tensor twiddles = args.prepare();
-    const LongConvParams params{.problem = args.problem, .out = args.signals(out)};
-    run_kernel(kernel<LongConvParams>(), params, args.problem.tasks(), args.problem.shares, args.x);
+    const LongConvTasks tasks(args);
+    const LongConvParams params{.problem = tasks.problem, .out = args.signals(out)};
+    run_kernel(kernel<LongConvParams>(), params, params.problem.tasks(), params.problem.shares, args.x);
   }
   call.give(out, "");
 }
 
 void long_conv_backward(Call& call) {
-  const Tensor grad_out = call.take<Tensor>("grad_out");
-  LongConvArguments args(call);
-  const bool needs_filter = call.take<bool>("need_filter");
-  call.checker.tensor("grad_out", grad_out, args.x, args.x.scalar_type(), sizes_of(args.x));
-  const Tensor grad_x = empty_as(args.x);
-  const Tensor grad_filter = !needs_filter     ? none_like(args.x)
-                             : args.is_empty() ? zeros_as(args.filter)
-                                               : empty_as(args.filter);
+  const LongConvBackwardArguments backward(call);
+  const LongConvArguments& args = backward.args;
   if (!args.is_empty()) {
-    const Tensor twiddles = args.prepare();
-    LongConvGradParams params{.problem = args.problem,
-                              .grad_out = args.signals(grad_out),
-                              .grad_x = args.signals(grad_x),
-                              .grad_filter = needs_filter ? LongConvArguments::of_filter(grad_filter) : Signals{}};
+    const LongConvTasks tasks(args);
+    LongConvGradParams params{.problem = tasks.problem,
+                              .grad_out = args.signals(backward.grad_out),
+                              .grad_x = args.signals(backward.grad_x),
+                              .grad_filter = backward.of_grad_filter()};
     const Kernel<LongConvGradParams>& kernel = vitkernels::kernel<LongConvGradParams>();
     const Tensor partial = empty_as(args.x, {kernel.parts(params)}, ScalarType::Byte);
     params.partial = partial.mutable_data_ptr();
-    run_kernel(kernel, params, args.problem.tasks(), args.problem.shares, args.x);
+    run_kernel(kernel, params, params.problem.tasks(), params.problem.shares, args.x);
     if (partial.numel() > 0) {
-      parallel_ranges(args.problem.groups(), 1, [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
+      parallel_ranges(params.problem.groups(), 1,
+                      [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
     }
   }
-  call.give(grad_x, "grad_x");
-  call.give(grad_filter, "grad_filter");
+  backward.give(call);
 }
 
 }  // namespace

@@ -26,7 +26,8 @@ def long_conv(x: Tensor, filter: Tensor, *, is_causal: bool = True) -> Tensor:
     The cost is that of fast Fourier transforms, :math:`O(N \log N)`. Each is factored as a Monarch matrix is: first
     over columns, then over rows, of the sequence as a matrix. What lies between reading ``x`` and writing ``y`` stays
     in the cache. Any length is fine; the fastest are :math:`2^a` and :math:`3 \cdot 2^a`, to which shorter ones are
-    padded.
+    padded; on a GPU :math:`2^a`. There, more than 8192 positions take 8 bytes of global memory each, in ``x`` and in
+    its gradient, while the operator runs; the most are :math:`2^{28}`.
 
     Args:
         x: ``(..., channels, N)`` of any strides. Two layouts are fast and are kept in the result: contiguous, and
@@ -36,8 +37,8 @@ def long_conv(x: Tensor, filter: Tensor, *, is_causal: bool = True) -> Tensor:
             0 on, ``k_rev`` those from -1 down.
         is_causal: whether ``y[t]`` depends on ``x[: t + 1]`` alone.
 
-    The dtypes are float64, float32, bfloat16 and float16, the same for both. Everything between the inputs and the
-    rounded result is float32 (float64 for float64). There are no CUDA kernels yet.
+    The dtypes are float64 (on the CPU only), float32, bfloat16 and float16, the same for both. Everything between the
+    inputs and the rounded result is float32 (float64 for float64).
 
     Returns:
         ``(..., channels, N)`` in the dtype of ``x``, with the same bits in every run, gradients included.

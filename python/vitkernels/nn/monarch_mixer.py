@@ -32,7 +32,7 @@ class MonarchMixer(nn.Module):
     Parameter and buffer names and shapes are those of HazyResearch's ``MonarchMixerSequenceMixing``, whose files load.
     What differs: the frequencies of the sines, one parameter there, are one of each layer; ``filter_fn.pos_emb.z`` is a
     buffer, where theirs learns at a rate of 1e-5; the filter's dropout, which is without effect there, and the norm and
-    dropout of ``hyena_training_additions`` are left out; the result is a tensor, not a pair. On the CPU only.
+    dropout of ``hyena_training_additions`` are left out; the result is a tensor, not a pair.
 
     Args:
         dim: channels of the input.
