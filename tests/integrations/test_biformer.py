@@ -7,14 +7,18 @@ import torch
 import vitkernels as vk
 from torch.nn import functional as F
 
-from examples.biformer import ALL_REGIONS, BiFormer, biformer_base, biformer_tiny
+from examples.biformer import ALL_REGIONS, BiFormer, biformer_base, biformer_small, biformer_tiny
 
 STEPS, BATCH = 40, 48
 
 
 def test_keys_and_shapes_are_those_of_the_published_files():
     state = biformer_tiny().state_dict()
-    assert len(state) == 296 and sum(t.numel() for t in biformer_base(10).parameters()) == 56_042_218
+    assert len(state) == 264
+    parameters = [
+        sum(t.numel() for t in make().parameters()) for make in (biformer_tiny, biformer_small, biformer_base)
+    ]
+    assert parameters == [13_142_760, 25_536_232, 56_804_968]
     shapes = {
         "downsample_layers.0.0.weight": (32, 3, 3, 3),
         "downsample_layers.0.3.weight": (64, 32, 3, 3),

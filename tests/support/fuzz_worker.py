@@ -141,11 +141,11 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
         for n in other.tensor.shape
     }
     dims = range(slot.tensor.dim())
-    if slot.argument == "query" and target.name.endswith(("spatial_attention", "routing_attention")):
+    if slot.argument == "query" and target.name.endswith("spatial_attention"):
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
     if "groups" in call and slot.argument == "query":
         dims = dims[:-2]  # whose channels may be any number
-    if "w1" in call or "filter" in call or "weight" in call or slot.argument == "region_graph":
+    if not call.keys().isdisjoint(("w1", "filter", "weight", "region_graph")):
         dims = [slot.tensor.dim() + d for d in decided(target, call, slot)]
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
