@@ -93,7 +93,7 @@ def regional_routing_attention(
         float32 (float64 for float64), differentiable. A query that sees no key gets ``out = 0`` and ``lse = -inf``.
         Gradients of keys and values are added in a fixed order.
 
-    A NaN or infinity in a query, a key or a value reaches the queries of the regions that read it, and no other.
+    A NaN or infinity in a key or a value reaches all queries of the regions that see it, and no others.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device, size or region, naming the argument and what it takes.
@@ -142,7 +142,7 @@ def bilevel_route(
     Returns:
         ``(B, 1, regions, topk)`` int64, the most alike first; of equal ones the region with the lower number.
 
-    Where a mean is NaN, its regions come first.
+    A NaN in a token reaches all products with its region's mean: a region of keys that has one comes first.
 
     Raises:
         RuntimeError: on a wrong rank, size or number, naming the argument and what it takes.
