@@ -92,6 +92,13 @@ def test_routes_by_average_pools(size, region):
     assert torch.equal(vk.bilevel_route(q, k, region, topk)[:, 0], affinity.topk(topk).indices)
 
 
+def test_routes_compile_for_any_map():
+    routes = torch.compile(lambda q, k: vk.bilevel_route(q, k, 3, 2), dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in ((6, 9), (7, 8), (9, 11)):
+        q, k, _ = qkv(*size)
+        assert torch.equal(routes(q, k), vk.bilevel_route(q, k, 3, 2))
+
+
 def test_routes_of_equal_regions_are_in_order():
     q = torch.ones(1, 8, 8, 1, 4, requires_grad=True)
     graph = vk.bilevel_route(q, q, 2, 5)

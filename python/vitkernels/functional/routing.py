@@ -180,7 +180,7 @@ def _region_means(t: Tensor, region_size: Sequence[int]) -> Tensor:
 
 
 def _means_along(t: Tensor, axis: int, size: int) -> Tensor:
-    count, last = divmod(t.size(axis), size)
+    count, last = t.size(axis) // size, t.size(axis) % size  # the compiler takes no divmod of variable sizes
     whole: Tensor = t.narrow(axis, 0, count * size).unflatten(axis, (count, size)).mean(axis + 1)  # type: ignore[no-untyped-call]
     if last == 0:
         return whole
