@@ -107,6 +107,7 @@ __global__ void arithmetic_kernel(const uint64_t* xs, const uint64_t* ys, const 
   ROW1("cvt.rn.f32.u32", "32", "32");
   ROW1("cvt.rz.f32.s32", "32", "32");
   ROW1("cvt.rn.f32.s64", "32", "64");
+  ROW1("cvt.rn.f64.s64", "64", "64");
   ROW1("cvt.rn.f32.u64", "32", "64");
   ROW1("cvt.rn.f64.s32", "64", "32");
   ROW1("cvt.rn.f64.u64", "64", "64");
