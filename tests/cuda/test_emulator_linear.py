@@ -97,6 +97,7 @@ def test_range_of_features(cuda_kernels):
         )
 
 
+@pytest.mark.serial  # it takes 11 GB
 def test_distant_tokens(cuda_kernels):
     """From a token to the next there may be more bytes than 32 bits count."""
     query = torch.empty(2**30 + 64).as_strided((1, 2, 1, 8), (2**30, 2**30, 8, 1))
