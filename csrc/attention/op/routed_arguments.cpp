@@ -62,19 +62,24 @@ Regions::Regions(const std::vector<int64_t>& map, std::vector<int64_t> region, b
     counts.push_back(map[axis] / region[axis] + (map[axis] % region[axis] != 0));
   }
   count = product(counts), tokens_per_region = product(region);
-  tokens.reserve(count * tokens_per_region);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < tokens_per_region; ++j) {
-      int64_t token = 0, of_region = i, within = j, stride = 1;
-      bool is_inside = true;
-      for (size_t axis = map.size(); axis-- > 0;) {
-        const int64_t coord = of_region % counts[axis] * region[axis] + within % region[axis];
-        is_inside = is_inside && coord < map[axis];
-        token += coord * stride, stride *= map[axis];
-        of_region /= counts[axis], within /= region[axis];
+  // Axis by axis, each within those before: of every region the tokens, -1 beyond the map.
+  tokens = {0};
+  int64_t regions = 1, of_region = 1;
+  for (size_t axis = 0; axis < map.size(); ++axis) {
+    std::vector<int32_t> finer;
+    finer.reserve(tokens.size() * counts[axis] * region[axis]);
+    for (int64_t i = 0; i < regions; ++i) {
+      for (int64_t first = 0; first < counts[axis] * region[axis]; first += region[axis]) {
+        for (int64_t j = 0; j < of_region; ++j) {
+          const int64_t outer = tokens[i * of_region + j] * map[axis];
+          for (int64_t coord = first; coord < first + region[axis]; ++coord) {
+            finer.push_back(outer >= 0 && coord < map[axis] ? int32_t(outer + coord) : -1);
+          }
+        }
       }
-      tokens.push_back(is_inside ? int32_t(token) : -1);
     }
+    regions *= counts[axis], of_region *= region[axis];
+    tokens = std::move(finer);
   }
 }
 

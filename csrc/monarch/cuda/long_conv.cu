@@ -2,8 +2,8 @@
 //
 // A thread block has a group of channels in shared memory, and goes through batches. x is read into the first stage of
 // the transform, and y written from the last one of the way back. The filter's spectrum was made by a launch before: a
-// block reads it for each batch, from the first-level cache, where its 8 bytes a point find room beside the shared
-// memory of two blocks. In registers it would halve the blocks that a multiprocessor has at a time.
+// block reads it for each batch. Its 8 bytes a point have room in the first-level cache beside the shared memory of two
+// blocks; in registers they would halve the blocks that a multiprocessor has at a time.
 
 #include "cuda/parts.h"
 #include "monarch/cuda/long_conv_block.h"

@@ -173,15 +173,17 @@ def bilevel_route(
 
 def _region_means(t: Tensor, region_size: Sequence[int]) -> Tensor:
     """``(B, regions, heads * d)`` in the precision of statistics."""
-    wide = t.to(_ops.statistics_dtype(t.dtype)).flatten(-2)  # [B, *map, heads * d]
+    means = t.flatten(-2)  # [B, *map, heads * d]
     for axis, size in enumerate(region_size, 1):
-        wide = _means_along(wide, axis, size)
-    return wide.flatten(1, -2)
+        means = _means_along(means, axis, size)
+    return means.flatten(1, -2)
 
 
 def _means_along(t: Tensor, axis: int, size: int) -> Tensor:
+    dtype = _ops.statistics_dtype(t.dtype)  # of the sums: no wide copy of the map is made
     count, last = t.size(axis) // size, t.size(axis) % size  # the compiler takes no divmod of variable sizes
-    whole: Tensor = t.narrow(axis, 0, count * size).unflatten(axis, (count, size)).mean(axis + 1)  # type: ignore[no-untyped-call]
+    regions = t.narrow(axis, 0, count * size).unflatten(axis, (count, size))  # type: ignore[no-untyped-call]
+    whole: Tensor = regions.mean(axis + 1, dtype=dtype)
     if last == 0:
         return whole
-    return torch.cat([whole, t.narrow(axis, count * size, last).mean(axis, keepdim=True)], axis)
+    return torch.cat([whole, t.narrow(axis, count * size, last).mean(axis, keepdim=True, dtype=dtype)], axis)
