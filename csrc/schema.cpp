@@ -59,6 +59,9 @@ std::vector<std::string> make_schemas() {
   // in row-major order; the map's borders cut them short, or has_outside counts what lies beyond as keys of zeros.
   add_attention(schemas, "regional_routing_attention",
                 "Tensor region_graph, SymInt[] region_size, SymInt[] kv_region_size, ", "bool allow_tf32");
+  // key_index (B, heads or 1, groups, width): the keys that each group of Nq / groups neighboring queries sees, of which
+  // the first key_count (B, heads or 1, groups) count.
+  add_attention(schemas, "indexed_attention", "Tensor key_index, Tensor? key_count, ", "bool allow_tf32");
   // value_q (B, Nq, heads, dv), out (B, Nk, heads, dv), query_weight broadcasts to (B, Nq, heads).
   const std::string rows = "Tensor query, Tensor key, Tensor value_q, Tensor lse, Tensor? query_weight, ";
   const std::string transposed = rows + kScore + kKeys + options;

@@ -13,7 +13,7 @@ struct TokenLists {
   const int32_t* entries = nullptr;  // [batch, heads, groups, count]; null: group g has entry g
   int64_t batch_stride = 0, head_stride = 0;
   int64_t count = 1;                // entries of a group
-  const int32_t* tokens = nullptr;  // [entries, tokens_per_entry]; -1 lies outside the map
+  const int32_t* tokens = nullptr;  // [entries, tokens_per_entry]; -1 is no token. Null: an entry is a token, or -1
   int64_t tokens_per_entry = 1;
 
   VK_HOST_DEVICE int64_t max_tokens() const { return count * tokens_per_entry; }
@@ -23,7 +23,12 @@ struct TokenLists {
   VK_HOST_DEVICE void for_each_token(int64_t batch, int64_t head, int64_t group, Function&& f) const {
     const int32_t* list = entries ? entries + batch * batch_stride + head * head_stride + group * count : nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t* of_entry = tokens + (list ? list[i] : group) * tokens_per_entry;
+      const int64_t entry = list ? list[i] : group;
+      if (!tokens) {
+        f(int32_t(entry));
+        continue;
+      }
+      const int32_t* of_entry = tokens + entry * tokens_per_entry;
       for (int64_t j = 0; j < tokens_per_entry; ++j) f(of_entry[j]);
     }
   }

@@ -10,13 +10,13 @@ list(APPEND cpu_kernel_sources
 
 # Of both libraries: argument checks.
 list(APPEND op_sources
-  ${engine}/op/arguments.cpp ${engine}/op/calls.cpp ${engine}/op/offset_arguments.cpp
-  ${engine}/op/routed_arguments.cpp
+  ${engine}/op/arguments.cpp ${engine}/op/calls.cpp ${engine}/op/listed_arguments.cpp
+  ${engine}/op/offset_arguments.cpp
   ${engine}/op/spatial_arguments.cpp ${engine}/spatial_tiles.cpp)
 
 list(APPEND cpu_op_sources
-  ${engine}/op/dense_cpu.cpp ${engine}/op/logit_gradients.cpp ${engine}/op/merge_attentions_cpu.cpp
-  ${engine}/op/routed_cpu.cpp ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
+  ${engine}/op/dense_cpu.cpp ${engine}/op/listed_cpu.cpp ${engine}/op/logit_gradients.cpp ${engine}/op/merge_attentions_cpu.cpp
+  ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
   ${engine}/op/transposed_cpu.cpp)
 
 list(APPEND cuda_op_sources

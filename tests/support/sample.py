@@ -150,6 +150,26 @@ class RegionGraph:
 
 
 @dataclass(frozen=True)
+class Indices:
+    """Numbers of tokens, drawn at random: some of them twice. ``below`` is the letter of how many there are.
+
+    Without tokens the lists are empty, and counts (of lists, whose tokens are ``counted``) are zero.
+    """
+
+    axes: str
+    below: str
+    counted: str = ""
+    dtype: torch.dtype = torch.int64
+
+    def make(self, generator: torch.Generator, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+        shape = [sizes[a] if a.isalpha() else int(a) for a in self.axes]
+        end = sizes[self.below] if sizes[self.counted or self.below] else 0
+        if not end and not self.counted:
+            shape[-1] = 0
+        return torch.randint(max(end, 1), shape, generator=generator, dtype=self.dtype).to(DEVICE)
+
+
+@dataclass(frozen=True)
 class Length:
     """A size as an argument."""
 

@@ -49,6 +49,7 @@ _OPERATORS = {
     "blockdiag_butterfly_multiply",
     "channel_attention",
     "decayed_linear_attention",
+    "indexed_attention",
     "linear_attention",
     "linear_attention_varlen",
     "long_conv",

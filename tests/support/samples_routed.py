@@ -1,11 +1,11 @@
-"""The rows of routed attention: a region of queries sees the regions of keys that a graph lists."""
+"""The rows of attention to listed keys: of regions that a graph lists, or of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from support.sample import Input, RegionGraph, Sample, positive, statistic, uneven_map
+from support.sample import Indices, Input, RegionGraph, Sample, positive, statistic, uneven_map
 
 
 def routed(
@@ -25,6 +25,16 @@ def routed(
     return Sample("regional_routing_attention", id, {**data, **arguments}, sizes, frozenset(tags.split()))
 
 
+def indexed(
+    id: str, key_index: str, *, b: int = 2, q: int = 33, k: int = 67, h: int = 4, g: int = 2, d: int = 16, v: int = 24,
+    w: int = 21, tags: str = "", **arguments: Any,
+) -> Sample:  # fmt: skip
+    """Lists of ``w`` keys; where queries are listed, there are ``e`` groups of ``m``."""
+    data = {"query": Input("bqhd"), "key": Input("bkgd"), "value": Input("bkgv"), "key_index": Indices(key_index, "k")}
+    sizes = {"b": b, "q": q, "k": k, "h": h, "g": g, "d": d, "v": v, "w": w, "e": 7, "m": 11}
+    return Sample("indexed_attention", id, {**data, **arguments}, sizes, frozenset(tags.split()))
+
+
 ROUTED_SAMPLES = [
     routed("plain", (13, 10), (3, 5), tags="core deploy"),
     routed("of-heads", (8, 12), (4, 4), topk=2, of_heads=True, g=4, scale=statistic("h", positive), return_lse=True),
@@ -38,4 +48,11 @@ ROUTED_SAMPLES = [
     routed("of-tokens", (13, 10), (1, 1), topk=9, d=32, v=32),
     routed("no-routes", (5, 6), (2, 3), topk=0),
     routed("no-batch", (5, 6), (2, 3), b=0),
+    indexed("plain", "b1qw", tags="core deploy"),
+    indexed("counts", "bhqw", key_count=Indices("bhq", "w", "k"), g=4, scale=statistic("h", positive), return_lse=True),
+    indexed("one-group", "bh1w", w=900, k=131, g=1, tags="mixed"),
+    indexed("clusters", "bhew", query_index=Indices("bhem", "q"), key_count=Indices("bhe", "w", "k"), tags="core"),
+    indexed("all-heads", "b1ew", query_index=Indices("b1em", "q"), qk_norm="l2", g=3, d=33, v=5,
+            head_map=Input("h", uneven_map, dtype=torch.int64)),
+    indexed("no-keys", "b1qw", k=0),
 ]

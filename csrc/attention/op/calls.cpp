@@ -69,6 +69,16 @@ RoutedCall take_routed(Call& call) {
           .allow_tf32 = call.take<bool>("allow_tf32")};
 }
 
+IndexedCall take_indexed(Call& call) {
+  return {.query = call.take<Tensor>("query"),
+          .key = call.take<Tensor>("key"),
+          .value = call.take<Tensor>("value"),
+          .key_index = call.take<Tensor>("key_index"),
+          .key_count = call.take<OptionalTensor>("key_count"),
+          .score = ScoreArguments(call),
+          .allow_tf32 = call.take<bool>("allow_tf32")};
+}
+
 TransposedCall take_transposed(Call& call) {
   const Tensor query = call.take<Tensor>("query"), key = call.take<Tensor>("key");
   const Tensor value_q = call.take<Tensor>("value_q"), lse = call.take<Tensor>("lse");

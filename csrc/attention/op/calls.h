@@ -52,6 +52,14 @@ struct RoutedCall {
 };
 RoutedCall take_routed(Call& call);
 
+struct IndexedCall {
+  Tensor query, key, value, key_index;
+  OptionalTensor key_count;
+  ScoreArguments score;
+  bool allow_tf32;
+};
+IndexedCall take_indexed(Call& call);
+
 // There is a value for each query instead of each key; `attention` has the key in place of the missing value.
 struct TransposedCall {
   DenseCall attention;

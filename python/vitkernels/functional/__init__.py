@@ -8,6 +8,7 @@ from vitkernels.functional.blockdiag_butterfly_multiply import blockdiag_butterf
 from vitkernels.functional.channel_attention import channel_attention
 from vitkernels.functional.crossing import criss_cross_attention, cross_shaped_window_attention
 from vitkernels.functional.decayed_linear_attention import decayed_linear_attention
+from vitkernels.functional.indexed_attention import indexed_attention
 from vitkernels.functional.linear_attention import linear_attention
 from vitkernels.functional.linear_attention_varlen import linear_attention_varlen
 from vitkernels.functional.long_conv import long_conv
@@ -31,6 +32,7 @@ __all__ = [
     "decayed_linear_attention",
     "grid_attention",
     "halo_attention",
+    "indexed_attention",
     "linear_attention",
     "linear_attention_varlen",
     "long_conv",

@@ -15,6 +15,7 @@ __all__ = [
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "indexed_attention",
     "merge_attentions",
     "regional_routing_attention",
     "spatial_attention",
@@ -54,6 +55,7 @@ def _like_first(given: Arguments) -> tuple[Tensor, ...]:
 
 attention = register("attention", _out_and_lse)
 attention_varlen = register("attention_varlen", _out_and_lse)
+indexed_attention = register("indexed_attention", _out_and_lse)
 regional_routing_attention = register("regional_routing_attention", _out_and_lse)
 spatial_attention = register("spatial_attention", _out_and_lse)
 attention_transposed = register("attention_transposed", _of_keys)

@@ -3,7 +3,7 @@
 They follow its conventions: two FLOPs for each multiply-add of a matrix product, none for a softmax, five products in a
 backward of softmax attention, and ``is_causal`` of dense attention counts as if every key were seen. Over a map only
 the pairs of a query and a key that see each other count (those beyond ``radius``, too); between routed regions, those
-of whole regions.
+of whole regions, and of lists all that they have room for.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def _pairs(given: Arguments) -> int:
         lengths = (_lengths(given[f"cu_seqlens_{side}"], given[f"max_seqlen_{side}"]) for side in "qk")
         return sum(heads * q * k for q, k in zip(*lengths, strict=True))
     batch: int = key.size(0)
+    if "key_index" in given:
+        listed: int = given["key_index"].size(-1)
+        return batch * heads * int(query.size(1)) * listed
     if "region_graph" in given:
         seen: int = given["region_graph"].size(-1) * prod(given["kv_region_size"])
         rows: int = prod(query.shape[1:-2])
@@ -135,6 +138,7 @@ for _name in (
     "attention",
     "attention_varlen",
     "attention_transposed",
+    "indexed_attention",
     "regional_routing_attention",
     "spatial_attention",
 ):

@@ -26,6 +26,8 @@ _BATCHES = (
     "value",
     "value_q",
     "region_graph",
+    "key_index",
+    "key_count",
     "out",
     "lse",
     "state",

@@ -7,6 +7,7 @@ from vitkernels.reference.attention_varlen import attention_varlen
 from vitkernels.reference.blockdiag_butterfly_multiply import blockdiag_butterfly_multiply
 from vitkernels.reference.channel_attention import channel_attention
 from vitkernels.reference.decayed_linear_attention import decayed_linear_attention
+from vitkernels.reference.indexed_attention import indexed_attention
 from vitkernels.reference.linear_attention import linear_attention, linear_attention_varlen
 from vitkernels.reference.long_conv import long_conv
 from vitkernels.reference.merge_attentions import merge_attentions
@@ -22,6 +23,7 @@ __all__ = [
     "blockdiag_butterfly_multiply",
     "channel_attention",
     "decayed_linear_attention",
+    "indexed_attention",
     "linear_attention",
     "linear_attention_varlen",
     "long_conv",

@@ -1,14 +1,17 @@
-// The operators vitkernels::regional_routing_attention and vitkernels::regional_routing_attention_backward on the CPU.
+// The operators with listed keys, vitkernels::regional_routing_attention and vitkernels::indexed_attention, and their
+// backward operators on the CPU.
 #include "attention/cpu/tile_sizes.h"
-#include "attention/op/routed_arguments.h"
+#include "attention/op/listed_arguments.h"
 #include "common/parallel.h"
 #include "cpu/kernel.h"
 
 namespace vitkernels {
 namespace {
 
-void regional_routing_attention(Call& call) {
-  const RoutedArguments args(call.checker, take_routed(call));
+// Arguments: of an operator, whose call `take` takes.
+template <class Arguments, auto take>
+void attend(Call& call) {
+  const Arguments args(call.checker, take(call));
   const Tensor out = empty_as(args.query, args.out_sizes(), args.query.scalar_type());
   const Tensor lse = empty_as(args.query, args.lse_sizes(), statistics_type(args.dtype));
   if (out.numel() > 0) {
@@ -32,10 +35,11 @@ Tensor sum_head_scale(const Tensor& sums, double factor, const Tensor& like) {
   return torch::stable::to(total, like.scalar_type());
 }
 
-void regional_routing_attention_backward(Call& call) {
-  RoutedCall forward = take_routed(call);
+template <class Arguments, auto take>
+void differentiate(Call& call) {
+  auto forward = take(call);
   BackwardCall from(call, forward.score);
-  const RoutedArguments args(call.checker, std::move(forward));
+  const Arguments args(call.checker, std::move(forward));
   from.check(call.checker, args.query, args.out_sizes());
   const Tensor out = with_even_tokens(from.out), grad_out = with_even_tokens(from.grad_out);
   const Tensor grad_query = empty_as(args.query, sizes_of(args.query), args.query.scalar_type());
@@ -79,7 +83,10 @@ void regional_routing_attention_backward(Call& call) {
 
 STABLE_TORCH_LIBRARY_IMPL(vitkernels, CPU, m) {
   using namespace vitkernels;
-  m.impl("regional_routing_attention", &boxed<"regional_routing_attention", regional_routing_attention>);
+  m.impl("regional_routing_attention", &boxed<"regional_routing_attention", attend<RoutedArguments, take_routed>>);
   m.impl("regional_routing_attention_backward",
-         &boxed<"regional_routing_attention_backward", regional_routing_attention_backward>);
+         &boxed<"regional_routing_attention_backward", differentiate<RoutedArguments, take_routed>>);
+  m.impl("indexed_attention", &boxed<"indexed_attention", attend<IndexedArguments, take_indexed>>);
+  m.impl("indexed_attention_backward",
+         &boxed<"indexed_attention_backward", differentiate<IndexedArguments, take_indexed>>);
 }
