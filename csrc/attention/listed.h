@@ -5,15 +5,17 @@
 #pragma once
 
 #include "attention/dense.h"
+#include "common/integers.h"
 
 namespace vitkernels {
 
 // The tokens of each group: those of the entries that a list names.
 struct TokenLists {
-  const int32_t* entries = nullptr;  // [batch, heads, groups, count]; null: group g has entry g
-  int64_t batch_stride = 0, head_stride = 0;
-  int64_t count = 1;                // entries of a group
-  const int32_t* tokens = nullptr;  // [entries, tokens_per_entry]; -1 is no token. Null: an entry is a token, or -1
+  Integers entries;                           // [batch, heads or 1, groups, count]; null: group g has entry g
+  Integers counts;                            // [batch, heads or 1, groups], entries of a group; null: all of `count`
+  int64_t batch_stride = 0, head_stride = 0;  // in lists
+  int64_t count = 1;                          // room for entries
+  const int32_t* tokens = nullptr;            // [entries, tokens_per_entry]; -1 is no token. Null: an entry is a token
   int64_t tokens_per_entry = 1;
 
   VK_HOST_DEVICE int64_t max_tokens() const { return count * tokens_per_entry; }
@@ -21,9 +23,9 @@ struct TokenLists {
   // Calls f(token) for the tokens of a group, in order.
   template <class Function>
   VK_HOST_DEVICE void for_each_token(int64_t batch, int64_t head, int64_t group, Function&& f) const {
-    const int32_t* list = entries ? entries + batch * batch_stride + head * head_stride + group * count : nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t entry = list ? list[i] : group;
+    const int64_t list = batch * batch_stride + head * head_stride + group, listed = counts ? counts[list] : count;
+    for (int64_t i = 0; i < listed; ++i) {
+      const int64_t entry = entries ? entries[list * count + i] : group;
       if (!tokens) {
         f(int32_t(entry));
         continue;
@@ -46,6 +48,9 @@ struct ListedParams {
   DType element_type() const { return problem.dtype; }
 };
 
+// With at most one query in a group.
+struct LoneQueryParams : ListedParams {};
+
 // The backward is partitioned by shapes alone, into batches, kv heads and `splits` ranges of groups. A task writes the
 // query gradients of its groups. A key is seen by many groups: each task has partial sums for all keys, to which it adds
 // in the order of its groups, and which are added in the order of the splits.
@@ -60,5 +65,7 @@ struct ListedBackwardParams {
   DType element_type() const { return forward.element_type(); }
   int64_t num_tasks() const { return forward.problem.batch * forward.problem.kv_heads * splits; }
 };
+
+struct LoneQueryBackwardParams : ListedBackwardParams {};
 
 }  // namespace vitkernels

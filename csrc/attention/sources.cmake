@@ -4,7 +4,8 @@ set(engine csrc/attention)
 # Compiled once per instruction set.
 list(APPEND cpu_kernel_sources
   ${engine}/cpu/backward.cpp ${engine}/cpu/forward.cpp ${engine}/cpu/listed_backward.cpp
-  ${engine}/cpu/listed_forward.cpp ${engine}/cpu/merge_attentions.cpp
+  ${engine}/cpu/listed_forward.cpp ${engine}/cpu/lone_query_backward.cpp ${engine}/cpu/lone_query_forward.cpp
+  ${engine}/cpu/merge_attentions.cpp
   ${engine}/cpu/spatial_backward.cpp ${engine}/cpu/spatial_forward.cpp ${engine}/cpu/transposed.cpp
   ${engine}/cpu/transposed_backward.cpp ${engine}/cpu/unit_rows.cpp)
 

@@ -74,7 +74,7 @@ BAD = {
     },
     "query_index has query 12, takes 0 to 11": {"query_index": torch.full((2, 1, 12, 2), 12)},
     "query_index is torch.float32": {"query_index": torch.zeros(2, 1, 12, 2)},
-    "duplicates is 'sum', takes 'mean'": {"duplicates": "sum"},
+    "duplicates is 'last', takes 'mean' or 'sum'": {"duplicates": "last"},
 }  # fmt: skip
 
 

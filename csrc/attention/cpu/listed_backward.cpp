@@ -6,6 +6,7 @@
 #include "attention/cpu/backward_tile.h"
 #include "attention/cpu/differentiate.h"
 #include "attention/cpu/listed_group.h"
+#include "attention/cpu/listed_sums.h"
 #include "cpu/make_kernel.h"
 
 namespace vitkernels::VK_ISA {
@@ -20,35 +21,21 @@ class ListedBackward {
   ListedBackward(const ListedBackwardParams& params, void* memory) : params(params), scratch(memory) {}
 
   int64_t scratch_size() const { return scratch.size(); }
-  int64_t parts_size() const { return params.num_tasks() * part_size * int64_t(sizeof(T)); }
+  int64_t parts_size() const { return sums.size(); }
 
   void run(int64_t begin, int64_t end) {
     const TileScope tiles;
     std::fill_n(zeros, std::max(p.head_dim, p.value_dim), S{});
     for (int64_t task = begin; task < end; ++task) {
-      split = task % params.splits;
-      const int64_t kv_head = task / params.splits % p.kv_heads, batch = task / params.splits / p.kv_heads;
-      key_sums = part(split, batch, kv_head), value_sums = key_sums + p.num_keys() * query_width;
-      std::fill_n(key_sums, part_size, T(0));
-      for (int64_t i = forward.heads.first_head[kv_head]; i < forward.heads.first_head[kv_head + 1]; ++i) {
-        head_of_split(batch, forward.heads.head_list[i]);
-      }
+      sums.start(task);
+      sums.for_each_head([&](int64_t batch, int64_t head, Range groups) {
+        head_of_split(batch, head, groups);
+        return head_scale_sum;
+      });
     }
   }
 
-  // dK and dV of some (batch, kv head) pairs.
-  void finish(int64_t begin, int64_t end) {
-    const int64_t of_splits = p.batch * p.kv_heads * part_size;
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t batch = pair / p.kv_heads, kv_head = pair % p.kv_heads;
-      T *keys = part(0, batch, kv_head), *values = keys + p.num_keys() * query_width;
-      sum_splits(keys, part_size, params.splits, of_splits);
-      unpack_rows<T>(keys, query_width, p.num_keys(), p.head_dim, T(1), params.grad_key.at<S>(batch, 0, kv_head),
-                     params.grad_key.token_stride);
-      unpack_rows<T>(values, value_width, p.num_keys(), p.value_dim, T(1), params.grad_value.at<S>(batch, 0, kv_head),
-                     params.grad_value.token_stride);
-    }
-  }
+  void finish(int64_t begin, int64_t end) { sums.template finish<S>(begin, end); }
 
  private:
   // The rows of all tensors that a group of a head reads and writes.
@@ -73,8 +60,7 @@ class ListedBackward {
     }
   };
 
-  void head_of_split(int64_t batch, int64_t head) {
-    const Range groups{forward.groups * split / params.splits, forward.groups * (split + 1) / params.splits};
+  void head_of_split(int64_t batch, int64_t head, Range groups) {
     head_scale_sum = 0;
     if (!groups.empty()) find(batch, head, groups.begin);
     for (int64_t group = groups.begin; group < groups.end; ++group) {
@@ -87,9 +73,6 @@ class ListedBackward {
       }
       const int64_t count = present.queries.count, chunks = divide_up(count, max_chunk);
       for (int64_t i = 0; i < chunks; ++i) chunk_of_queries({count * i / chunks, count * (i + 1) / chunks});
-    }
-    if (params.head_scale_sums) {
-      params.head_scale_sums[(batch * params.splits + split) * p.heads + head] = head_scale_sum;
     }
   }
 
@@ -156,8 +139,8 @@ class ListedBackward {
     for (int64_t column = columns.begin; column < columns.end; ++column) {
       const int64_t token = present.key_tokens[column];
       if (token >= 0) {
-        add_row(key_sums + token * query_width, key_row, query_width);
-        add_row(value_sums + token * value_width, value_row, value_width);
+        add_row(sums.keys + token * query_width, key_row, query_width);
+        add_row(sums.values + token * value_width, value_row, value_width);
       }
       key_row += query_width, value_row += value_width;
     }
@@ -176,10 +159,6 @@ class ListedBackward {
     }
   }
 
-  T* part(int64_t of_split, int64_t batch, int64_t kv_head) const {
-    return static_cast<T*>(params.parts) + ((of_split * p.batch + batch) * p.kv_heads + kv_head) * part_size;
-  }
-
   const ListedBackwardParams& params;
   const ListedParams& forward = params.forward;
   const Problem& p = forward.problem;
@@ -189,15 +168,13 @@ class ListedBackward {
 
   BackwardTile<S, ScatteredRows<S>> key_tile{p.head_dim, p.value_dim, max_keys, scratch};
   const int64_t query_width = key_tile.query_width, value_width = key_tile.value_width;
-  const int64_t part_size = p.num_keys() * (query_width + value_width);
+  ListedSums<T> sums{params, query_width, value_width};
   S* zeros = scratch.take<S>(std::max(p.head_dim, p.value_dim));
   T* query_gradient = scratch.take<T>(max_chunk * query_width);  // of a chunk
   T* deltas = scratch.take<T>(max_chunk);
   T* offsets = scratch.take<T>(max_chunk);
 
   Rows present{forward, scratch}, next{forward, scratch};
-  int64_t split = 0;
-  T *key_sums = nullptr, *value_sums = nullptr;  // the partial sums of the task
   double head_scale_sum = 0;
   int64_t next_share = 0;  // tokens of the next group to prefetch per row of this one
 };

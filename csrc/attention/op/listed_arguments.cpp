@@ -1,6 +1,9 @@
 #include "attention/op/listed_arguments.h"
 
+#include <atomic>
 #include <limits>
+
+#include "common/range.h"
 
 namespace vitkernels {
 namespace {
@@ -39,6 +42,35 @@ void check_regions(const Checker& checker, const char* name, const std::vector<i
   checker.check(region.size() == axes, name, " has ", region.size(), " sizes, takes ", axes,
                 ", one for each axis of the map");
   for (const int64_t size : region) checker.check(size > 0, name, " has ", size, ", takes sizes of at least 1");
+}
+
+// Whether integers are from 0 to end - 1.
+template <class Int>
+bool all_below(const Int* data, int64_t count, int64_t end) {
+  Int bits = 0, largest = 0;
+  for (int64_t i = 0; i < count; ++i) bits |= data[i], largest = std::max(largest, data[i]);
+  return bits >= 0 && largest < end;  // one below zero would have set the sign
+}
+
+// Contiguous integers, each from 0 to end - 1, which are `numbers`.
+Tensor checked_integers(const Checker& checker, const char* name, const Tensor& t, int64_t end, const char* numbers) {
+  const ScalarType type = t.scalar_type();
+  checker.check(type == ScalarType::Long || type == ScalarType::Int, name, " is ", dtype_text(type),
+                ", takes int64 or int32");
+  const Tensor in_order = as_contiguous(t);
+  const Integers given = integers(in_order);
+  constexpr int64_t kGrain = int64_t(1) << 15;
+  std::atomic<bool> all_exist = true;
+  torch::stable::parallel_for(0, t.numel(), kGrain, [&](int64_t first, int64_t last) {
+    const int64_t count = last - first;
+    const bool exist = given.is_int64 ? all_below(static_cast<const int64_t*>(given.data) + first, count, end)
+                                      : all_below(static_cast<const int32_t*>(given.data) + first, count, end);
+    if (!exist) all_exist = false;
+  });
+  for (int64_t i = 0; !all_exist && i < t.numel(); ++i) {
+    checker.check(given[i] >= 0 && given[i] < end, name, " has ", numbers, given[i], ", takes 0 to ", end - 1);
+  }
+  return in_order;
 }
 
 }  // namespace
@@ -161,40 +193,23 @@ IntegerLists::IntegerLists(const Checker& checker, const char* name, const Tenso
                            int64_t end, const char* numbers) {
   checker.strided_like(name, t, args.query);
   checker.rank(name, t, 4, "(B, heads or 1, groups, integers)");
-  const ScalarType type = t.scalar_type();
-  checker.check(type == ScalarType::Long || type == ScalarType::Int, name, " is ", dtype_text(type),
-                ", takes int64 or int32");
   checker.size(name, t, 0, args.batch, "query's batch size");
   of_heads = t.size(1), groups = t.size(2), count = t.size(3);
   checker.check(of_heads == args.heads || of_heads == 1, name, " has ", of_heads, " heads, takes 1 or ", args.heads);
-  const Tensor in_order = as_contiguous(t);
-  const Integers given{in_order.const_data_ptr(), type == ScalarType::Long};
-  values.resize(t.numel());
-  for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t value = given[int64_t(i)];
-    checker.check(value >= 0 && value < end, name, " has ", numbers, " ", value, ", takes 0 to ", end - 1);
-    values[i] = int32_t(value);
-  }
+  values = checked_integers(checker, name, t, end, numbers);
 }
 
-void IntegerLists::cut(const Checker& checker, const char* name, const Tensor& counts, const Tensor& like) {
-  checker.strided_like(name, counts, like);
-  const ScalarType type = counts.scalar_type();
-  checker.check(type == ScalarType::Long || type == ScalarType::Int, name, " is ", dtype_text(type),
-                ", takes int64 or int32");
-  checker.shape(name, counts, {like.size(0), of_heads, groups});
-  const Tensor in_order = as_contiguous(counts);
-  const Integers given{in_order.const_data_ptr(), type == ScalarType::Long};
-  for (int64_t list = 0; list < counts.numel(); ++list) {
-    checker.check(given[list] >= 0 && given[list] <= count, name, " has ", given[list], ", takes 0 to ", count);
-    std::fill(values.begin() + list * count + given[list], values.begin() + (list + 1) * count, -1);
-  }
+void IntegerLists::cut(const Checker& checker, const char* name, const Tensor& t) {
+  checker.strided_like(name, t, values);
+  checker.shape(name, t, {values.size(0), of_heads, groups});
+  counts = checked_integers(checker, name, t, count + 1, "");
 }
 
 void IntegerLists::fill(TokenLists& lists) const {
-  lists.entries = values.data(), lists.count = count;
-  lists.head_stride = of_heads == 1 ? 0 : groups * count;
-  lists.batch_stride = of_heads * groups * count;
+  lists.entries = integers(values), lists.count = count;
+  if (counts) lists.counts = integers(*counts);
+  lists.head_stride = of_heads == 1 ? 0 : groups;
+  lists.batch_stride = of_heads * groups;
 }
 
 RoutedArguments::RoutedArguments(const Checker& checker, RoutedCall call)
@@ -212,7 +227,7 @@ RoutedArguments::RoutedArguments(const Checker& checker, RoutedCall call)
   }
   query_regions.emplace(query_map, call.region_size, false);
   key_regions.emplace(key_map, call.kv_region_size, score.has_outside);
-  graph.emplace(checker, "region_graph", call.region_graph, *this, key_regions->count, "region");
+  graph.emplace(checker, "region_graph", call.region_graph, *this, key_regions->count, "region ");
   checker.size("region_graph", call.region_graph, 2, query_regions->count, "regions of the query's map");
 }
 
@@ -227,8 +242,8 @@ IndexedArguments::IndexedArguments(const Checker& checker, IndexedCall call)
     : ListedArguments(checker, call.query, call.key, call.value, std::move(call.score), "with indexed keys") {
   checker.rank("query", query, 4, "(B, Nq, heads, d)");
   checker.check(!score.has_outside, "has_outside is True, takes False with indexed keys");
-  keys.emplace(checker, "key_index", call.key_index, *this, num_keys(), "key");
-  if (call.key_count) keys->cut(checker, "key_count", *call.key_count, query);
+  keys.emplace(checker, "key_index", call.key_index, *this, num_keys(), "key ");
+  if (call.key_count) keys->cut(checker, "key_count", *call.key_count);
   const bool is_whole = num_queries() == 0 || (keys->groups > 0 && num_queries() % keys->groups == 0);
   checker.check(is_whole, "key_index has ", keys->groups, " groups, takes a divisor of query's ", num_queries(),
                 " tokens");

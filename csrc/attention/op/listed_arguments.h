@@ -35,21 +35,22 @@ class ListedArguments {
   HeadMap heads_of;
 };
 
-// A list of integers [batch, heads or 1, groups, count], each from 0 to `end` - 1.
+// Lists of integers [batch, heads or 1, groups, count], each from 0 to `end` - 1.
 class IntegerLists {
  public:
   // `numbers`: what one of them is, in an error.
   IntegerLists(const Checker& checker, const char* name, const Tensor& t, const ListedArguments& args, int64_t end,
                const char* numbers);
 
-  // Those of a group beyond its count name nothing.
-  void cut(const Checker& checker, const char* name, const Tensor& counts, const Tensor& like);
+  // How many of a list count.
+  void cut(const Checker& checker, const char* name, const Tensor& t);
   void fill(TokenLists& lists) const;
 
   int64_t of_heads, groups, count;
 
  private:
-  std::vector<int32_t> values;
+  Tensor values;
+  OptionalTensor counts;
 };
 
 // A map cut into regions, which its borders may cut short.

@@ -8,6 +8,8 @@
 namespace vitkernels {
 namespace {
 
+bool has_lone_queries(const ListedParams& params) { return params.queries.max_tokens() == 1; }
+
 // Arguments: of an operator, whose call `take` takes.
 template <class Arguments, auto take>
 void attend(Call& call) {
@@ -19,8 +21,12 @@ void attend(Call& call) {
     args.fill(params);
     params.out = map_tokens(out);
     params.lse = lse.mutable_data_ptr();
-    const int64_t of_head = params.groups * listed_query_blocks(params);
-    run_kernel(kernel<ListedParams>(), params, args.batch * args.heads * of_head, 1, args.query);
+    const int64_t groups = args.batch * args.heads * params.groups;
+    if (has_lone_queries(params)) {
+      run_kernel(kernel<LoneQueryParams>(), LoneQueryParams{params}, groups, 1, args.query);
+    } else {
+      run_kernel(kernel<ListedParams>(), params, groups * listed_query_blocks(params), 1, args.query);
+    }
   }
   call.give(out, "out");
   call.give(lse, "lse");
@@ -33,6 +39,17 @@ Tensor sum_head_scale(const Tensor& sums, double factor, const Tensor& like) {
   double* to = static_cast<double*>(total.mutable_data_ptr());
   for (int64_t i = 0; i < sums.numel(); ++i) to[i % like.numel()] += factor * from[i];
   return torch::stable::to(total, like.scalar_type());
+}
+
+// Runs the kernel of these Params in all (batch, kv head) `pairs`.
+template <class Params>
+void add_gradients(Params params, int64_t pairs, const BackwardCall& from, const Tensor& like) {
+  const Kernel<Params>& kernel = vitkernels::kernel<Params>();
+  const int64_t part_elements = pairs == 0 ? 0 : kernel.parts(params) / int64_t(from.lse.element_size());
+  const Tensor parts = empty_as(from.lse, {part_elements}, from.lse.scalar_type());
+  params.parts = parts.mutable_data_ptr();
+  run_kernel(kernel, params, pairs * params.splits, 1, like);
+  torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
 }
 
 template <class Arguments, auto take>
@@ -58,15 +75,14 @@ void differentiate(Call& call) {
 
   const bool is_empty = args.query.numel() == 0 && args.key.numel() == 0;
   const int64_t pairs = is_empty ? 0 : args.batch * args.kv_heads;  // an empty tensor may have any batch size
-  const Kernel<ListedBackwardParams>& kernel = vitkernels::kernel<ListedBackwardParams>();
-  const int64_t part_elements = pairs == 0 ? 0 : kernel.parts(params) / int64_t(from.lse.element_size());
-  const Tensor parts = empty_as(from.lse, {part_elements}, from.lse.scalar_type());
-  params.parts = parts.mutable_data_ptr();
   const Tensor scale_sums =
       zeros_as(args.query, {from.needed.head_scale ? args.batch * params.splits : 0, args.heads}, ScalarType::Double);
   if (from.needed.head_scale) params.head_scale_sums = static_cast<double*>(scale_sums.mutable_data_ptr());
-  run_kernel(kernel, params, pairs * params.splits, 1, args.query);
-  torch::stable::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) { kernel.finish(params, begin, end); });
+  if (has_lone_queries(params.forward)) {
+    add_gradients(LoneQueryBackwardParams{params}, pairs, from, args.query);
+  } else {
+    add_gradients(params, pairs, from, args.query);
+  }
 
   ScoreFields<OptionalTensor> terms;
   if (from.needed.head_scale) {

@@ -19,7 +19,7 @@ _OP = "indexed_attention"
 @overload
 def indexed_attention(
     query: Tensor, key: Tensor, value: Tensor, key_index: Tensor, key_count: Tensor | None = ...,
-    query_index: Tensor | None = ..., *, duplicates: Literal["mean"] = ..., scale: float | Tensor | None = ...,
+    query_index: Tensor | None = ..., *, duplicates: Literal["mean", "sum"] = ..., scale: float | Tensor | None = ...,
     qk_norm: Literal["l2"] | None = ..., head_map: Tensor | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -27,7 +27,7 @@ def indexed_attention(
 @overload
 def indexed_attention(
     query: Tensor, key: Tensor, value: Tensor, key_index: Tensor, key_count: Tensor | None = ...,
-    query_index: Tensor | None = ..., *, duplicates: Literal["mean"] = ..., scale: float | Tensor | None = ...,
+    query_index: Tensor | None = ..., *, duplicates: Literal["mean", "sum"] = ..., scale: float | Tensor | None = ...,
     qk_norm: Literal["l2"] | None = ..., head_map: Tensor | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -40,7 +40,7 @@ def indexed_attention(
     key_count: Tensor | None = None,
     query_index: Tensor | None = None,
     *,
-    duplicates: Literal["mean"] = "mean",
+    duplicates: Literal["mean", "sum"] = "mean",
     scale: float | Tensor | None = None,
     qk_norm: Literal["l2"] | None = None,
     head_map: Tensor | None = None,
@@ -62,7 +62,8 @@ def indexed_attention(
         key_count: ``(B, heads or 1, groups)`` int64 or int32, how many of them count, as many heads as ``key_index``.
         query_index: ``(B, heads or 1, groups, members)`` int64 or int32, the queries of each group. Default: ``groups``
             must divide ``Nq``, and a group is as many neighboring queries as that makes.
-        duplicates: what a query in several groups gets, ``"mean"`` of its results. One in no group gets zeros.
+        duplicates: what a query in several groups gets, the ``"mean"`` or the ``"sum"`` of its results. One in no
+            group gets zeros.
         scale: factor on the logits, a number or a differentiable tensor: ``(heads,)``, or one number for all heads.
             Default ``d ** -0.5``.
         qk_norm: ``"l2"`` divides every query and key by its Euclidean norm first (cosine attention).
@@ -90,8 +91,8 @@ def indexed_attention(
     check_flag(_OP, "return_lse", return_lse)
     if key_count is not None:
         check_tensors(_OP, key_count=key_count)
-    if duplicates != "mean":
-        raise RuntimeError(f"vitkernels::{_OP}: duplicates is {duplicates!r}, takes 'mean'")
+    if not (isinstance(duplicates, str) and duplicates in ("mean", "sum")):
+        raise RuntimeError(f"vitkernels::{_OP}: duplicates is {duplicates!r}, takes 'mean' or 'sum'")
     if query_index is not None:
         check_tensors(_OP, query_index=query_index)
         if return_lse:
@@ -104,7 +105,7 @@ def indexed_attention(
         listed, key, value, key_index, key_count, *terms, *keys, _ops.allow_tf32(query)
     )
     if members is not None:
-        return _mean_of_members(found[0], members, query.size(1))
+        return _of_queries(found[0], members, query.size(1), duplicates)
     return (found[0], found[1]) if return_lse else found[0]
 
 
@@ -122,9 +123,7 @@ def _check_members(query: Tensor, key_index: Tensor, query_index: Tensor) -> Non
         low, high = (int(n) for n in query_index.aminmax())
         if low < 0 or high >= query.size(1):
             wrong = low if low < 0 else high
-            raise RuntimeError(
-                f"vitkernels::{_OP}: query_index has query {wrong}, takes 0 to {query.size(1) - 1}"
-            )
+            raise RuntimeError(f"vitkernels::{_OP}: query_index has query {wrong}, takes 0 to {query.size(1) - 1}")
 
 
 def _members(query: Tensor, query_index: Tensor) -> Tensor:
@@ -132,10 +131,12 @@ def _members(query: Tensor, query_index: Tensor) -> Tensor:
     return query_index.long().flatten(2).transpose(1, 2).unsqueeze(-1).expand(-1, -1, query.size(2), 1)
 
 
-def _mean_of_members(found: Tensor, members: Tensor, num_queries: int) -> Tensor:
+def _of_queries(found: Tensor, members: Tensor, num_queries: int, duplicates: Literal["mean", "sum"]) -> Tensor:
     """``(B, Nq, heads, dv)`` from the results of all groups' members, in the precision of statistics."""
     wide = found.to(_ops.statistics_dtype(found.dtype))
     shape = (found.size(0), num_queries, found.size(2))
     sums = wide.new_zeros(*shape, found.size(-1)).scatter_add(1, members.expand(-1, -1, -1, found.size(-1)), wide)
-    counts = wide.new_zeros(*shape, 1).scatter_add(1, members, wide.new_ones(()).expand(members.shape))
-    return (sums / counts.clamp(min=1.0)).to(found.dtype)
+    if duplicates == "mean":
+        counts = wide.new_zeros(*shape, 1).scatter_add(1, members, wide.new_ones(()).expand(members.shape))
+        sums = sums / counts.clamp(min=1.0)
+    return sums.to(found.dtype)

@@ -20,7 +20,7 @@ def indexed_attention(
     key_count: Tensor | None = None,
     query_index: Tensor | None = None,
     *,
-    duplicates: Literal["mean"] = "mean",
+    duplicates: Literal["mean", "sum"] = "mean",
     scale: float | Tensor | None = None,
     qk_norm: Literal["l2"] | None = None,
     head_map: Tensor | None = None,
@@ -48,8 +48,9 @@ def indexed_attention(
         return (out, lse) if return_lse else out
     places = members.expand(batch, heads, -1, -1).flatten(2).transpose(1, 2)  # [B, groups members, H]
     chosen = (places.unsqueeze(-1) == torch.arange(num_queries, device=out.device)).to(out.dtype)  # [B, M, H, Nq]
+    sums = torch.einsum("bmhn,bmhd->bnhd", chosen, out)
     counts = chosen.sum(1).clamp(min=1).transpose(1, 2)  # [B, Nq, H]
-    return torch.einsum("bmhn,bmhd->bnhd", chosen, out) / counts.unsqueeze(-1)
+    return sums if duplicates == "sum" else sums / counts.unsqueeze(-1)
 
 
 def _gathered(t: Tensor, index: Tensor) -> Tensor:
