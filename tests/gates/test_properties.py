@@ -27,6 +27,8 @@ def cases(draw):
     if sample.operator.startswith("linear_attention") and "d" in sizes:
         # With one feature the query cancels out of the result: its gradient is what rounding leaves of zero.
         sizes["d"] = max(sizes["d"], 2)
+    if sample.operator == "long_conv":  # as many positions as taps, of which a filter may have a number of its own
+        sizes |= {"n": max(sizes["n"], sample.sizes.get("m", 0))} if "n" in sizes else {}
     dtypes = [dtype for dtype in FLOOR if not why_not(sample, dtype)]
     return sample, sizes, draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**16))
 

@@ -145,7 +145,7 @@ def spoil_length(rng: random.Random, target: Target, call: Call) -> Call:
         dims = [0, *dims[-2:]]  # on a map, there may be any number of queries
     if "groups" in call and slot.argument == "query":
         dims = dims[:-2]  # whose channels may be any number
-    if not call.keys().isdisjoint(("w1", "filter", "weight", "region_graph")):
+    if not call.keys().isdisjoint(("w1", "filter", "weight", "region_graph", "key_index")):
         dims = [slot.tensor.dim() + d for d in decided(target, call, slot)]
     dim = choose(rng, [i for i in dims if slot.tensor.size(i) > 1 and slot.tensor.size(i) in others])
     shape = list(slot.tensor.shape)
@@ -244,6 +244,11 @@ def decided(target: Target, call: Call, slot: Slot) -> list[int]:
         return [axis] if slot.tensor.size(axis) > 1 else []
     if name == "region_graph":  # any number of routes, for all heads or each
         return [d for d in (-4, -2) if slot.tensor.size(d) > 1]
+    if name in ("key_index", "query_index"):  # any length of the lists, for all heads or each; of the queries in a row
+        are_counted = name == "key_index" and "key_count" in call and call["key_count"] is not None
+        free |= {-1} if are_counted else {-3, -1}
+        free |= set() if are_counted or "query_index" in call else {-2}
+        return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]
     if "weight" in call:  # any batch
         free |= {-4} if name == "x" and not is_backward else set()
         return [d for d in range(-count, 0) if d not in free and slot.tensor.size(d) > 1]

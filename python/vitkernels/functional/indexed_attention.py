@@ -78,7 +78,7 @@ def indexed_attention(
         (float64 for float64), differentiable. A query that sees no key gets ``out = 0`` and ``lse = -inf``. Gradients
         of keys and values are added in a fixed order.
 
-    A NaN or infinity in a query, a key or a value reaches the queries of the groups that read it, and no other.
+    A NaN or infinity in a key or a value reaches all queries of the groups that list it, and no others.
 
     Raises:
         RuntimeError: on a wrong rank, dtype, device, size or index, naming the argument and what it takes.
@@ -119,6 +119,10 @@ def _check_members(query: Tensor, key_index: Tensor, query_index: Tensor) -> Non
         )
     if query_index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"vitkernels::{_OP}: query_index is {query_index.dtype}, takes int64 or int32")
+    if query_index.device != query.device:
+        raise RuntimeError(
+            f"vitkernels::{_OP}: query_index is on {query_index.device}, takes query's device ({query.device})"
+        )
     if is_readable(query_index) and query_index.numel() > 0:
         low, high = (int(n) for n in query_index.aminmax())
         if low < 0 or high >= query.size(1):

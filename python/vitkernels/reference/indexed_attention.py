@@ -30,7 +30,7 @@ def indexed_attention(
     batch, num_queries, heads = query.shape[:3]
     groups, width = key_index.shape[2:]
     if query_index is None:
-        members = torch.arange(num_queries, device=query.device).view(1, 1, groups, -1)
+        members = torch.arange(num_queries, device=query.device).view(1, 1, groups, num_queries // max(groups, 1))
     else:
         members = query_index.long()
     read = head_map_of(query, key, head_map)
