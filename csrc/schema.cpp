@@ -59,6 +59,9 @@ std::vector<std::string> make_schemas() {
   // in row-major order; the map's borders cut them short, or has_outside counts what lies beyond as keys of zeros.
   add_attention(schemas, "regional_routing_attention",
                 "Tensor region_graph, SymInt[] region_size, SymInt[] kv_region_size, ", "bool allow_tf32");
+  // That graph by the means of regions, for all heads: (B, 1, query regions, topk).
+  schemas.push_back(
+      "bilevel_route(Tensor query, Tensor key, SymInt[] region_size, SymInt[] kv_region_size, SymInt topk) -> Tensor");
   // key_index (B, heads or 1, groups, width): the keys that each group of Nq / groups neighboring queries sees, of which
   // the first key_count (B, heads or 1, groups) count.
   add_attention(schemas, "indexed_attention", "Tensor key_index, Tensor? key_count, ", "bool allow_tf32");

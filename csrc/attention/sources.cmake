@@ -5,7 +5,7 @@ set(engine csrc/attention)
 list(APPEND cpu_kernel_sources
   ${engine}/cpu/backward.cpp ${engine}/cpu/forward.cpp ${engine}/cpu/listed_backward.cpp
   ${engine}/cpu/listed_forward.cpp ${engine}/cpu/lone_query_backward.cpp ${engine}/cpu/lone_query_forward.cpp
-  ${engine}/cpu/merge_attentions.cpp
+  ${engine}/cpu/merge_attentions.cpp ${engine}/cpu/region_means.cpp ${engine}/cpu/route.cpp
   ${engine}/cpu/spatial_backward.cpp ${engine}/cpu/spatial_forward.cpp ${engine}/cpu/transposed.cpp
   ${engine}/cpu/transposed_backward.cpp ${engine}/cpu/unit_rows.cpp)
 
@@ -17,7 +17,7 @@ list(APPEND op_sources
 
 list(APPEND cpu_op_sources
   ${engine}/op/dense_cpu.cpp ${engine}/op/listed_cpu.cpp ${engine}/op/logit_gradients.cpp ${engine}/op/merge_attentions_cpu.cpp
-  ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
+  ${engine}/op/route_cpu.cpp ${engine}/op/spatial_cpu.cpp ${engine}/op/spatial_gradients.cpp ${engine}/op/spatial_sums.cpp
   ${engine}/op/transposed_cpu.cpp)
 
 list(APPEND cuda_op_sources

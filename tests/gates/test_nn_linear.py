@@ -291,7 +291,7 @@ BAD = [
         "LinearAngularAttention: res_kernel_size is 2, takes an odd number",
     ),
     (lambda: N.LiteMLA(4, 4), "LiteMLA: heads is 0, takes an integer from 1 on"),
-    (lambda: N.LiteMLA(16, 16, scales=(3, 4)), "LiteMLA: scales is (3, 4), takes odd numbers"),
+    (lambda: N.LiteMLA(16, 16, scales=(3, 4)), "LiteMLA: scales is 4, takes an odd number"),
     (
         lambda: N.LiteMLA(16, 16, feature_map=FEATURES["performer"][0]),
         "LiteMLA: feature_map is 'performer', takes one without a projection",

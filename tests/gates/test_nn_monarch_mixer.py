@@ -30,6 +30,22 @@ def tokens(length=LONGEST, batch=2):
     return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("convert", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("options", [KINDS["implicit"], KINDS["residual"]], ids=["implicit", "residual"])
+def test_filters_keep_their_precision(options, convert):
+    """Sines of sines of rounded parameters would be other filters."""
+    made = vk.nn.MonarchMixer(64, 196, **options).double()
+    long_filter = made.filter_fn
+    expected = long_filter(196)
+    found = convert(copy.deepcopy(long_filter))(196)
+    assert found.dtype == torch.float32
+    # The skip connection is a parameter like others: in one tap.
+    error = (found - expected)[:, torch.arange(found.size(1)) != 195].abs().max() / expected.abs().max()
+    assert error < 1e-5
+    twice = convert(convert(copy.deepcopy(long_filter)).double())(196)
+    assert torch.equal(twice, found)
+
+
 @every_kind
 def test_causality(options):
     """Of a change of the last token, the others see nothing where the mixer is causal, and something where it is not.
@@ -71,7 +87,7 @@ def test_positions_stay_float32(dtype):
     made = vk.nn.MonarchMixer(4, 1000, dtype=dtype)
     for buffer in (positions.t, made.filter_fn.pos_emb.t):
         assert buffer.dtype == torch.float32 and buffer.unique().numel() == 1000
-    assert {p.dtype for p in made.parameters()} == {dtype}
+    assert {p.dtype for name, p in made.named_parameters() if "implicit" not in name} == {dtype}
     assert {b.dtype for b in made.double().buffers()} == {torch.float64}
 
 

@@ -1,11 +1,10 @@
-"""Attention between routed regions beyond the sample table: what a graph means, memory, layouts, routes and errors."""
+"""Attention between routed regions beyond the sample table: what a graph means, memory, layouts and errors."""
 
 import math
 
 import pytest
 import torch
 import vitkernels as vk
-from torch.nn import functional as F
 
 op = vk.regional_routing_attention
 
@@ -78,39 +77,6 @@ def test_threads_change_no_bit():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("size", "region"), [((8, 12), (4, 4)), ((15, 13), (4, 5)), ((3, 4), (7, 7)), ((9, 5), (1, 2))]
-)
-def test_routes_by_average_pools(size, region):
-    """As the refactored layer finds them: border regions average what is on the map."""
-    q, k, _ = qkv(*size, heads=3)
-    means = [
-        F.avg_pool2d(t.flatten(3).permute(0, 3, 1, 2), region, ceil_mode=True, count_include_pad=False) for t in (q, k)
-    ]
-    affinity = means[0].flatten(2).transpose(1, 2) @ means[1].flatten(2)
-    topk = min(3, affinity.size(-1))
-    assert torch.equal(vk.bilevel_route(q, k, region, topk)[:, 0], affinity.topk(topk).indices)
-
-
-def test_routes_compile_for_any_map():
-    routes = torch.compile(lambda q, k: vk.bilevel_route(q, k, 3, 2), dynamic=True, fullgraph=True, backend="aot_eager")
-    for size in ((6, 9), (7, 8), (9, 11)):
-        q, k, _ = qkv(*size)
-        assert torch.equal(routes(q, k), vk.bilevel_route(q, k, 3, 2))
-
-
-def test_routes_of_equal_regions_are_in_order():
-    q = torch.ones(1, 8, 8, 1, 4, requires_grad=True)
-    graph = vk.bilevel_route(q, q, 2, 5)
-    assert graph.tolist() == [[[[0, 1, 2, 3, 4]] * 16]] and not graph.requires_grad
-
-
-def test_routes_to_another_map():
-    q, k = torch.randn(2, 6, 6, 2, 4), torch.randn(2, 5, 9, 2, 4)
-    assert vk.bilevel_route(q, k, (2, 3), 4, (2, 2)).shape == (2, 1, 6, 4)
-    assert vk.bilevel_route(q[:, 0], k[:, 0], 4, 0).shape == (2, 1, 2, 0)
-
-
 def test_memory_of_a_large_map():
     """What a gather multiplies by the number of routes: here nothing but the result is made."""
     from benchmarks.measure import resident_peak
@@ -153,16 +119,3 @@ def test_errors(text):
     with pytest.raises(RuntimeError) as raised:
         op(**given | BAD[text])
     assert f"vitkernels::regional_routing_attention: {text}" in str(raised.value)
-
-
-def test_errors_of_routes():
-    q = torch.zeros(2, 8, 8, 2, 4)
-    for text, arguments in {
-        "topk is 5, takes 0 to the number of regions 4": (q, q, 4, 5),
-        "topk is 1.5, takes an integer": (q, q, 4, 1.5),
-        "key has shape (2, 8, 8, 1, 4), takes query's": (q, q[..., :1, :], 4, 1),
-        "region_size is -1": (q, q, -1, 1),
-    }.items():
-        with pytest.raises(RuntimeError) as raised:
-            vk.bilevel_route(*arguments)
-        assert f"vitkernels::bilevel_route: {text}" in str(raised.value)

@@ -236,6 +236,29 @@ def in_the_same_memory():
     return pair
 
 
+def overlapping():
+    """The second layer has the rows of the first from the second on."""
+    rows = torch.randn(33, 16)
+    pair = nn.Sequential(nn.Linear(16, 32), nn.Linear(16, 32))
+    pair[0].weight, pair[1].weight = nn.Parameter(rows[:32]), nn.Parameter(rows[1:])
+    return pair
+
+
+def test_layers_side_by_side_in_a_storage():
+    """As parameters that are flattened into one are."""
+    rows = torch.randn(64, 16)
+    pair = nn.Sequential(nn.Linear(16, 32), nn.Linear(16, 32))
+    pair[0].weight, pair[1].weight = nn.Parameter(rows[:32]), nn.Parameter(rows[32:])
+    assert len(vk.monarchize(pair, targets="*").replaced) == 2
+
+
+def test_a_lazy_layer_is_left_alone():
+    model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 32), nn.LazyBatchNorm1d())
+    report = vk.monarchize(model, targets="*")
+    assert [entry.name for entry in report.replaced] == ["1"]
+    assert [entry.reason for entry in report.stock] == ["a subclass of Linear, LazyLinear, may compute something else"]
+
+
 def not_finite():
     linear = nn.Linear(16, 16)
     nn.init.constant_(linear.bias, torch.nan)
@@ -256,6 +279,7 @@ LEFT = {
         16, 16, device="meta"
     ),
     "a MonarchLinear already": lambda: MonarchLinear(16, 16),
+    "its weight is empty": lambda: nn.Linear(0, 16),
 }
 
 
@@ -266,6 +290,7 @@ LEFT = {
         ("it has hooks", hooked_gradient),
         ("it has hooks", hooked_file),
         ("it shares parameters with 0.1", in_the_same_memory),
+        ("its weight is empty", lambda: nn.Linear(16, 0)),
     ],
 )
 def test_left_alone(reason, make):
@@ -276,6 +301,12 @@ def test_left_alone(reason, make):
     assert [entry.name for entry in report.replaced] == ["1"], "what may be replaced"
     assert [*model.modules()][:-1] == before
     assert str(report).splitlines()[-1] == f"   1 x left alone ({reason}): {report.stock[0].name}"
+
+
+def test_weights_that_overlap_are_left_alone():
+    model = nn.Sequential(overlapping(), nn.Linear(16, 32))
+    reasons = ["it shares parameters with 0.1", "it shares parameters with 0.0"]
+    assert [entry.reason for entry in vk.monarchize(model, targets="*").stock] == reasons
 
 
 def test_transformer_encoder_layer():
@@ -327,6 +358,8 @@ BAD = {
     r"monarchize: targets is 'fc3', takes .*: 4 x \*\.\*$": lambda: vk.monarchize(
         nn.Sequential(mlp(), mlp()), targets="fc3"
     ),
+    r"monarchize: targets is 5, takes a pattern, several, or a function": lambda: vk.monarchize(mlp(), targets=5),
+    r"monarchize: targets is \('fc1', 5\), takes a pattern": lambda: vk.monarchize(mlp(), targets=("fc1", 5)),
     r"monarchize: targets is \[\], takes .*: there is none": lambda: vk.monarchize(nn.GELU(), targets=[]),
 }
 

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACE = "vitkernels"
-#: Operators that no sample calls, but the tests of modules do.
-CALLED_BY_MODULES = {f"{NAMESPACE}::blockdiag_butterfly_pack"}
+#: Operators that no sample calls, but tests of their own do.
+WITHOUT_SAMPLES = {f"{NAMESPACE}::{name}" for name in ("bilevel_route", "blockdiag_butterfly_pack")}
 Call = dict[str, Any]
 
 

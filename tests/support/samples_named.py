@@ -58,7 +58,7 @@ _OPERATORS = {
     "spatial_attention",
     "spectral_gating",
 }
-# bilevel_route gives integers, which no gate compares.
+# bilevel_route gives integers, which no gate compares: test_bilevel_route.
 assert {s.operator for s in NAMED_SAMPLES} | _OPERATORS | {"bilevel_route"} == set(vk.functional.__all__), (
     "a function without a row"
 )

@@ -11,11 +11,6 @@ namespace {
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();  // of a map
 constexpr int64_t kMaxListed = int64_t(1) << 26;                     // keys of a group
 
-std::vector<int64_t> map_of(const Tensor& t) {
-  const std::vector<int64_t> sizes = sizes_of(t);
-  return {sizes.begin() + 1, sizes.end() - 2};
-}
-
 int64_t product(const std::vector<int64_t>& sizes) {
   int64_t result = 1;
   for (const int64_t size : sizes) result *= size;
@@ -36,12 +31,6 @@ std::optional<int64_t> token_stride(const Tensor& t) {
     if (next == 0) return {};
   }
   return stride;
-}
-
-void check_regions(const Checker& checker, const char* name, const std::vector<int64_t>& region, size_t axes) {
-  checker.check(region.size() == axes, name, " has ", region.size(), " sizes, takes ", axes,
-                ", one for each axis of the map");
-  for (const int64_t size : region) checker.check(size > 0, name, " has ", size, ", takes sizes of at least 1");
 }
 
 // Whether integers are from 0 to end - 1.
@@ -74,6 +63,22 @@ Tensor checked_integers(const Checker& checker, const char* name, const Tensor& 
 }
 
 }  // namespace
+
+std::vector<int64_t> checked_map(const Checker& checker, const char* name, const Tensor& t) {
+  const std::vector<int64_t> sizes = sizes_of(t), map(sizes.begin() + 1, sizes.end() - 2);
+  int64_t tokens = 1;
+  for (const int64_t size : map) {
+    checker.check(size == 0 || tokens <= kMaxTokens / size, name, " has too many tokens, takes at most ", kMaxTokens);
+    tokens *= size;
+  }
+  return map;
+}
+
+void check_regions(const Checker& checker, const char* name, const std::vector<int64_t>& region, size_t axes) {
+  checker.check(region.size() == axes, name, " has ", region.size(), " sizes, takes ", axes,
+                ", one for each axis of the map");
+  for (const int64_t size : region) checker.check(size > 0, name, " has ", size, ", takes sizes of at least 1");
+}
 
 Tensor with_even_tokens(const Tensor& t) {
   const Tensor rows = with_unit_last_stride(t);
@@ -139,16 +144,9 @@ void ListedArguments::check_tokens(const Checker& checker) {
   batch = query.size(0);
   checker.size("key", key, 0, batch, "query's batch size");
   checker.size("value", value, 0, batch, "query's batch size");
-  query_map = map_of(query), key_map = map_of(key);
+  query_map = checked_map(checker, "query", query), key_map = checked_map(checker, "key", key);
   for (size_t axis = 0; axis < key_map.size(); ++axis) {
     checker.size("value", value, int64_t(axis) + 1, key_map[axis], "key's map");
-  }
-  for (const auto& [name, map] : {std::pair{"query", &query_map}, {"key", &key_map}}) {
-    int64_t tokens = 1;
-    for (const int64_t size : *map) {
-      checker.check(size == 0 || tokens <= kMaxTokens / size, name, " has too many tokens, takes at most ", kMaxTokens);
-      tokens *= size;
-    }
   }
 }
 

@@ -88,6 +88,11 @@ class IndexedArguments : public ListedArguments {
   std::optional<Regions> groups;  // of neighboring queries
 };
 
+// The sizes of the map of a tensor [B, *map, heads, dim].
+std::vector<int64_t> checked_map(const Checker& checker, const char* name, const Tensor& t);
+
+void check_regions(const Checker& checker, const char* name, const std::vector<int64_t>& region, size_t axes);
+
 // A tensor [B, *map, heads, dim] whose tokens are evenly spaced: itself, or a copy.
 Tensor with_even_tokens(const Tensor& t);
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from vitkernels.functional.arguments import (
@@ -130,7 +129,8 @@ def bilevel_route(
     .. math::
         G_r = \operatorname{topk}_t\Big(\sum_h \bar q_{r,h} \cdot \bar k_{t,h}\Big)
 
-    Means are over the tokens of a region on the map, products are summed over the heads. Without a gradient.
+    Means are over the tokens of a region on the map, products are summed over the heads, all in float32 (float64 for
+    float64), under autocast too. Without a gradient. On the CPU.
 
     Args:
         query: ``(B, *map, heads, d)``, one to three axes.
@@ -140,7 +140,8 @@ def bilevel_route(
         kv_region_size: that of the keys' map, if it differs.
 
     Returns:
-        ``(B, 1, regions, topk)`` int64, the most alike first; of equal ones the region with the lower number.
+        ``(B, 1, regions, topk)`` int64, the most alike first; of equal ones the region with the lower number. It does
+        not depend on the number of threads.
 
     A NaN in a token reaches all products with its region's mean: a region of keys that has one comes first.
 
@@ -161,29 +162,6 @@ def bilevel_route(
     regions = integers(op, "region_size", region_size, num_axes)
     kv_regions = regions if kv_region_size is None else integers(op, "kv_region_size", kv_region_size, num_axes)
     topk = whole_number(op, "topk", topk)
-    with torch.no_grad():
-        means = [_region_means(t.detach(), size) for t, size in ((query, regions), (key, kv_regions))]
-        if not 0 <= topk <= means[1].size(1):
-            raise RuntimeError(f"vitkernels::{op}: topk is {topk}, takes 0 to the number of regions {means[1].size(1)}")
-        affinity = means[0] @ means[1].transpose(1, 2)  # [B, regions, kv regions]
-        # A stable sort, for ties. Of a few dozen regions topk would take as long.
-        order = affinity.argsort(dim=-1, descending=True, stable=True)[..., :topk]
-    return order.unsqueeze(1)
-
-
-def _region_means(t: Tensor, region_size: Sequence[int]) -> Tensor:
-    """``(B, regions, heads * d)`` in the precision of statistics."""
-    means = t.flatten(-2)  # [B, *map, heads * d]
-    for axis, size in enumerate(region_size, 1):
-        means = _means_along(means, axis, size)
-    return means.flatten(1, -2)
-
-
-def _means_along(t: Tensor, axis: int, size: int) -> Tensor:
-    dtype = _ops.statistics_dtype(t.dtype)  # of the sums: no wide copy of the map is made
-    count, last = t.size(axis) // size, t.size(axis) % size  # the compiler takes no divmod of variable sizes
-    regions = t.narrow(axis, 0, count * size).unflatten(axis, (count, size))  # type: ignore[no-untyped-call]
-    whole: Tensor = regions.mean(axis + 1, dtype=dtype)
-    if last == 0:
-        return whole
-    return torch.cat([whole, t.narrow(axis, count * size, last).mean(axis, keepdim=True, dtype=dtype)], axis)
+    query, key = query.detach(), key.detach()
+    graph: Tensor = _ops.bilevel_route(query, key, regions, kv_regions, topk)
+    return graph

@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vitkernels.integrations.monarch_report import MonarchEntry, MonarchReport
 from vitkernels.nn.hooks import has_hooks
@@ -52,8 +53,8 @@ def monarchize(
         Every layer asked for: parameters, FLOPs and error, or why it was left alone.
 
     Raises:
-        RuntimeError: if ``model`` is not a ``torch.nn.Module``, ``nblocks`` is not a positive integer, or nothing is
-            such a layer. The model is as before then.
+        RuntimeError: if ``model`` is not a ``torch.nn.Module``, ``nblocks`` is not a positive integer, ``targets`` are
+            none, or nothing is such a layer. The model is as before then.
 
     Source: Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate Training" (2022),
     section 3.3.
@@ -61,6 +62,7 @@ def monarchize(
     _check(model, "monarchize")
     if not isinstance(nblocks, int) or isinstance(nblocks, bool) or nblocks < 1:
         raise RuntimeError(f"vitkernels.monarchize: nblocks is {nblocks!r}, takes an integer from 1 on")
+    _check_targets(targets)
     modules = model.named_modules()
     layers: dict[str, nn.Module] = {name: m for name, m in modules if isinstance(m, (nn.Linear, MonarchLinear))}
     found = {name: m for name, m in layers.items() if _is_target(targets, name, m)}
@@ -76,6 +78,8 @@ def monarchize(
         if why := why_not_projected(linear):
             return f"it {why}"
         assert isinstance(linear, nn.Linear)
+        if linear.weight.numel() == 0:
+            return "its weight is empty"
         sizes = MonarchLinear(linear.in_features, linear.out_features, nblocks, device="meta")
         if sizes.blkdiag1.size(1) < nblocks:
             return f"with {nblocks} blocks some inputs would not reach some outputs"
@@ -148,18 +152,38 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return places
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the modules that have each parameter, by where it is."""
-    owners: dict[int, list[str]] = {}
+class _Memory(NamedTuple):
+    """The bytes of a storage that a parameter spans, or a parameter without memory."""
+
+    storage: int
+    begin: int
+    end: int
+
+    def overlaps(self, other: _Memory) -> bool:
+        return self.storage == other.storage and self.begin < other.end and other.begin < self.end
+
+
+_Owners = dict[int, list[tuple[_Memory, str]]]
+
+
+def _owners(model: nn.Module) -> _Owners:
+    """Which memory the parameters have, and the names of their modules, by storage."""
+    owners: _Owners = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(_place(parameter), []).append(name)
+                memory = _memory(parameter)
+                owners.setdefault(memory.storage, []).append((memory, name))
     return owners
 
 
-def _place(parameter: nn.Parameter) -> int:
-    return parameter.data_ptr() or id(parameter)  # two parameters may lie in the same memory
+def _memory(parameter: nn.Parameter) -> _Memory:
+    # A lazy parameter has no storage, one on the meta device none of its own.
+    if is_lazy(parameter) or parameter.is_meta or parameter.untyped_storage().data_ptr() == 0:
+        return _Memory(id(parameter), 0, 1)
+    size, begin = parameter.element_size(), parameter.storage_offset()
+    end = begin + 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+    return _Memory(parameter.untyped_storage().data_ptr(), int(begin * size), int(end * size))
 
 
 def _obstacle(layer: nn.Module, stock_class: type[nn.Module]) -> str:
@@ -182,9 +206,10 @@ def _has_other_hooks(layer: nn.Module) -> bool:
     )
 
 
-def _sharing(layer: nn.Module, name: str, owners: dict[int, list[str]]) -> str:
-    """With what it shares parameters, or nothing."""
-    others = {other: None for p in layer.parameters(recurse=False) for other in owners[_place(p)] if other != name}
+def _sharing(layer: nn.Module, name: str, owners: _Owners) -> str:
+    """With what it shares parameters, or parts of them, or nothing."""
+    own = [_memory(p) for p in layer.parameters(recurse=False)]
+    others = {o: None for m in own for memory, o in owners[m.storage] if o != name and memory.overlaps(m)}
     return f"it shares parameters with {', '.join(others)}" if others else ""
 
 
@@ -241,6 +266,16 @@ def _parameters(layer: nn.Module) -> int:
 def _flops(layer: nn.Module) -> int:
     """Two for each multiply-add with a weight, for one row of inputs."""
     return 2 * sum(parameter.numel() for name, parameter in layer.named_parameters() if name != "bias")
+
+
+def _check_targets(targets: object) -> None:
+    patterns = [targets] if isinstance(targets, str) else targets
+    if patterns is None or callable(patterns):
+        return
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise RuntimeError(
+            f"vitkernels.monarchize: targets is {targets!r}, takes a pattern, several, or a function of name and layer"
+        )
 
 
 def _check(model: object, function: str) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vitkernels.feature_map import FeatureMap, encode
 from vitkernels.functional import linear_attention
-from vitkernels.nn.maps import check_heads, check_input, check_map, integers, pair
+from vitkernels.nn.maps import check_heads, check_input, check_map, integers, odd_padding, pair
 
 __all__ = ["FocusedLinearAttention", "LinearAngularAttention", "LinearAttention", "SimplifiedLinearAttention"]
 
@@ -72,7 +72,7 @@ class LinearAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.dwc: nn.Conv2d | None = None
         if kernel_size is not None:
-            padding = _padding(name, "kernel_size", kernel_size)
+            padding = odd_padding(name, "kernel_size", kernel_size)
             self.dwc = nn.Conv2d(head_dim, head_dim, kernel_size, padding=padding, groups=head_dim, **factory)
         self.positional_encoding: nn.Parameter | None = None
         if self.window_size is not None:
@@ -285,7 +285,7 @@ class LinearAngularAttention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         name = "LinearAngularAttention"
         check_heads(name, "dim", dim, num_heads)
-        padding = _padding(name, "res_kernel_size", res_kernel_size)
+        padding = odd_padding(name, "res_kernel_size", res_kernel_size)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **factory)
         self.proj = nn.Linear(dim, dim, **factory)
@@ -309,13 +309,6 @@ class LinearAngularAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
-
-
-def _padding(module: str, name: str, kernel_size: int) -> int:
-    integers(module, name, kernel_size, 1)
-    if kernel_size % 2 == 0:
-        raise RuntimeError(f"vitkernels.nn.{module}: {name} is {kernel_size}, takes an odd number")
-    return kernel_size // 2
 
 
 def _held(projection: Tensor, factory: dict[str, Any]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitkernels.feature_map import FeatureMap, encode
 from vitkernels.functional import linear_attention
-from vitkernels.nn.maps import check_map, integers
+from vitkernels.nn.maps import check_map, integers, odd_padding
 
 __all__ = ["LiteMLA"]
 
@@ -83,9 +83,7 @@ class LiteMLA(nn.Module):
         heads = int(in_channels // dim * heads_ratio) if heads is None else heads
         integers("LiteMLA", "heads", heads, 1)
         for scale in scales:
-            integers("LiteMLA", "scales", scale, 1)
-            if scale % 2 == 0:
-                raise RuntimeError(f"vitkernels.nn.LiteMLA: scales is {scales!r}, takes odd numbers")
+            odd_padding("LiteMLA", "scales", scale)
         self.feature_map, _ = encode("linear_attention", feature_map)
         if self.feature_map.projection is not None:
             raise RuntimeError("vitkernels.nn.LiteMLA: feature_map is 'performer', takes one without a projection")

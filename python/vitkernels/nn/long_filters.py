@@ -19,10 +19,13 @@ __all__ = ["ExplicitFilter", "ImplicitFilter"]
 _TARGET, _SLOW, _FAST = 1e-2, 1.5, 0.3
 
 
-class _Constants(nn.Module):
-    """Buffers that stay float32 in modules of 16 bits, where neighbouring positions would be rounded to one."""
+class _Wide(nn.Module):
+    """Its tensors stay float32 in modules of 16 bits.
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Constants:
+    Neighbouring positions would be rounded to one, and sines of sines make a tenth of what is rounded off a frequency.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Wide:
         def wide(t: Tensor) -> Tensor:
             out = fn(t)
             return out if out.dtype == statistics_dtype(out.dtype) else t.to(out.device, statistics_dtype(out.dtype))
@@ -31,7 +34,7 @@ class _Constants(nn.Module):
         return self
 
 
-class _Positions(_Constants):
+class _Positions(_Wide):
     """Time from 0 to 1 over the longest sequence, and waves of it."""
 
     def __init__(self, max_length: int, emb_dim: int, **factory: Any) -> None:
@@ -56,7 +59,7 @@ class _Positions(_Constants):
         return self.z[:, :length].to(dtype), self.t[:, :length].to(dtype)
 
 
-class _Decay(_Constants):
+class _Decay(_Wide):
     """An exponential for each channel."""
 
     def __init__(self, dim: int, **factory: Any) -> None:
@@ -72,14 +75,14 @@ class _Decay(_Constants):
         return torch.exp(-t * self.deltas.abs().to(t.dtype))  # [1, N, dim]
 
 
-class _Linear(nn.Linear):
+class _Linear(_Wide, nn.Linear):
     """In the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class _Sine(nn.Module):
+class _Sine(_Wide):
     """Each channel has a frequency, which is learned."""
 
     def __init__(self, dim: int, frequency: float, **factory: Any) -> None:
@@ -97,6 +100,8 @@ class _Sine(nn.Module):
 
 class ImplicitFilter(nn.Module):
     """M2's filter: a small MLP of the position with sines between its layers, times a decay; and a skip connection.
+
+    The MLP stays float32 where the module is converted to 16 bits.
 
     Args:
         dim: channels.
@@ -119,8 +124,8 @@ class ImplicitFilter(nn.Module):
         def mlp() -> nn.Sequential:
             layers: list[nn.Module] = []
             for width in (emb_dim, order, order):
-                layers += [_Linear(width, order, **factory), _Sine(order, freq, **factory)]
-            return nn.Sequential(*layers, _Linear(order, dim, bias=False, **factory))
+                layers += [_Linear(width, order, **wide), _Sine(order, freq, **wide)]
+            return nn.Sequential(*layers, _Linear(order, dim, bias=False, **wide))
 
         self.implicit_filter = mlp()
         self.implicit_filter_rev = None if is_causal else mlp()

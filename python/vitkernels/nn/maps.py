@@ -18,6 +18,7 @@ __all__ = [
     "check_stored_input",
     "integers",
     "no_dropout",
+    "odd_padding",
     "pair",
     "ratio",
 ]
@@ -55,6 +56,14 @@ def integers(module: str, name: str, option: Any, count: int, at_least: int = 1)
         each = "" if count == 1 else f", or one for each of {count} axes"
         raise RuntimeError(f"vitkernels.nn.{module}: {name} is {option!r}, takes an integer from {at_least} on{each}")
     return values
+
+
+def odd_padding(module: str, name: str, kernel_size: int, at_least: int = 1) -> int:
+    """Of a convolution that keeps the size of its input; 0 for a kernel size of 0, where there may be none."""
+    integers(module, name, kernel_size, 1, at_least)
+    if kernel_size % 2 == 0 and kernel_size > 0:
+        raise RuntimeError(f"vitkernels.nn.{module}: {name} is {kernel_size!r}, takes an odd number")
+    return kernel_size // 2
 
 
 def pair(module: str, name: str, option: int | tuple[int, int], at_least: int = 1) -> tuple[int, int]:

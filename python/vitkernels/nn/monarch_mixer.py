@@ -41,8 +41,9 @@ class MonarchMixer(nn.Module):
         nblocks: blocks of the factors of ``in_linear`` and ``out_linear``, which are :class:`MonarchLinear`.
             ``None``: dense layers, as in M2-BERT.
         filter: ``"implicit"``: an MLP of the position with sines between its layers, times an exponential decay, in
-            float32 or float64, also under autocast. ``"explicit"``: a parameter for each tap (``filter_fn.weight``),
-            not of M2.
+            float32 or float64, also under autocast and in modules of 16 bits, where its parameters stay float32: of
+            rounded frequencies, sines of sines would be another filter. ``"explicit"``: a parameter for each tap
+            (``filter_fn.weight``), not of M2.
         residual_long_conv: whether there is ``h_2``; ``filter_fn2``.
         filter_emb_dim: features of a position that the MLP sees, an odd number from 3 on.
         filter_order: width of the MLP.
@@ -149,7 +150,8 @@ class MonarchMLP(nn.Module):
     """M2's mixer of channels: two layers with Monarch weights and GELU between.
 
     ``fc1`` and ``fc2`` are the names of timm's ``Mlp``, but their weights are those of :class:`MonarchLinear`. (M2-BERT
-    has a gated MLP of the same layers.)
+    has a gated MLP of the same layers.) Where no gradient is recorded, GELU is computed of the product before it is
+    rounded to the dtype, so outputs differ in the last bits from those with gradients.
 
     Args:
         dim: channels of the input and the output.

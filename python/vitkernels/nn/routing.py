@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vitkernels.functional import bilevel_route, regional_routing_attention
-from vitkernels.nn.maps import check_heads, check_map, integers
+from vitkernels.nn.maps import check_heads, check_map, integers, odd_padding
 
 __all__ = ["BiLevelRoutingAttention"]
 
@@ -23,12 +23,14 @@ class BiLevelRoutingAttention(nn.Module):
     Args:
         dim: channels of the map.
         num_heads: number of heads.
-        n_win: regions along each axis.
+        n_win: regions along each axis, of ``ceil(size / n_win)`` tokens: fewer where that many take all tokens. A map
+            of 5 has 3 regions of 2, 2 and 1 for ``n_win`` of 4.
         qk_dim: channels of queries and keys, default ``dim``.
         qk_scale: factor on the logits, default ``qk_dim ** -0.5``: of all channels, not of a head's.
         topk: regions that a region sees; all of a map that has fewer.
         param_attention: ``"qkvo"``, or ``"qkv"`` without the last linear layer.
-        side_dwconv: kernel size of the depthwise convolution of the values (LePE) that is added, 0 for none.
+        side_dwconv: kernel size of the depthwise convolution of the values (LePE) that is added, an odd number, or 0
+            for none.
         auto_pad: pads the input with zeros to a multiple of ``n_win``, as BiFormer does for dense prediction: then
             there are keys in the padding. Else the last regions of an axis are shorter.
         device: of the parameters.
@@ -57,19 +59,17 @@ class BiLevelRoutingAttention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         name = "BiLevelRoutingAttention"
-        self.qk_dim = qk_dim or dim
+        self.qk_dim = dim if qk_dim is None else qk_dim
         check_heads(name, "dim", dim, num_heads)
         check_heads(name, "qk_dim", self.qk_dim, num_heads)
-        integers(name, "side_dwconv", side_dwconv, 1, at_least=0)
+        padding = odd_padding(name, "side_dwconv", side_dwconv, at_least=0)
         self.num_heads = num_heads
         (self.n_win,), (self.topk,) = integers(name, "n_win", n_win, 1), integers(name, "topk", topk, 1)
         if param_attention not in ("qkvo", "qkv"):
             raise RuntimeError(f"vitkernels.nn.{name}: param_attention is {param_attention!r}, takes 'qkvo' or 'qkv'")
-        self.scale = qk_scale or self.qk_dim**-0.5
+        self.scale = self.qk_dim**-0.5 if qk_scale is None else qk_scale
         self.auto_pad = auto_pad
-        self.lepe = (
-            nn.Conv2d(dim, dim, side_dwconv, padding=side_dwconv // 2, groups=dim, **factory) if side_dwconv else None
-        )
+        self.lepe = nn.Conv2d(dim, dim, side_dwconv, padding=padding, groups=dim, **factory) if side_dwconv else None
         self.qkv = _QKVLinear(dim, self.qk_dim, **factory)
         self.wo: nn.Module = nn.Linear(dim, dim, **factory) if param_attention == "qkvo" else nn.Identity()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkernels._torch_private import mark_constant
-from vitkernels.ops.registration import register
+from vitkernels.ops.registration import register, register_constant
 from vitkernels.ops.schema import Arguments
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "attention",
     "attention_transposed",
     "attention_varlen",
+    "bilevel_route",
     "indexed_attention",
     "merge_attentions",
     "regional_routing_attention",
@@ -53,8 +54,17 @@ def _like_first(given: Arguments) -> tuple[Tensor, ...]:
     return tuple(given[name][0].new_empty(given[name][0].shape) for name in ("outs", "lses"))
 
 
+def _graph(given: Arguments) -> Tensor:
+    query: Tensor = given["query"]
+    regions = 1
+    for size, region in zip(query.shape[1:-2], given["region_size"], strict=True):
+        regions *= (size + region - 1) // region
+    return query.new_empty((query.shape[0], 1, regions, given["topk"]), dtype=torch.int64)
+
+
 attention = register("attention", _out_and_lse)
 attention_varlen = register("attention_varlen", _out_and_lse)
+bilevel_route = register_constant("bilevel_route", _graph)
 indexed_attention = register("indexed_attention", _out_and_lse)
 regional_routing_attention = register("regional_routing_attention", _out_and_lse)
 spatial_attention = register("spatial_attention", _out_and_lse)

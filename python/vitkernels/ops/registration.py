@@ -15,7 +15,7 @@ from vitkernels.ops.autograd import Call, Gradient, NoGradient, register_autogra
 from vitkernels.ops.schema import GRAD, NEED, Arguments, Operator
 from vitkernels.ops.vmap import register_vmap
 
-__all__ = ["refusals", "register"]
+__all__ = ["refusals", "register", "register_constant"]
 
 #: By operator: what raises in place of kernels for CUDA.
 refusals: dict[str, torch.library.Library] = {}
@@ -36,6 +36,14 @@ def register(name: str, results: Results) -> Call:
     cast = None if op.has_lists else register_autocast(op)
     call_backward = register_autograd(backward, NoGradient(backward))
     return register_autograd(op, Gradient(op, backward, call_backward), cast)
+
+
+def register_constant(name: str, results: Results) -> Call:
+    """Register an operator without a backward, whose results are integers: fake and vmap. Returns what calls it."""
+    op = Operator(name)
+    _register_fake(op, results)
+    overload: Call = op.overload
+    return overload
 
 
 def _register_fake(op: Operator, results: Results) -> None:
